@@ -1,0 +1,145 @@
+"""Packing: a prompt is computed once for all of its responses.
+
+A group is laid out as `[prompt | response 1 | response 2 | ... ]`; several groups fill one row of T tokens. Positions
+restart after the prompt. The last token of a response predicts nothing, so it is not an input: a response of R tokens
+adds R - 1 inputs, and its first token is predicted by the last prompt token, which all responses of the group share.
+The one-position shift between inputs and predictions lives here (`predict_S`) and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its responses, as token ids. `first_response` numbers its responses within the batch."""
+
+    prompt: tuple[int, ...]
+    """P >= 1 token ids."""
+    responses: tuple[tuple[int, ...], ...]
+    """Token ids of each response; a response may be empty, and there may be none (prefill)."""
+    first_response: int = 0
+    """Batch index b of the first response; the others follow."""
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that this group takes in a packed row."""
+        return len(self.prompt) + sum(max(len(response) - 1, 0) for response in self.responses)
+
+    def inputs(self) -> Iterator[tuple[tuple[int, ...], int, int]]:
+        """(token ids, first position, segment) of the prompt (segment 0) and of each response (1, 2, ...)."""
+        yield self.prompt, 0, 0
+        for segment, response in enumerate(self.responses, start=1):
+            yield response[:-1], len(self.prompt), segment
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Groups laid end to end. S counts the response tokens, in the order of the batch index b, then of t."""
+
+    tokens_T: torch.Tensor
+    """int64 [T] token ids."""
+    positions_T: torch.Tensor
+    """int64 [T] position of each token in its own sequence."""
+    segments_T: torch.Tensor
+    """int64 [T] 0 in the prompt, g in response g of the token's group."""
+    group_lengths: tuple[int, ...]
+    """Tokens of each group; they sum to T."""
+    predict_S: torch.Tensor
+    """int64 [S] index into the row of the position whose output predicts each response token."""
+    labels_S: torch.Tensor
+    """int64 [S] the response tokens."""
+    response_S: torch.Tensor
+    """int64 [S] batch index b of each response token."""
+    offset_S: torch.Tensor
+    """int64 [S] index t of each response token in its response."""
+
+    def to(self, device: torch.device | str) -> PackedRow:
+        """The same row on another device."""
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        return PackedRow(**moved)
+
+
+def pack_row(groups: Sequence[Group]) -> PackedRow:
+    """Lay the groups into one row."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[int] = []
+    lengths: list[int] = []
+    predict: list[int] = []
+    labels: list[int] = []
+    response_index: list[int] = []
+    offset: list[int] = []
+    for group in groups:
+        group_start = len(tokens)
+        last_prompt_token = group_start + len(group.prompt) - 1
+        for ids, position, segment in group.inputs():
+            start = len(tokens)
+            tokens.extend(ids)
+            positions.extend(range(position, position + len(ids)))
+            segments.extend([segment] * len(ids))
+            if segment == 0:
+                continue
+            response = group.responses[segment - 1]
+            if response:
+                predict.extend([last_prompt_token, *range(start, start + len(ids))])
+            labels.extend(response)
+            response_index.extend([group.first_response + segment - 1] * len(response))
+            offset.extend(range(len(response)))
+        lengths.append(len(tokens) - group_start)
+    return PackedRow(
+        tokens_T=torch.tensor(tokens, dtype=torch.int64),
+        positions_T=torch.tensor(positions, dtype=torch.int64),
+        segments_T=torch.tensor(segments, dtype=torch.int64),
+        group_lengths=tuple(lengths),
+        predict_S=torch.tensor(predict, dtype=torch.int64),
+        labels_S=torch.tensor(labels, dtype=torch.int64),
+        response_S=torch.tensor(response_index, dtype=torch.int64),
+        offset_S=torch.tensor(offset, dtype=torch.int64),
+    )
+
+
+def pack(groups: Sequence[Group], max_tokens: int) -> list[PackedRow]:
+    """Fill rows of at most `max_tokens` tokens, longest group first; a longer single group gets a row of its own."""
+    order = sorted(range(len(groups)), key=lambda i: (-groups[i].input_tokens, i))
+    rows: list[list[Group]] = []
+    room = 0
+    for i in order:
+        size = groups[i].input_tokens
+        if not rows or size > room:
+            rows.append([])
+            room = max_tokens
+        rows[-1].append(groups[i])
+        room -= size
+    return [pack_row(row) for row in rows]
+
+
+def groups_of(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], group_size: int
+) -> list[Group]:
+    """N prompts and B = N * group_size responses, ordered by prompt, as groups."""
+    if len(responses) != len(prompts) * group_size:
+        raise ValueError(f"{len(responses)} responses do not make {len(prompts)} groups of {group_size}")
+    return [
+        Group(
+            prompt=tuple(prompt),
+            responses=tuple(tuple(r) for r in responses[n * group_size : (n + 1) * group_size]),
+            first_response=n * group_size,
+        )
+        for n, prompt in enumerate(prompts)
+    ]
+
+
+def scatter_responses(
+    rows: Sequence[PackedRow], values: Sequence[torch.Tensor], batch: int, length: int
+) -> torch.Tensor:
+    """Per-token values [S] of each row, back in a right-padded [B, R] tensor; padding is zero."""
+    first = values[0] if values else torch.zeros(0)
+    out_BR = torch.zeros(batch, length, dtype=first.dtype, device=first.device)
+    for row, value_S in zip(rows, values, strict=True):
+        out_BR[row.response_S, row.offset_S] = value_S
+    return out_BR
