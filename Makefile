@@ -1,0 +1,26 @@
+# make test is the whole check; .ci/run calls it. Each target first picks the environment (slurm/env.sh).
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+ENV := export GRPO_KD_NEEDS=dev; source slurm/env.sh
+
+.PHONY: test test-slow lint format demo clean
+
+test: lint
+	@$(ENV) && python -m pytest -m "not slow and not gpu"
+
+test-slow:
+	@$(ENV) && python -m pytest -m "slow and not gpu" --timeout 3600
+
+lint:
+	@$(ENV) && ruff check . && ruff format --check . && mypy && lint-imports --no-logo
+
+format:
+	@$(ENV) && ruff check --fix . && ruff format .
+
+demo:
+	@bash slurm/run_stage2_grpo.sh
+
+# Caches and Python's leavings; .venv and runs/ stay.
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

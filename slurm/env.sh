@@ -1,0 +1,181 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside this file and by the Makefile: go to the repository root and pick a Python environment.
+#
+#   1. the active environment, where `python` has what pyproject.toml asks for;
+#   2. else .venv in the repository, made on first use with the exact versions of constraints.txt.
+#
+# GRPO_KD_NEEDS=dev asks for the test tools as well. Sets GRPO_KD_ROOT and, for .venv, PATH and VIRTUAL_ENV.
+# Defines `launch`, which starts the DeepSpeed launcher so that signals reach the trainer.
+
+GRPO_KD_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
+cd "$GRPO_KD_ROOT" || return 1
+
+# Requirements of pyproject.toml, one a line: the run's, and the test tools' where asked for.
+_grpo_kd_requirements() { # PYTHON NEEDS
+    "$1" - "$2" <<'PY'
+import sys
+import tomllib
+
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extra = project["optional-dependencies"]["dev"] if sys.argv[1] == "dev" else []
+print("\n".join(project["dependencies"] + extra))
+PY
+}
+
+# Does this Python have everything? Reads package metadata only: importing torch would take seconds.
+# Else prints the first thing that it lacks.
+_grpo_kd_complete() { # PYTHON NEEDS
+    local requirements
+    if ! requirements="$(_grpo_kd_requirements "$1" "$2" 2>/dev/null)"; then
+        echo "Python older than 3.11"
+        return 1
+    fi
+    "$1" - "$requirements" <<'PY'
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    try:
+        from pip._vendor.packaging.requirements import Requirement
+    except ImportError:
+        print("no packaging")
+        sys.exit(1)
+
+needs = [Requirement(line) for line in sys.argv[1].splitlines()]
+for need in needs:  # grows by what an extra such as jsonargparse[signatures] asks for
+    try:
+        have = version(need.name)
+    except PackageNotFoundError:
+        print(f"no {need.name}")
+        sys.exit(1)
+    if not need.specifier.contains(have, prereleases=True):
+        print(f"{need.name} {have}, needs {need.specifier}")
+        sys.exit(1)
+    for line in requires(need.name) or [] if need.extras else []:
+        part = Requirement(line)
+        if part.marker and any(part.marker.evaluate({"extra": extra}) for extra in need.extras):
+            needs.append(part)
+PY
+}
+
+# A Python >= 3.11 that can make environments. 3.11 first: the tested versions are those for 3.11.
+_grpo_kd_find_python() {
+    local candidate
+    for candidate in python3.11 python3 python3.12 python3.13 python; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return 0
+        fi
+    done
+    echo "error: no Python >= 3.11 with venv; install one (Debian: apt-get install python3 python3-venv) and try again" >&2
+    return 1
+}
+
+# What .venv was made for: the marker inside it holds the same, and is written last.
+_grpo_kd_fingerprint() {
+    cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1
+}
+
+_grpo_kd_venv_ready() {
+    [[ -x .venv/bin/python && -f .venv/grpo-kd-complete ]] &&
+        [[ "$(<.venv/grpo-kd-complete)" == "$(_grpo_kd_fingerprint)" ]] &&
+        .venv/bin/python -c '' 2>/dev/null # false where the Python that it was made from is gone
+}
+
+# Make or mend .venv. One process at a time: jobs of an array may all arrive here at once.
+_grpo_kd_make_venv() {
+    (
+        if command -v flock >/dev/null; then
+            exec 9>.venv.lock
+            flock 9
+        fi
+        _grpo_kd_venv_ready && exit 0
+        python="$(_grpo_kd_find_python)" || exit 1
+        echo "environment: making .venv with $python (once, a few minutes) ..." >&2
+        rm -f .venv/grpo-kd-complete
+        .venv/bin/python -c 'import pip' 2>/dev/null || "$python" -m venv --clear .venv || exit 1
+        requirements="$(_grpo_kd_requirements .venv/bin/python dev)" || exit 1
+        # Through a file, not a pipe, so that a failure of either side is seen.
+        printf '%s\n' "$requirements" >.venv/requirements.txt
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+            -c constraints.txt -r .venv/requirements.txt || exit 1
+        _grpo_kd_fingerprint >.venv/grpo-kd-complete.new && mv .venv/grpo-kd-complete.new .venv/grpo-kd-complete
+    ) || {
+        echo "error: .venv could not be made; see above, then start again (it goes on where it stopped)" >&2
+        return 1
+    }
+}
+
+_grpo_kd_choose() {
+    local needs="${GRPO_KD_NEEDS:-run}" lack
+    if ! command -v python >/dev/null; then
+        lack="no python on PATH"
+    elif lack="$(_grpo_kd_complete python "$needs" 2>&1)"; then
+        echo "environment: $(command -v python)" >&2
+        return 0
+    fi
+    _grpo_kd_venv_ready || _grpo_kd_make_venv || return 1
+    # What `activate` does, without its prompt.
+    export VIRTUAL_ENV="$GRPO_KD_ROOT/.venv" PATH="$GRPO_KD_ROOT/.venv/bin:$PATH"
+    unset PYTHONHOME
+    hash -r
+    echo "environment: $GRPO_KD_ROOT/.venv (active one passed over: ${lack%%$'\n'*})" >&2
+}
+
+_grpo_kd_free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# Trainer processes of the launcher with this process id: its runner starts a second process, that one the ranks.
+_grpo_kd_ranks() { # PID
+    local launch
+    for launch in $(pgrep -P "$1"); do
+        pgrep -P "$launch"
+    done
+}
+
+# launch SCRIPT [ARGUMENT ...]: `deepspeed SCRIPT ARGUMENT ...` on the devices of this job, with its exit status.
+#
+# The launcher by itself takes number of processes from CUDA_VISIBLE_DEVICES or from what the machine has (without a
+# GPU: one for each NUMA node), and its port is fixed, so that two runs on one machine would meet: we name a free one.
+# It also dies of SIGTERM alone and leaves the ranks running, and what its second half sends them it follows with
+# SIGKILL after 30 s. So a signal is given here to the ranks themselves, once; they write their checkpoint, take their
+# teacher down and leave, and the launcher passes their exit status on.
+launch() {
+    local port interrupted status flags=(--no_local_rank --log_level warning)
+    port="$(_grpo_kd_free_port)" || return 1
+    flags+=(--master_port "$port")
+    # A SLURM that hands out GPUs without saying which.
+    [[ -n "${SLURM_GPUS_ON_NODE:-}" && -z "${CUDA_VISIBLE_DEVICES:-}" ]] && flags+=(--num_gpus "$SLURM_GPUS_ON_NODE")
+    trap 'interrupted=1; _grpo_kd_forward INT "$!"' INT
+    # SLURM's USR1 (time limit ahead) and a closed terminal ask for the same as TERM: checkpoint and leave.
+    trap 'interrupted=1; _grpo_kd_forward TERM "$!"' TERM USR1 HUP
+    set -m # a process group of its own, so that Ctrl-C in a terminal arrives once, through us
+    deepspeed "${flags[@]}" "$@" </dev/null &
+    set +m
+    interrupted=1
+    while [[ -n "$interrupted" ]]; do # a trapped signal ends `wait` early
+        interrupted=""
+        wait "$!"
+        status=$?
+    done
+    trap - INT TERM USR1 HUP
+    return "$status"
+}
+
+_grpo_kd_forward() { # SIGNAL RUNNER
+    local ranks
+    [[ -n "$2" ]] || exit 1 # nothing started yet
+    ranks="$(_grpo_kd_ranks "$2")"
+    if [[ -n "$ranks" ]]; then
+        # shellcheck disable=SC2086 # a list of process ids
+        kill "-$1" $ranks 2>/dev/null
+    else
+        kill -TERM -- "-$2" 2>/dev/null # no rank yet: the launcher's own group
+    fi
+    return 0
+}
+
+_grpo_kd_choose

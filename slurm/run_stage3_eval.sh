@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Stage 3: score the newest run's exported student (eval/run_euroeval.py).
+#
+#   bash slurm/run_stage3_eval.sh [--steps 5 ...]      on this machine
+#   sbatch slurm/run_stage3_eval.sh [--steps 5 ...]    under SLURM
+#
+# Resources and processes only; every setting of the run is in configs/ (arguments are passed on).
+#SBATCH --job-name=grpo-kd-eval
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=1
+#SBATCH --mem=64G
+#SBATCH --time=04:00:00
+#SBATCH --output=slurm-%x-%j.out
+set -uo pipefail
+
+# sbatch runs a copy of this file from a spool folder; the repository is then where sbatch was called.
+for root in "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
+    [[ -f "$root/slurm/env.sh" ]] && break
+done
+# shellcheck source-path=SCRIPTDIR source=env.sh
+source "$root/slurm/env.sh" || exit 1
+exec python eval/run_euroeval.py "$@"
