@@ -1,0 +1,101 @@
+"""What flows through one step (docs/architecture.md). N prompts, G responses each, B = N*G, R longest response.
+
+All tensors are this rank's share of the batch unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from inference.packing import Group, groups_of
+from rewards.types import length_mask
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, rendered and tokenised."""
+
+    index: int
+    """Place in the data file (after skipping); names the prompt in seeds and logs."""
+    text: str
+    """The rendered prompt."""
+    tokens: tuple[int, ...]
+    """Student token ids."""
+    answers: tuple[str, ...]
+    """Accepted answers; may be empty."""
+    question: str
+    """The question alone."""
+    context: str | None = None
+    """The context it is asked of."""
+    id: str = ""
+    """The data's own name for it."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the actor sampled."""
+
+    prompts: Sequence[Prompt]
+    """N prompts."""
+    group_size: int
+    """G."""
+    responses: Sequence[tuple[int, ...]]
+    """B responses as token ids, ordered by prompt, the end symbol included where there is one."""
+    finished_B: torch.Tensor
+    """bool [B] the response ended with an end symbol."""
+    behavior_logprobs_BR: torch.Tensor
+    """float32 [B, R] log-probability under the full softmax at the sampling temperature, nats; 0 on padding. The
+    importance ratio uses these."""
+    sampled_logprobs_BR: torch.Tensor
+    """float32 [B, R] log-probability under the truncated (top-k, top-p) distribution that was drawn from."""
+    texts: Sequence[str]
+    """B response texts, special symbols removed, stripped."""
+
+    @property
+    def lengths_B(self) -> torch.Tensor:
+        """int64 [B] tokens of each response."""
+        return torch.tensor([len(r) for r in self.responses], dtype=torch.int64)
+
+    @property
+    def mask_BR(self) -> torch.Tensor:
+        """bool [B, R]."""
+        return length_mask(self.lengths_B, self.behavior_logprobs_BR.shape[1])
+
+    def groups(self) -> list[Group]:
+        """The rollout as groups for packing, in student tokens."""
+        return groups_of([p.tokens for p in self.prompts], self.responses, self.group_size)
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What the teacher says of a rollout, carried to the student's tokens."""
+
+    logprobs_BR: torch.Tensor
+    """float32 [B, R] nats; with different tokenizers the response's total sits on its last token."""
+    hidden_SD: torch.Tensor | None
+    """float32 [S, D] teacher's last hidden state for each response token in batch order (b, then t), or None."""
+    scored_tokens: int
+    """Response tokens that the teacher scored, in its own tokens."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with everything that the update needs."""
+
+    rollout: Rollout
+    advantages_BR: torch.Tensor
+    """float32 [B, R], 0 on padding."""
+    reference_logprobs_BR: torch.Tensor | None
+    """float32 [B, R] of the frozen reference, or None when no KL term is in the loss."""
+    teacher_hidden_SD: torch.Tensor | None
+    """float32 [S, D] for the single-step term, or None."""
+    values_BR: torch.Tensor | None = None
+    """float32 [B, R] critic's value before each token (PPO)."""
+    returns_BR: torch.Tensor | None = None
+    """float32 [B, R] what the critic is trained towards (PPO)."""
+
+
+Metrics = Mapping[str, float]
