@@ -1,0 +1,78 @@
+"""Advantages as pure functions: tensors and numbers in, values out. Shapes as in DESIGN: B = N*G, R padded."""
+
+from __future__ import annotations
+
+import torch
+
+from rewards.types import length_mask
+
+
+def group_scores_advantage(scores_B: torch.Tensor, group_size: int, *, scale: str, epsilon: float) -> torch.Tensor:
+    """GRPO (arXiv 2402.03300, section 4.1.2) for sequence scores: (R - mean of the group) / (std + epsilon).
+
+    `scale`: `group` divides by the group's standard deviation, `none` by nothing (Dr. GRPO, arXiv 2503.20783);
+    `batch` is `none` here and divided by the batch's later, because that needs all ranks. A group whose scores are all
+    equal gives exactly 0. Returns float32 [B].
+    """
+    groups_NG = scores_B.view(-1, group_size)
+    centred_NG = groups_NG - groups_NG.mean(1, keepdim=True)
+    # The mean of equal numbers may differ from them in the last bit, which a tiny deviation would blow up.
+    centred_NG = torch.where((groups_NG == groups_NG[:, :1]).all(1, keepdim=True), 0.0, centred_NG)
+    if scale == "group":
+        centred_NG = centred_NG / (groups_NG.std(1, keepdim=True, correction=1) + epsilon)
+    return centred_NG.reshape(-1)
+
+
+def group_token_advantage(
+    returns_BR: torch.Tensor, lengths_B: torch.Tensor, group_size: int, *, scale: str, epsilon: float
+) -> torch.Tensor:
+    """GRPO with a reward for each token: returns centred and scaled over all tokens of the group.
+
+    Statistics are over real tokens only. `scale` as in `group_scores_advantage`. Returns float32 [B, R], 0 on padding.
+    """
+    batch, longest = returns_BR.shape
+    mask_BR = length_mask(lengths_B, longest)
+    mask_NT = mask_BR.view(-1, group_size * longest)
+    returns_NT = torch.where(mask_NT, returns_BR.reshape(mask_NT.shape), 0.0)
+    count_N = mask_NT.sum(1, keepdim=True).clamp(min=1)
+    centred_NT = torch.where(mask_NT, returns_NT - returns_NT.sum(1, keepdim=True) / count_N, 0.0)
+    if scale == "group":
+        std_N = (centred_NT.square().sum(1, keepdim=True) / (count_N - 1).clamp(min=1)).sqrt()
+        centred_NT = centred_NT / (std_N + epsilon)
+    return centred_NT.reshape(batch, longest)
+
+
+def gae(
+    rewards_BR: torch.Tensor, values_BR: torch.Tensor, lengths_B: torch.Tensor, *, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) for responses that end after their last token.
+
+    delta_t = r_t + gamma V_{t+1} - V_t with V = 0 past the end; A_t = sum_k (gamma lam)^k delta_{t+k}.
+    Returns (advantages, returns = advantages + values), float32 [B, R], 0 on padding.
+    """
+    batch, longest = rewards_BR.shape
+    mask_BR = length_mask(lengths_B, longest)
+    values = torch.where(mask_BR, values_BR, 0.0)
+    following = torch.cat([values[:, 1:], values.new_zeros(batch, 1)], 1)
+    delta = torch.where(mask_BR, rewards_BR + gamma * following - values, 0.0)
+    running = delta.new_zeros(batch)
+    out = []
+    for t in range(longest - 1, -1, -1):
+        running = delta[:, t] + gamma * lam * running
+        out.append(running)
+    advantages = torch.stack(out[::-1], 1) if out else delta
+    return advantages, torch.where(mask_BR, advantages + values, 0.0)
+
+
+def whiten(values_BR: torch.Tensor, mask_BR: torch.Tensor, sums: tuple[float, float, float]) -> torch.Tensor:
+    """Centre and scale over the mask. `sums`: count, sum and sum of squares over all ranks' masks."""
+    count, total, squares = sums
+    mean = total / max(count, 1.0)
+    variance = max(squares / max(count, 1.0) - mean * mean, 0.0)
+    return torch.where(mask_BR, (values_BR - mean) / (variance**0.5 + 1e-8), 0.0)
+
+
+def masked_sums(values_BR: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
+    """float64 [3]: count, sum and sum of squares over the mask; add them over ranks before `whiten`."""
+    kept = values_BR[mask_BR].double()
+    return torch.stack([torch.tensor(float(len(kept)), dtype=torch.float64), kept.sum(), kept.square().sum()])

@@ -1,0 +1,130 @@
+"""Sampling from the student: each prompt is prefilled once, its G responses decode against that one cache.
+
+Random numbers belong to (seed, step, prompt): which rank samples a prompt, and beside which others, changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from configs.schema import SamplingConfig
+from inference.attention import DecodePlan, PrefillPlan
+from inference.packing import Group, pack_row
+from training.policy import Policy
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Responses of N prompts, B = N*G, ordered by prompt."""
+
+    responses: tuple[tuple[int, ...], ...]
+    """B lists of token ids, the end symbol included where one was drawn."""
+    finished_B: torch.Tensor
+    """bool [B] an end symbol was drawn."""
+    full_logprobs_BR: torch.Tensor
+    """float32 [B, R] under the full softmax at the temperature; 0 on padding."""
+    drawn_logprobs_BR: torch.Tensor
+    """float32 [B, R] under the truncated distribution that was drawn from; 0 on padding."""
+
+
+def prompt_generator(seed: int, step: int, prompt: int) -> torch.Generator:
+    """Random numbers of one prompt in one step."""
+    mixed = 0
+    for part in (seed, step, prompt):
+        # splitmix64: neighbouring seeds, steps and prompts give unrelated streams.
+        mixed = (mixed + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+
+
+def truncate(logprobs_AV: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:
+    """Keep the k likeliest tokens and, of them, the smallest set with mass >= p; renormalised log-probabilities."""
+    if 0 < top_k < logprobs_AV.shape[-1]:
+        kth = logprobs_AV.topk(top_k, -1).values[:, -1:]
+        logprobs_AV = logprobs_AV.masked_fill(logprobs_AV < kth, -torch.inf).log_softmax(-1)
+    if top_p < 1.0:
+        ordered, index = logprobs_AV.sort(-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        logprobs_AV = logprobs_AV.masked_fill(drop, -torch.inf).log_softmax(-1)
+    return logprobs_AV
+
+
+def draw(logprobs_AV: torch.Tensor, uniform_A: torch.Tensor) -> torch.Tensor:
+    """Token ids [A] by inverting the cumulative distribution at `uniform_A` in [0, 1)."""
+    cumulative = logprobs_AV.double().exp().cumsum(-1)
+    target = uniform_A.double()[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    # Rounding at the top end must not reach past the last token that has any mass.
+    last = (logprobs_AV > -torch.inf).long().cumsum(-1).argmax(-1)
+    return torch.minimum(drawn, last)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[tuple[int, ...]],
+    config: SamplingConfig,
+    *,
+    end_tokens: Sequence[int],
+    generators: Sequence[torch.Generator] | None,
+    any_rank: Callable[[bool], bool] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Samples:
+    """Sample `config.group_size` responses to each prompt.
+
+    `generators`: one a prompt, or None for greedy decoding. `any_rank(active)`: under ZeRO 3 every forward pass is a
+    collective, so all ranks go on until none is active; it returns whether any is. `on_step(t)` is called after each
+    decoding step.
+    """
+    group, longest = config.group_size, config.max_new_tokens
+    batch = len(prompts) * group
+    row = pack_row([Group(prompt=tuple(p), responses=()) for p in prompts])
+    prefill = PrefillPlan(row)
+    hidden = policy.hidden(row.tokens_T, row.positions_T, prefill)
+    last = torch.cumsum(prefill.cache.lengths_N, 0) - 1
+    logits = policy.logits(hidden[last]).repeat_interleave(group, 0)
+    plan = DecodePlan(prefill.cache, group, longest)
+    uniform_BR = (
+        torch.cat([torch.rand(group, longest, generator=g, dtype=torch.float64) for g in generators])
+        if generators is not None
+        else None
+    )
+    ends = torch.tensor(sorted(end_tokens), dtype=torch.int64)
+    tokens = torch.zeros(batch, longest, dtype=torch.int64)
+    full, drawn_from = torch.zeros(batch, longest), torch.zeros(batch, longest)
+    lengths = torch.zeros(batch, dtype=torch.int64)
+    finished = torch.zeros(batch, dtype=torch.bool)
+    active = torch.arange(batch)
+    for t in range(longest):
+        if len(active):
+            logprobs = (logits.float() / config.temperature).log_softmax(-1)
+            if uniform_BR is None:
+                kept, chosen = logprobs, logprobs.argmax(-1)
+            else:
+                kept = truncate(logprobs, top_k=config.top_k, top_p=config.top_p)
+                chosen = draw(kept, uniform_BR[active, t])
+            tokens[active, t] = chosen
+            full[active, t] = logprobs.gather(-1, chosen[:, None])[:, 0]
+            drawn_from[active, t] = kept.gather(-1, chosen[:, None])[:, 0]
+            lengths[active] += 1
+            ended = torch.isin(chosen, ends)
+            finished[active[ended]] = True
+            active = active[~ended]
+        if on_step is not None:
+            on_step(t)
+        if t + 1 == longest or not (any_rank(len(active) > 0) if any_rank else len(active) > 0):
+            break
+        # A rank that has finished keeps step with the others on one dummy response; nothing of it is kept.
+        rows = active if len(active) else torch.zeros(1, dtype=torch.int64)
+        positions = plan.advance(rows)
+        hidden = policy.hidden(tokens[rows, t], positions, plan)
+        logits = policy.logits(hidden)
+    used = int(lengths.max()) if batch else 0
+    responses = tuple(tuple(tokens[b, : int(lengths[b])].tolist()) for b in range(batch))
+    return Samples(responses, finished, full[:, :used], drawn_from[:, :used])
