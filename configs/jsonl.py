@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
 
-def read_jsonl(path: str | Path, required: Sequence[str] = ()) -> list[dict[str, Any]]:
+
+def read_jsonl(
+    path: str | Path, required: Sequence[str] = (), problem: Callable[[Row], str | None] | None = None
+) -> list[Row]:
     """All rows of a JSONL file; blank lines are skipped.
 
     Raises ValueError where the file is missing or has no row, or where a line is not UTF-8, not a JSON object, or
     lacks one of the `required` keys. Required values must be there and not be null, empty or only white space.
+    `problem` may look further: it returns what is wrong with a row, and the mend, or None.
     """
     path = Path(path)
     if not path.is_file():
@@ -22,13 +27,35 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ()) -> list[dict[str,
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             if raw.strip():
-                rows.append(_parse_row(raw, required, f"{path}:{number}"))
+                row = _parse_row(raw, required, f"{path}:{number}")
+                if problem is not None and (found := problem(row)) is not None:
+                    raise ValueError(f"{path}:{number}: {found}")
+                rows.append(row)
     if not rows:
         raise ValueError(f"{path}: the file has no row; write one JSON object a line")
     return rows
 
 
-def _parse_row(raw: bytes, required: Sequence[str], where: str) -> dict[str, Any]:
+def read_questions(path: str | Path, answers: bool = True) -> list[Row]:
+    """Rows with `question`, perhaps `context` and `id`, and `answers` (a list of accepted answers; optional where
+    `answers` is False)."""
+    return read_jsonl(path, ["question", "answers"] if answers else ["question"], _question_problem)
+
+
+def _question_problem(row: Row) -> str | None:
+    """What keeps a row from being a question, and the mend; None if nothing."""
+    for key in ("question", "context"):
+        if not isinstance(row.get(key, ""), str) and not (key == "context" and row[key] is None):
+            return f"key {key!r} is a {type(row[key]).__name__}; write a string"
+    accepted = row.get("answers")
+    if accepted is None:
+        return None
+    if not isinstance(accepted, list) or not all(isinstance(answer, str) and answer.strip() for answer in accepted):
+        return f"key 'answers' is {json.dumps(accepted, ensure_ascii=False)[:80]}; write a list of strings"
+    return None
+
+
+def _parse_row(raw: bytes, required: Sequence[str], where: str) -> Row:
     """One line as a dict with all `required` keys, or a ValueError that starts with `where`."""
     try:
         row = json.loads(raw.decode("utf-8-sig"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.jsonl import read_jsonl
+from configs.jsonl import read_jsonl, read_questions
 
 
 def test_rows_are_read(tmp_path: Path) -> None:
@@ -39,3 +39,30 @@ def test_bad_rows_are_named(tmp_path: Path, content: bytes, line: int | None, pr
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.jsonl: no such file"):
         read_jsonl(tmp_path / "nothing.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ('{"question": "x", "answers": "Oslo"}', "'answers' is \"Oslo\"; write a list of strings"),
+        ('{"question": "x", "answers": ["Oslo", 7]}', "write a list of strings"),
+        ('{"question": "x", "answers": ["Oslo", " "]}', "write a list of strings"),
+        ('{"question": "x", "answers": []}', "'answers' is empty"),
+        ('{"question": 5, "answers": ["Oslo"]}', "'question' is a int; write a string"),
+        ('{"question": "x", "context": ["y"], "answers": ["Oslo"]}', "'context' is a list; write a string"),
+    ],
+)
+def test_bad_questions_are_named(tmp_path: Path, row: str, problem: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "x", "context": null, "answers": ["y"], "id": 3}\n' + row, encoding="utf-8")
+    with pytest.raises(ValueError, match=problem) as caught:
+        read_questions(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+def test_prompts_need_no_answers(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "x"}', encoding="utf-8")
+    assert read_questions(path, answers=False) == [{"question": "x"}]
+    with pytest.raises(ValueError, match="'answers' is missing"):
+        read_questions(path)
