@@ -25,8 +25,6 @@ class StudentConfig:
     """Hugging Face model directory (config.json, safetensors, tokenizer), a hub id, or `demo`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and compute type of the student, the reference and the critic. Log-softmax is always float32."""
-    packing: bool = True
-    """Compute each prompt once for its group (docs/architecture.md). Off: plain padded rows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -190,7 +188,9 @@ class PPOConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """L = L_policy + beta L_KL + lambda_PT L_PT + lambda_BC L_BC + lambda_1 L_single [+ c_v L_value]."""
+    """L = L_policy + beta L_KL + lambda_PT L_PT + lambda_BC L_BC + lambda_1 L_single.
+
+    The critic's L_value has an engine and an optimizer of its own, so it needs no weight here."""
 
     clip_low: float = 0.2
     """Lower clip of the importance ratio: 1 - clip_low."""
@@ -204,8 +204,8 @@ class LossConfig:
     """Weight of L_policy."""
     kl_coef: float = 0.0
     """beta, weight of the KL to the reference in the loss."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL as a loss. k1 has no gradient in expectation and is refused (docs/algorithms.md)."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """Estimator of that KL as a loss. (k1 has no gradient in expectation: docs/algorithms.md.)"""
     pt_coef: float | None = None
     """lambda_PT, weight of the language-model loss on raw text. None: 0.1 with reward minillm, else 0."""
     pt_batch: int = 8
@@ -216,8 +216,6 @@ class LossConfig:
     """L_BC examples a step, over all ranks."""
     single_step_coef: float | None = None
     """lambda_1, weight of MiniLLM's exact single-step KL. None: 1 with minillm and equal tokenizers, else 0."""
-    value_coef: float = 0.5
-    """c_v, weight of the critic's loss (its own optimizer; kept for the reported total)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,3 +311,82 @@ def require(condition: bool, key: str, value: object, mend: str) -> None:
     """Raise a ValueError that names the key, the value and the mend unless `condition` holds."""
     if not condition:
         raise ValueError(f"{key} = {value!r}: {mend}")
+
+
+def _at_least(config: object, prefix: str, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{prefix}{name}", value, f"must be at least {least:g}")
+
+
+def _above_zero(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{prefix}{name}", value, "must be above 0")
+
+
+def validate(config: RunConfig) -> None:
+    """Check everything that the values alone decide. Raises ValueError naming key, value and mend."""
+    sampling, loss = config.sampling, config.loss
+    _at_least(config, "", 1, "steps", "prompts_per_step")
+    _at_least(sampling, "sampling.", 1, "group_size", "max_new_tokens")
+    _at_least(sampling, "sampling.", 0, "top_k")
+    _above_zero(sampling, "sampling.", "temperature", "top_p")
+    require(sampling.top_p <= 1, "sampling.top_p", sampling.top_p, "is a share of the probability mass: at most 1")
+    require(
+        config.algo != "grpo" or sampling.group_size >= 2,
+        "sampling.group_size",
+        sampling.group_size,
+        "GRPO compares the responses of a group, so it needs at least 2 (4 to 16 are usual), or use --algo ppo",
+    )
+    _at_least(config.teacher, "teacher.", 1, "tensor_parallel", "threads", "max_batch_tokens", "logit_chunk")
+    _above_zero(config.teacher, "teacher.", "timeout_s")
+    _above_zero(config.actor, "actor.", "learning_rate", "max_grad_norm")
+    _above_zero(config.critic, "critic.", "learning_rate")
+    _at_least(config.actor, "actor.", 1, "micro_batch_tokens", "updates_per_rollout")
+    _at_least(config.data, "data.", 2, "max_prompt_tokens", "text_block_tokens")
+    for key in ("template", "context_template"):
+        value = getattr(config.data, key)
+        require("{question}" in value, f"data.{key}", value, "must contain {question}")
+    require(
+        "{context}" in config.data.context_template,
+        "data.context_template",
+        config.data.context_template,
+        "must contain {context}",
+    )
+    require(0 < loss.clip_low < 1, "loss.clip_low", loss.clip_low, "must lie between 0 and 1")
+    _above_zero(loss, "loss.", "clip_high")
+    _at_least(loss, "loss.", 0, "policy_coef", "kl_coef", "bc_coef")
+    for key in ("pt_coef", "single_step_coef"):
+        value = getattr(loss, key)
+        require(value is None or value >= 0, f"loss.{key}", value, "must be at least 0")
+    require(
+        not loss.pt_coef or config.data.text is not None,
+        "loss.pt_coef",
+        loss.pt_coef,
+        "needs raw text: set data.text to a JSONL file with a `text` in each row",
+    )
+    _at_least(loss, "loss.", 1, "pt_batch", "bc_batch")
+    require(
+        config.prompts_per_step % config.actor.updates_per_rollout == 0,
+        "prompts_per_step",
+        config.prompts_per_step,
+        f"must be a multiple of actor.updates_per_rollout ({config.actor.updates_per_rollout})",
+    )
+    _at_least(config.sft, "sft.", 1, "steps", "batch")
+    _above_zero(config.sft, "sft.", "learning_rate")
+    _at_least(config.eval, "eval.", 1, "batch", "kl_samples")
+    _at_least(config.checkpoint, "checkpoint.", 1, "every", "keep", "samples_every")
+    require(
+        config.name is None or ("/" not in config.name and config.name not in ("", ".", "..")),
+        "name",
+        config.name,
+        "must be a plain folder name; choose the parent with runs_dir",
+    )
+
+
+def as_dict(config: RunConfig) -> dict[str, object]:
+    """Plain nested values, ready for YAML."""
+    values = dataclasses.asdict(config)
+    values["actor"]["betas"] = list(config.actor.betas)
+    return values

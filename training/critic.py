@@ -1,0 +1,99 @@
+"""The critic of PPO: a value for the state before each response token. A second DeepSpeed engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import RunConfig
+from inference.attention import PackedPlan
+from inference.packing import PackedRow, pack, scatter_responses
+from training import distributed
+from training.deepspeed_engine import Engine, in_step
+from training.losses import token_weights, value_loss
+from training.policy import load_policy
+from training.types import Experience, Rollout
+
+
+class ValueModel(nn.Module):
+    """A language model's backbone with one number a token in place of its output layer."""
+
+    def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        # Zero start: the first advantages are the rewards themselves, not noise.
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration; DeepSpeed looks for it here."""
+        return self.backbone.config
+
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        """Values float32 [S]: V(prompt, tokens before t) for each response token t of the row."""
+        out = self.backbone(
+            input_ids=row.tokens_T[None], position_ids=row.positions_T[None], plan=PackedPlan(row), use_cache=False
+        )
+        return self.head(out.last_hidden_state[0][row.predict_S]).float()[:, 0]
+
+
+class Critic:
+    """Values of a rollout, and their training."""
+
+    def __init__(self, config: RunConfig, student_path: Path, *, total_steps: int) -> None:
+        self._config = config
+        policy = load_policy(config.critic.path or student_path, config.student.dtype)
+        hidden_size = policy.config.get_text_config().hidden_size
+        self.engine = Engine(
+            ValueModel(policy.model.base_model, hidden_size).to(policy.model.dtype), config.actor,
+            peak_learning_rate=config.critic.learning_rate, zero_stage=config.critic.zero_stage,
+            dtype=config.student.dtype, hybrid=False, total_steps=total_steps,
+        )  # fmt: skip
+
+    def _rows(self, rollout: Rollout) -> list[PackedRow]:
+        return pack(rollout.groups(), self._config.actor.micro_batch_tokens)
+
+    @torch.no_grad()
+    def values(self, rollout: Rollout) -> torch.Tensor:
+        """Values float32 [B, R] before each response token; 0 on padding. All ranks together under ZeRO 3."""
+        rows = self._rows(rollout)
+        outputs = [self.engine.module(row.to(self.engine.device)).cpu() for row, _ in in_step(rows)]
+        return scatter_responses(rows, outputs[: len(rows)], *rollout.behavior_logprobs_BR.shape)
+
+    def update(self, experiences: Sequence[Experience], step: int) -> dict[str, float]:
+        """One optimizer step a mini-batch on the clipped value loss; returns metrics summed over ranks."""
+        loss_sum, norm = 0.0, 0.0
+        for i, experience in enumerate(experiences):
+            assert experience.values_BR is not None and experience.returns_BR is not None
+            old, returns, rollout = experience.values_BR, experience.returns_BR, experience.rollout
+            rows = self._rows(rollout)
+            lengths = rollout.lengths_B
+            tokens = float(distributed.sum_over_ranks(lengths.sum()))
+            weights = token_weights(
+                lengths, old.shape[1], aggregation="token", tokens=tokens, responses=1.0, constant=1.0
+            )
+            losses: list[torch.Tensor] = []
+
+            def job(row: PackedRow, used: float) -> torch.Tensor:
+                row = row.to(self.engine.device)
+                at = (row.response_S.cpu(), row.offset_S.cpu())
+                old_S, returns_S, weights_S = (x[at].to(self.engine.device) for x in (old, returns, weights * used))
+                loss = value_loss(
+                    self.engine.engine(row), old_S, returns_S, weights_S, clip=self._config.ppo.value_clip
+                )
+                losses.append(loss.detach())
+                return loss
+
+            jobs = [partial(job, row, used) for row, used in in_step(rows)]
+            norm, _, _ = self.engine.update(jobs, step * len(experiences) + i)
+            loss_sum += sum(float(x) for x in losses)
+        total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
+        return {**total, "critic/grad_norm": norm}
+

@@ -1,0 +1,105 @@
+"""Questions, answers and raw text as tokens; which of them come in which step is a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.jsonl import read_jsonl, read_questions
+from configs.schema import DataConfig
+from inference.packing import Group
+from training.types import Prompt
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What did not fit."""
+
+    count: int
+    """Prompts longer than data.max_prompt_tokens (or than the model's context)."""
+    longest: int
+    """Tokens of the longest of them."""
+
+
+def render(row: dict[str, Any], config: DataConfig) -> str:
+    """The prompt text of a question row."""
+    template = config.context_template if row.get("context") else config.template
+    return template.replace("{context}", row.get("context") or "").replace("{question}", row["question"])
+
+
+def load_prompts(
+    path: str | Path, config: DataConfig, tokenizer: Any, *, key: str, room: int, need_answers: bool
+) -> tuple[list[Prompt], Skipped]:
+    """All questions of a file that fit into `room` tokens (and data.max_prompt_tokens).
+
+    Raises ValueError for a malformed file, and where no question fits.
+    """
+    rows = read_questions(path, answers=need_answers)
+    limit = min(config.max_prompt_tokens, room)
+    prompts: list[Prompt] = []
+    too_long: list[int] = []
+    for row in rows:
+        text = render(row, config)
+        tokens = tuple(tokenizer(text)["input_ids"])
+        if len(tokens) > limit or not tokens:
+            too_long.append(len(tokens))
+            continue
+        prompts.append(
+            Prompt(
+                index=len(prompts), text=text, tokens=tokens, answers=tuple(row.get("answers") or ()),
+                question=row["question"], context=row.get("context"), id=str(row.get("id", len(prompts))),
+            )
+        )  # fmt: skip
+    if not prompts:
+        raise ValueError(
+            f"{key} = {str(path)!r}: all {len(rows)} prompts are longer than {limit} tokens (the longest has "
+            f"{max(too_long)}); raise data.max_prompt_tokens, or use a model with a longer context"
+        )
+    return prompts, Skipped(count=len(too_long), longest=max(too_long, default=0))
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> list[int]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) & 0x7FFFFFFFFFFFFFFF)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def positions_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
+    """The `count` items that step `step` takes from `size` items, shuffled anew each epoch; no item is left out.
+
+    A pure function, so resuming needs no cursor and skips nothing at an epoch's end.
+    """
+    return [_permutation(seed, i // size, size)[i % size] for i in range(step * count, (step + 1) * count)]
+
+
+def share_of_rank(items: Sequence[Any], rank: int, world: int) -> list[Any]:
+    """This rank's contiguous share; shares differ by at most one item."""
+    start, end = len(items) * rank // world, len(items) * (rank + 1) // world
+    return list(items[start:end])
+
+
+def answer_group(prompt: Prompt, answer: str, tokenizer: Any, end_token: int) -> Group:
+    """A prompt with one answer to imitate: ` answer` and the end symbol."""
+    tokens = tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
+    return Group(prompt=prompt.tokens, responses=((*tokens, end_token),))
+
+
+def text_blocks(path: str | Path, tokenizer: Any, end_token: int, block: int) -> list[Group]:
+    """Raw text for L_PT: all rows end to end, cut into blocks of `block` tokens.
+
+    The first token of a block is context, the others are predicted.
+    """
+    stream: list[int] = []
+    for row in read_jsonl(path, ["text"]):
+        stream.extend(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
+        stream.append(end_token)
+    blocks = [stream[i : i + block] for i in range(0, len(stream), block)]
+    groups = [Group(prompt=(b[0],), responses=(tuple(b[1:]),)) for b in blocks if len(b) > 1]
+    if not groups:
+        raise ValueError(f"data.text = {str(path)!r}: not two tokens of text in the file; give it some text")
+    return groups

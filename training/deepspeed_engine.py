@@ -1,0 +1,160 @@
+"""What the actor and the critic share of DeepSpeed: starting it, one engine from one module, gradients, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime import hybrid_engine
+from deepspeed.utils import logger as deepspeed_logger
+
+from configs.schema import ActorConfig
+from inference.packing import Group, PackedRow, pack_row
+from training import distributed
+
+
+def start_distributed() -> None:
+    """Join the trainer's process group: gloo on CPU, NCCL on CUDA."""
+    distributed.ensure_launcher_environment()
+    deepspeed_logger.setLevel(logging.WARNING)
+    # On CPU, DeepSpeed would compile a shared-memory collective (a minute, and a compiler on every node) that gloo
+    # does as well at our sizes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant, linear or cosine to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    if schedule == "linear":
+        return peak * max(1.0 - done, 0.0)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + float(torch.cos(torch.tensor(min(done, 1.0) * torch.pi))))
+    return peak
+
+
+class Engine:
+    """A module under DeepSpeed. Losses carry their global denominators, so gradients are summed over ranks."""
+
+    def __init__(
+        self, module: torch.nn.Module, config: ActorConfig, *, peak_learning_rate: float, zero_stage: int, dtype: str,
+        hybrid: bool, total_steps: int,
+    ) -> None:  # fmt: skip
+        self._schedule = dict(
+            peak=peak_learning_rate, schedule=config.schedule, warmup=config.warmup_steps, total=total_steps
+        )
+        self.zero_stage = zero_stage
+        optimizer = torch.optim.AdamW(
+            module.parameters(), lr=peak_learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        # The hybrid engine's injected kernels replace the layers that grouped attention needs, exist for few models
+        # and for none on CPU. Without policies it stays native for every model.
+        hybrid_engine.replace_policies.clear()
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.max_grad_norm,
+            "zero_optimization": {"stage": zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**12,
+            "hybrid_engine": {"enabled": hybrid, "max_out_tokens": 1},
+        }
+        if dtype == "bfloat16":
+            settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if config.offload and zero_stage > 0:
+            settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        with contextlib.redirect_stdout(None):
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.device = torch.device(self.engine.device)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The wrapped module; under ZeRO 3 its parameters are gathered as it runs."""
+        return self.engine.module
+
+    def update(self, jobs: Sequence[Callable[[], torch.Tensor]], step: int) -> tuple[float, float, bool]:
+        """One optimizer step on the sum of the jobs' losses over all ranks.
+
+        Each job runs one forward pass and returns its loss; all ranks give the same number of jobs. Returns
+        (gradient norm before clipping, learning rate, applied). A non-finite gradient is skipped on every rank.
+        """
+        rate = learning_rate(step, **self._schedule)  # type: ignore[arg-type]
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self.module.train()
+        # DeepSpeed averages over ranks; our losses are already divided by global counts.
+        scale = distributed.world_size()
+        for i, job in enumerate(jobs):
+            self.engine.set_gradient_accumulation_boundary(i == len(jobs) - 1)
+            self.engine.backward(job() * scale)
+        if self.zero_stage == 0:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            if not torch.isfinite(torch.tensor(norm)):
+                self.engine.zero_grad()
+                return norm, rate, False
+        with contextlib.redirect_stdout(None):
+            self.engine.step()
+        if self.zero_stage > 0:
+            norm = float(self.engine.get_global_grad_norm())
+        self.module.eval()
+        return norm, rate, not bool(getattr(self.engine.optimizer, "overflow", False))
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Write model and optimizer of all ranks into directory/tag. Collective."""
+        self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+
+    def load(self, directory: Path, tag: str) -> None:
+        """Read what `save` wrote. Collective."""
+        path, _ = self.engine.load_checkpoint(str(directory), tag=tag)
+        if path is None:
+            raise ValueError(f"checkpoint {directory / tag} cannot be read: delete it to go on from the one before")
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """All parameters on the CPU by name, on rank 0; None elsewhere. Collective under ZeRO 3."""
+        named = list(self.module.named_parameters())
+        state: dict[str, torch.Tensor] = {}
+        if self.zero_stage < 3:
+            state = {name: p.detach().cpu().clone() for name, p in named}
+        else:
+            for name, p in named:  # one at a time: the whole model need not fit on one card
+                with deepspeed.zero.GatheredParameters([p]):
+                    if distributed.is_main():
+                        state[name] = p.detach().cpu().clone()
+        return state if distributed.is_main() else None
+
+
+def in_step(rows: Sequence[PackedRow]) -> list[tuple[PackedRow, float]]:
+    """The rows with weight 1, then as many of weight 0 as the rank with most rows has more.
+
+    Under ZeRO 3 every pass is a collective: ranks with unequal numbers of passes would wait for each other for ever.
+    A rank without rows runs a row of one token.
+    """
+    missing = int(distributed.max_over_ranks(len(rows))) - len(rows)
+    spare = rows[-1] if rows else pack_row([Group(prompt=(0,), responses=((0,),))])
+    return [(row, 1.0) for row in rows] + [(spare, 0.0)] * missing
+
+
+def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a directory beside `target`, then put it in its place, so that `target` is never half-written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        fresh, old = Path(temporary) / "new", Path(temporary) / "old"
+        fresh.mkdir()
+        write(fresh)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)

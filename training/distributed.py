@@ -1,0 +1,112 @@
+"""The trainer's own ranks: who am I, sums over all ranks, small byte strings from rank 0. No object collectives."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def environment_rank() -> int:
+    """Rank that the launcher gave this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ensure_launcher_environment() -> None:
+    """Make `python training/main.py` the same as one rank under the launcher."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def rank() -> int:
+    """This process's rank."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of trainer processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this rank writes files and shows progress."""
+    return rank() == 0
+
+
+def _device() -> torch.device:
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum of a small tensor over all ranks, on the CPU."""
+    if world_size() == 1:
+        return values
+    moved = values.to(_device(), copy=True)
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+def max_over_ranks(value: float) -> float:
+    """Largest of one number over all ranks."""
+    if world_size() == 1:
+        return value
+    moved = torch.tensor([value], dtype=torch.float64, device=_device())
+    dist.all_reduce(moved, op=dist.ReduceOp.MAX)
+    return float(moved.item())
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return max_over_ranks(float(flag)) > 0
+
+
+def sum_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Sum of each number over all ranks; every rank has the same keys."""
+    keys = sorted(sums)
+    total = sum_over_ranks(torch.tensor([sums[k] for k in keys], dtype=torch.float64))
+    return dict(zip(keys, total.tolist(), strict=True))
+
+
+def gather_strings(texts: Sequence[str]) -> list[str]:
+    """All ranks' strings in rank order, as UTF-8 bytes over the wire (nothing is unpickled)."""
+    if world_size() == 1:
+        return list(texts)
+    encoded = [t.encode() for t in texts]
+    sizes = torch.tensor([len(e) for e in encoded], dtype=torch.int64)
+    body = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
+    all_sizes, all_bodies = _gather_ragged(sizes), _gather_ragged(body)
+    out = []
+    for size, data in zip(all_sizes, all_bodies, strict=True):
+        raw, start = bytes(data.tolist()), 0
+        for n in size.tolist():
+            out.append(raw[start : start + n].decode())
+            start += n
+    return out
+
+
+def _gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """One-dimensional tensors of different lengths from all ranks, on the CPU."""
+    tensor = tensor.to(_device())
+    lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(tensor)], dtype=torch.int64, device=tensor.device))
+    longest = max(int(n.item()) for n in lengths)
+    padded = tensor.new_zeros(max(longest, 1))
+    padded[: len(tensor)] = tensor
+    parts = [torch.zeros_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return [part[: int(n.item())].cpu() for part, n in zip(parts, lengths, strict=True)]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
