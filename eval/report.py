@@ -1,0 +1,46 @@
+"""One page that shows a run: tables, curves, answers before and after.
+
+    python eval/report.py --run runs/NAME
+
+Reads only the run's folder and writes report.html there (self-contained: nothing is loaded from anywhere), with each
+plot as report-NAME.png beside it. An unfinished run gives a page of what there is so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a script: our rooms first, and no file of this folder hides a library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from configs.files import write_atomically
+from eval.report_page import render_page
+from eval.report_plots import draw_plots
+from eval.run_files import read_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line that says what to mend."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run, such as runs/grpo-minillm")
+    run_dir = parser.parse_args(arguments).run
+    try:
+        run = read_run(run_dir)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    plots = draw_plots(run.steps, run.metrics)
+    for plot in plots:
+        write_atomically(run_dir / f"report-{plot.slug}.png", plot.png)
+    write_atomically(run_dir / "report.html", render_page(run, plots))
+    print(f"report: {run_dir / 'report.html'} ({len(plots)} plots)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
