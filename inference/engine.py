@@ -1,0 +1,173 @@
+"""The engine: one queue of requests from all sessions, merged and run on every tensor-parallel rank.
+
+Rank 0 takes requests from the queue in its main thread and broadcasts them in the wire format; the other ranks follow.
+While nothing is asked, rank 0 broadcasts an empty message, so that no collective ever times out.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+
+from inference import wire
+from inference.packing import Group
+from inference.scoring import Scorer
+from inference.wire import Request
+
+logger = logging.getLogger("teacher")
+
+KEEP_ALIVE_S = 10.0
+LOG_S = 60.0
+_STOP, _IDLE, _WORK = 0, 1, 2
+_TRUSTED = wire.Limits(tokens=1 << 60, rows=1 << 40, vocab_size=1 << 40, max_positions=1 << 40)
+"""Between our own ranks: rank 0 has checked the request against the real limits."""
+
+
+@dataclass
+class Load:
+    """What was done since the last log line."""
+
+    requests: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+
+class Engine:
+    """Rank 0's side."""
+
+    def __init__(self, scorer: Scorer, merge_tokens: int) -> None:
+        self._scorer = scorer
+        self._merge_tokens = merge_tokens
+        self._queue: queue.Queue[tuple[Request, Future[list[torch.Tensor]]]] = queue.Queue()
+        self._held: list[tuple[Request, Future[list[torch.Tensor]]]] = []
+        self._load = Load()
+
+    def submit(self, request: Request) -> Future[list[torch.Tensor]]:
+        """Queue a request; called from session threads."""
+        future: Future[list[torch.Tensor]] = Future()
+        self._queue.put((request, future))
+        return future
+
+    def run(self, stopping: threading.Event, sessions: Callable[[], int]) -> None:
+        """Serve until `stopping` is set and the queue is empty. Runs in the main thread."""
+        last_broadcast = time.monotonic()
+        while True:
+            batch = self._next_batch()
+            if batch:
+                self._work(batch)
+                last_broadcast = time.monotonic()
+            elif stopping.is_set():
+                break
+            elif time.monotonic() - last_broadcast > KEEP_ALIVE_S:
+                _broadcast(_IDLE)
+                last_broadcast = time.monotonic()
+            if time.monotonic() - self._load.since > LOG_S:
+                self._log(sessions())
+        _broadcast(_STOP)
+
+    def _next_batch(self) -> list[tuple[Request, Future[list[torch.Tensor]]]]:
+        """The oldest request and every waiting one that can run with it, up to the token budget of a merge."""
+        if not self._held:
+            try:
+                self._held.append(self._queue.get(timeout=0.2))
+            except queue.Empty:
+                return []
+        while not self._queue.empty():
+            self._held.append(self._queue.get())
+        batch: list[tuple[Request, Future[list[torch.Tensor]]]] = []
+        left = []
+        tokens = 0
+        for item in self._held:
+            size = sum(group.input_tokens for group in item[0].groups)
+            if not batch or (_mergeable(batch[0][0], item[0]) and tokens + size <= self._merge_tokens):
+                batch.append(item)
+                tokens += size
+            else:
+                left.append(item)
+        self._held = left
+        return batch
+
+    def _work(self, batch: list[tuple[Request, Future[list[torch.Tensor]]]]) -> None:
+        requests = [request for request, _ in batch]
+        merged = _merge(requests)
+        start = time.monotonic()
+        header, payload = wire.encode_request(merged)
+        _broadcast(_WORK, payload.numel())
+        dist.broadcast(header, 0)
+        dist.broadcast(payload, 0)
+        tensors = self._scorer.run(merged)
+        self._load.busy_s += time.monotonic() - start
+        self._load.requests += len(batch)
+        self._load.tokens += sum(group.input_tokens for group in merged.groups)
+        if len(batch) == 1:
+            batch[0][1].set_result(tensors)
+            return
+        sizes = [request.response_tokens for request in requests]
+        parts = [tensor.split(sizes) for tensor in tensors]
+        for i, (_, future) in enumerate(batch):
+            future.set_result([part[i] for part in parts])
+
+    def _log(self, sessions: int) -> None:
+        load, self._load = self._load, Load()
+        seconds = time.monotonic() - load.since
+        logger.info(
+            "%d sessions, %d requests, %d tokens, %.0f tokens/s, busy %.0f %%, %d waiting",
+            sessions,
+            load.requests,
+            load.tokens,
+            load.tokens / seconds,
+            100 * load.busy_s / seconds,
+            self._queue.qsize() + len(self._held),
+        )
+
+
+def follow(scorer: Scorer) -> None:
+    """The other ranks' side: do what rank 0 broadcasts until it says stop."""
+    while True:
+        control = torch.zeros(2, dtype=torch.int64)
+        dist.broadcast(control, 0)
+        operation, size = control.tolist()
+        if operation == _STOP:
+            return
+        if operation == _WORK:
+            header, payload = torch.zeros(wire.HEADER_WORDS, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+            dist.broadcast(header, 0)
+            dist.broadcast(payload, 0)
+            scorer.run(wire.decode_request(header.tolist(), payload, _TRUSTED))
+
+
+def _broadcast(operation: int, size: int = 0) -> None:
+    dist.broadcast(torch.tensor([operation, size], dtype=torch.int64), 0)
+
+
+def _mergeable(first: Request, other: Request) -> bool:
+    """Whether two requests can be one: the same question of different groups."""
+    # hidden states do not depend on the temperature
+    return (
+        first.kind == other.kind != "generate"
+        and first.k == other.k
+        and (first.kind == "hidden" or first.temperature == other.temperature)
+    )
+
+
+def _merge(requests: list[Request]) -> Request:
+    """One request with all groups, renumbered in order."""
+    if len(requests) == 1:
+        return requests[0]
+    groups: list[Group] = []
+    first = 0
+    for request in requests:
+        for group in request.groups:
+            groups.append(replace(group, first_response=first))
+            first += len(group.responses)
+    extras = tuple(value for request in requests for value in request.extras)
+    return replace(requests[0], groups=tuple(groups), extras=extras)

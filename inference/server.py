@@ -1,0 +1,258 @@
+"""The server: a TCPStore that clients meet in, and one thread for each session. Only rank 0 has one.
+
+A session thread talks to its client and to the engine's queue, nothing else; whatever goes wrong in it ends that
+session alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.schema import TeacherConfig
+from inference import session, wire
+from inference.engine import Engine
+from inference.fingerprint import tokenizer_fingerprint, vocabulary_fingerprint
+from inference.output_layer import describe_output_layer
+from inference.session import Channel
+from inference.teacher import Teacher
+
+logger = logging.getLogger("teacher")
+
+POLL_S = 0.02
+HANDSHAKES = 32
+"""Handshakes at a time; more wait."""
+REPLY_S = 300.0
+"""Seconds that a client may take to receive a reply."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What clients may know of the teacher; sent as JSON."""
+
+    model: str
+    """The model directory's name."""
+    model_dir: str
+    vocab_size: int
+    hidden_size: int
+    dtype: str
+    tensor_parallel: int
+    max_positions: int
+    eos_ids: list[int]
+    tokenizer_fingerprint: str
+    vocabulary_fingerprint: str
+    output_layer: dict[str, Any]
+
+
+class Server:
+    """Accepts sessions until `close`."""
+
+    def __init__(self, config: TeacherConfig, info: ServerInfo, secret: str, engine: Engine) -> None:
+        self._config, self._info, self._secret, self._engine = config, info, secret, engine
+        listener = socket.create_server((config.interface, config.port), backlog=128)
+        self.port: int = listener.getsockname()[1]
+        # The store binds to every interface unless it is given a socket that is already bound to one.
+        self._store = dist.TCPStore(
+            config.interface,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+            timeout=timedelta(seconds=session.CONNECT_S),
+        )
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._sessions = 0
+        self._busy = 0
+        self._handshakes = threading.BoundedSemaphore(HANDSHAKES)
+        self._limits = wire.Limits(
+            tokens=config.max_request_tokens,
+            rows=config.max_request_rows,
+            vocab_size=info.vocab_size,
+            max_positions=info.max_positions,
+        )
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"{self._config.interface}:{self.port}"
+
+    def sessions(self) -> int:
+        """Sessions being served."""
+        return self._sessions
+
+    def start(self) -> None:
+        """Accept in a thread."""
+        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Accept nobody any more and wait for the replies that are on their way."""
+        self._closing.set()
+        deadline = time.monotonic() + timeout_s
+        while self._busy and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _accept(self) -> None:
+        """Watch the counter; each number below it is, or was, a client."""
+        following = 1
+        waiting: dict[int, float] = {}
+        while not self._closing.is_set():
+            time.sleep(POLL_S)
+            try:
+                announced = self._store.add(session.COUNTER, 0)
+                # A peer may have pushed the counter far ahead; only the newest are looked at.
+                for number in range(max(following, announced - 1000), announced + 1):
+                    waiting[number] = time.monotonic() + session.CONNECT_S
+                following = max(following, announced + 1)
+                for number, deadline in list(waiting.items()):
+                    if self._store.check([session.announcement(number)]):
+                        del waiting[number]
+                        self._handshakes.acquire()
+                        threading.Thread(target=self._session, args=(number,), daemon=True).start()
+                    elif time.monotonic() > deadline:
+                        del waiting[number]
+            except RuntimeError as error:
+                logger.warning("accepting: %s", _line(error))
+
+    def _session(self, number: int) -> None:
+        """One client, from its announcement to its end."""
+        name = ""
+        opened = False
+        try:
+            try:
+                store = self._store.clone()
+                store.set_timeout(timedelta(seconds=session.CONNECT_S))
+                hello = session.take(store, session.announcement(number))
+                store.delete_key(session.announcement(number))
+                if not session.NAME.fullmatch(str(hello.get("session"))):
+                    raise wire.WireError("malformed session name")
+                name = hello["session"]
+                limits = self._handshake(store, name, hello)
+                opened = True
+                group = session.form_group(store, name, session.SERVER, self._config.interface)
+            finally:
+                self._handshakes.release()
+            logger.info("session %d opened", number)
+            self._serve(Channel(group, session.CLIENT), limits)
+        except (RuntimeError, ValueError) as error:
+            logger.info("session %d ended: %s", number, _line(error))
+        finally:
+            if opened:
+                with self._lock:
+                    self._sessions -= 1
+            self._forget(name)
+
+    def _handshake(self, store: dist.Store, name: str, hello: dict[str, Any]) -> wire.Limits:
+        """Prove the secret to each other and compare what must agree. A refusal is written, then raised."""
+        nonce, theirs = session.new_nonce(), str(hello.get("nonce"))
+        mine = session.proof(self._secret, "server", name, nonce, theirs)
+        challenge = {"version": wire.VERSION, "nonce": nonce, "proof": mine}
+        session.put(store, session.key(name, "challenge"), challenge)
+        if hello.get("version") != wire.VERSION:
+            raise wire.WireError(f"the client speaks protocol version {hello.get('version')!r}, not {wire.VERSION}")
+        answer = session.take(store, session.key(name, "answer"))
+        verdict = session.key(name, "verdict")
+        if not session.same(session.proof(self._secret, "client", name, nonce, theirs), answer.get("proof")):
+            session.put(store, verdict, {"error": "wrong secret (GRPO_KD_TEACHER_SECRET)"})
+            raise wire.WireError("wrong secret")
+        refusal = self._refusal(answer)
+        if refusal is not None:
+            session.put(store, verdict, {"error": refusal})
+            raise wire.WireError(f"refused: {refusal}")
+        with self._lock:
+            full = self._sessions >= self._config.max_sessions or self._closing.is_set()
+            if not full:
+                self._sessions += 1
+        if full:
+            session.put(store, verdict, {"error": "no session is free (teacher.max_sessions)", "retry": True})
+            raise wire.WireError("refused: no session is free")
+        session.put(store, verdict, {"info": vars(self._info)})
+        temperature = answer.get("temperature")
+        return self._limits if temperature is None else replace(self._limits, temperature=float(temperature))
+
+    def _refusal(self, answer: dict[str, Any]) -> str | None:
+        """What of the client's expectations this teacher does not meet."""
+        for field, what in (
+            ("tokenizer_fingerprint", "tokenizer fingerprint"),
+            ("vocab_size", "vocabulary size"),
+            ("dtype", "dtype"),
+        ):
+            expected, is_ = answer.get(field), getattr(self._info, field)
+            if expected is not None and expected != is_:
+                return f"{what}: the client has {expected!s:.64}, the teacher {self._info.model} has {is_}"
+        temperature = answer.get("temperature")
+        if temperature is not None and not (isinstance(temperature, int | float) and 1e-3 <= temperature <= 1e3):
+            return f"temperature {temperature!s:.64} is not within [0.001, 1000]"
+        return None
+
+    def _serve(self, channel: Channel, limits: wire.Limits) -> None:
+        """Requests, one after the other, until the client leaves or breaks a rule."""
+        while not self._closing.is_set():
+            words = channel.receive_header(session.IDLE_S)
+            with self._lock:
+                self._busy += 1
+            try:
+                channel.send(self._answer(channel, words, limits), REPLY_S)
+            except wire.WireError as error:
+                channel.send(wire.encode_reply([], error=str(error)), REPLY_S)
+                raise
+            finally:
+                with self._lock:
+                    self._busy -= 1
+
+    def _answer(self, channel: Channel, words: list[int], limits: wire.Limits) -> list[torch.Tensor]:
+        """Read the rest of a request and wait for the engine's answer."""
+        size = wire.request_payload_size(words, limits)
+        request = wire.decode_request(words, channel.receive(size, torch.int64, session.CONNECT_S * 4), limits)
+        if request.kind == "ping":
+            return wire.encode_reply([])
+        if request.kind == "info":
+            return wire.encode_reply([wire.encode_json(vars(self._info))])
+        future: Future[list[torch.Tensor]] = self._engine.submit(request)
+        return wire.encode_reply(future.result())
+
+    def _forget(self, name: str) -> None:
+        """Delete what a session left in the store."""
+        if not name:
+            return
+        try:
+            for left in self._store.list_keys():
+                if left.startswith(session.key(name, "")):
+                    self._store.delete_key(left)
+        except RuntimeError as error:
+            logger.warning("cleaning up: %s", _line(error))
+
+
+def _line(error: Exception) -> str:
+    """An error in one line of reasonable length."""
+    return " ".join(str(error).split())[:300]
+
+
+def describe(config: TeacherConfig, teacher: Teacher) -> ServerInfo:
+    """What this server says of itself."""
+    path = Path(config.path)
+    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    a = teacher.architecture
+    return ServerInfo(
+        model=path.resolve().name,
+        model_dir=str(path.resolve()),
+        vocab_size=a.vocab_size,
+        hidden_size=a.hidden_size,
+        dtype=config.dtype,
+        tensor_parallel=teacher.size,
+        max_positions=a.max_positions,
+        eos_ids=list(a.eos_ids),
+        tokenizer_fingerprint=tokenizer_fingerprint(path) if has_tokenizer else "none",
+        vocabulary_fingerprint=vocabulary_fingerprint(path) if has_tokenizer else "none",
+        output_layer=describe_output_layer(path),
+    )
