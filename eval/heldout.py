@@ -172,7 +172,7 @@ def _longest_prompt(model: Any, settings: AskSettings) -> int:
 
 
 def _answer_row(question: Question, reply: str) -> dict[str, Any]:
-    """One question with what was said and how right it was (0..1)."""
+    """One question with what was said and how right it was, in percent."""
     kept = {key: question[key] for key in ("id", "question", "context", "answers") if question.get(key) is not None}
-    f1, match = token_f1(reply, question["answers"]), exact_match(reply, question["answers"])
+    f1, match = 100.0 * token_f1(reply, question["answers"]), 100.0 * exact_match(reply, question["answers"])
     return {**kept, "prediction": reply, "f1": f1, "exact_match": match}

@@ -159,7 +159,7 @@ def _answers(run: RunFiles) -> str:
     cards = "\n".join(_card(row, {stage: found.get(_key(row)) for stage, found in by_stage.items()}) for row in chosen)
     return f"""<section>
 <h2>Answers before and after</h2>
-<p class="note">{count} of {len(rows)} held-out questions, drawn at random. ✓ right, ◐ partly (F1), ✗ wrong.</p>
+<p class="note">{count} of {len(rows)} held-out questions, drawn at random. ✓ right, ◐ partly (with its F1), ✗ wrong.</p>
 <div class="cards">
 {cards}
 </div>
@@ -189,10 +189,10 @@ def _reply(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
     f1 = float(row.get("f1") or 0.0)
-    if f1 >= 1.0 - 1e-9:
+    if f1 >= 100.0 - 1e-6:
         mark = '<span class="right" title="right">✓<span class="hidden"> right</span></span>'
     elif f1 > 0:
-        mark = f'<span class="partly" title="partly right">◐ {f1:.2f}<span class="hidden"> partly right</span></span>'
+        mark = f'<span class="partly" title="partly right">◐ {f1:.0f}<span class="hidden"> partly right</span></span>'
     else:
         mark = '<span class="wrong" title="wrong">✗<span class="hidden"> wrong</span></span>'
     text = str(row.get("prediction") or "")

@@ -34,7 +34,7 @@ class RunFiles:
     scores: dict[str, dict[str, float]]
     """f1 and exact_match in percent, reverse_kl in nats a token, by stage; what is not known is absent."""
     answers: dict[str, list[dict[str, Any]]]
-    """Answers of the held-out evaluation by stage."""
+    """Answers of the held-out evaluation by stage, each with its f1 in percent."""
     questions: int | None
     """Held-out questions asked."""
     data: str | None
@@ -105,7 +105,7 @@ def _is_number(value: Any) -> bool:
 def _read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
     """Steps and every numeric key. A resumed run may have written a step twice: the last time counts."""
     by_step: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n") if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

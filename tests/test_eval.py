@@ -100,7 +100,7 @@ def test_newest_run_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     result = json.loads((newer / "eval" / "heldout.json").read_text())
     # "Oslo" against "Oslo og Havn": precision 1, recall 1/3, F1 1/2; against "oslo": 1; against "Havn": 0.
     assert [row["prediction"] for row in result["answers"]] == ["Oslo", "Oslo", "Oslo"]
-    assert [row["f1"] for row in result["answers"]] == pytest.approx([0.5, 1.0, 0.0])
+    assert [row["f1"] for row in result["answers"]] == pytest.approx([50.0, 100.0, 0.0])
     assert result["f1"] == pytest.approx(50.0)
     assert result["exact_match"] == pytest.approx(100 / 3)
     assert result["questions"] == 3

@@ -68,7 +68,8 @@ def make_run(run: Path, steps: int = 30, finished: bool = True) -> Path:
         evals["after"] = {"f1": 45.67, "exact_match": 40.0, "reverse_kl": 1.25, "questions": 12, "data": "h.jsonl"}
         evals["teacher"] = {"f1": 99.0, "exact_match": 98.0, "reverse_kl": None, "questions": 12, "data": "h.jsonl"}
         after = [
-            answer(number, "Oslo" if number % 2 else "Oslo Havn", 1.0 if number % 2 else 2 / 3) for number in range(12)
+            answer(number, "Oslo" if number % 2 else "Oslo Havn", 100.0 if number % 2 else 200 / 3)
+            for number in range(12)
         ]
         (run / "eval" / "after.json").write_text(json.dumps(evals["after"] | {"answers": after[::-1]}))
         (run / "eval" / "teacher.json").write_text(json.dumps(evals["teacher"] | {"answers": after}))
@@ -109,7 +110,7 @@ def test_answers_are_matched_and_marked(tmp_path: Path) -> None:
         assert "✗" in before
         assert "&lt;script&gt;Havn" in before
         # after.json lists the questions in another order: they are matched by id.
-        assert ("✓" in after) if number % 2 else ("◐ 0.67" in after)
+        assert ("✓" in after) if number % 2 else ("◐ 67" in after)
         assert after == teacher
     assert "<script" not in text
 

@@ -1,0 +1,158 @@
+"""The scripts in slurm/: which environment they take, and that exit codes and signals pass through the launcher."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = sorted(path.name for path in (ROOT / "slurm").glob("run_*.sh"))
+
+# Stands for training/main.py: says who it is, then exits as told or waits for a signal.
+PROBE = """
+import os, signal, sys, time
+def leave(number, frame):
+    print("got", signal.Signals(number).name, flush=True)
+    time.sleep(0.5)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, leave)
+signal.signal(signal.SIGINT, leave)
+print("args", *sys.argv[1:], "pid", os.getpid(), flush=True)
+if sys.argv[-1].startswith("exit="):
+    sys.exit(int(sys.argv[-1][5:]))
+time.sleep(120)
+"""
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A small copy of the repository with a trainer that does nothing."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    for file in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    for script in ("training/main.py", "training/sft.py", "eval/run_euroeval.py"):
+        (tmp_path / script).parent.mkdir(exist_ok=True)
+        (tmp_path / script).write_text(PROBE)
+    return tmp_path
+
+
+def active() -> dict[str, str]:
+    """An environment in which `python` is the one that runs this test."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def run(command: list[str], cwd: Path, env: dict[str, str], **more: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=120, **more)  # type: ignore[call-overload, no-any-return]
+
+
+def test_the_active_environment_is_used(house: Path) -> None:
+    done = run(["bash", "-c", "source slurm/env.sh && command -v python"], house, active() | {"GRPO_KD_NEEDS": "dev"})
+    assert done.returncode == 0
+    assert done.stderr == f"environment: {Path(sys.executable).parent}/python\n"
+    assert not (house / ".venv").exists()
+
+
+def fake_venv(house: Path) -> Path:
+    """A .venv that says it is complete."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(house / ".venv")], check=True)
+    mark = "source slurm/env.sh; _grpo_kd_fingerprint > .venv/grpo-kd-complete"
+    run(["bash", "-c", mark], house, active())
+    return house / ".venv"
+
+
+def test_a_complete_venv_is_used_where_the_active_one_lacks_something(house: Path, tmp_path: Path) -> None:
+    venv = fake_venv(house)
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", str(bare)], check=True)
+    env = active() | {"PATH": f"{bare}/bin:/usr/bin:/bin"}
+    done = run(["bash", "-c", "source slurm/env.sh && command -v python; echo $VIRTUAL_ENV"], house, env)
+    assert done.stdout == f"{venv}/bin/python\n{venv}\n"
+    assert done.stderr == f"environment: {venv} (active one passed over: no torch)\n"
+
+
+def test_a_venv_for_other_versions_is_made_again(house: Path) -> None:
+    """The marker is for these requirements only; a failing installation ends with a message and no marker."""
+    venv = fake_venv(house)
+    with (house / "constraints.txt").open("a") as file:
+        file.write("# changed\n")
+    (house / "pip").mkdir()
+    env = active() | {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(house / "pip")}
+    env["PATH"] = f"{house / 'pip'}:{env['PATH']}"
+    (house / "pip" / "python3.11").symlink_to(sys.executable)
+    (house / "pip" / "python").write_text("#!/bin/sh\nexit 1\n")
+    (house / "pip" / "python").chmod(0o755)
+    done = run(["bash", "-c", "source slurm/env.sh"], house, env)
+    assert done.returncode == 1
+    assert "error: .venv could not be made" in done.stderr
+    assert not (venv / "grpo-kd-complete").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("run_stage2_ppo.sh", "--algo ppo"), ("run_stage2_grpo.sh", "--algo grpo")]
+)
+def test_exit_codes_and_arguments_pass_through(house: Path, name: str, expected: str) -> None:
+    done = run(["bash", str(house / "slurm" / name), "--name", "a b", "exit=75"], house.parent, active())
+    assert f"args {expected} --name a b exit=75" in done.stdout
+    assert done.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("number", "seen"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"), (signal.SIGUSR1, "SIGTERM")]
+)
+def test_signals_reach_the_trainer(house: Path, number: signal.Signals, seen: str) -> None:
+    """The launcher by itself dies of SIGTERM and leaves the trainer behind."""
+    command = ["bash", "slurm/run_stage2_grpo.sh"]
+    with subprocess.Popen(command, cwd=house, env=active(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = 0
+        for line in process.stdout:
+            if found := re.search(r"pid (\d+)", line):
+                pid = int(found.group(1))
+                break
+        process.send_signal(number)
+        rest = process.stdout.read()
+        assert process.wait(60) == 75
+    assert rest.count("got") == 1
+    assert f"got {seen}" in rest
+    time.sleep(0.2)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_scripts_find_the_repository_from_a_spool_folder(house: Path, tmp_path: Path, name: str) -> None:
+    """sbatch runs a copy; SLURM_SUBMIT_DIR says where it was called."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    text = re.sub(
+        r"^(launch|exec python) ", "echo would run: ", (ROOT / "slurm" / name).read_text(), flags=re.MULTILINE
+    )
+    (spool / "slurm_script").write_text(text)
+    done = run(["bash", "slurm_script"], spool, active() | {"SLURM_SUBMIT_DIR": str(house)})
+    assert done.returncode == 0, done.stderr
+    assert "would run: " in done.stdout
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_scripts_are_sbatch_scripts_without_hyperparameters(name: str) -> None:
+    lines = (ROOT / "slurm" / name).read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    headers = [index for index, line in enumerate(lines) if line.startswith("#SBATCH ")]
+    commands = [index for index, line in enumerate(lines) if line and not line.startswith("#")]
+    assert headers
+    assert max(headers) < min(commands)  # sbatch stops reading at the first command
+    allowed = {"--job-name", "--nodes", "--ntasks", "--cpus-per-task", "--gpus-per-node", "--mem", "--time", "--output"}
+    assert {re.match(r"#SBATCH (--[a-z-]+)", lines[index]).group(1) for index in headers} <= allowed | {
+        "--signal",
+        "--requeue",
+    }  # type: ignore[union-attr]
+    assert re.fullmatch(r'(launch|exec python) \S+\.py( --algo (grpo|ppo))? "\$@"', lines[-1])
+    assert os.access(ROOT / "slurm" / name, os.X_OK)
