@@ -126,6 +126,8 @@ class ActorConfig:
     """Packed tokens in one forward and backward pass; a longer single group is run by itself."""
     updates_per_rollout: int = 1
     """Optimizer steps on one batch of samples; the prompts are dealt into that many mini-batches."""
+    max_skipped: int = 10
+    """Updates in a row that may be skipped for a non-finite loss or score before the run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,11 +269,13 @@ class RunConfig:
     reward: RewardName = "minillm"
     """Reward: the teacher's log-likelihood, or MiniLLM's reverse-KL reward."""
     name: str | None = None
-    """Name of the run's folder. None: ALGO-REWARD."""
+    """Name of the run's folder. None: ALGO-REWARD, and -seedSEED where the seed is not 0."""
     runs_dir: str = "runs"
     """Folder of all runs."""
     cache_dir: str = "runs/cache"
     """Folder of what can be made again: demo models, teacher answers."""
+    demo_size: Literal["demo", "tiny"] = "demo"
+    """Size of the embedded demo's models; `tiny` is for tests and learns little."""
     seed: int = 0
     """Seed of sampling, data order and new weights."""
     steps: int = 100
@@ -297,7 +301,7 @@ class RunConfig:
     @property
     def run_name(self) -> str:
         """Name of the run's folder."""
-        return self.name or f"{self.algo}-{self.reward}"
+        return self.name or f"{self.algo}-{self.reward}" + (f"-seed{self.seed}" if self.seed else "")
 
     @property
     def pt_coef(self) -> float:

@@ -31,6 +31,8 @@ class AskSettings:
     """Longer prompts are counted and skipped."""
     max_new_tokens: int
     """Longest answer, in tokens."""
+    questions: int | None
+    """Questions asked, of those that fit. None: all."""
     batch: int
     """Questions answered at a time."""
     dtype: str
@@ -38,9 +40,9 @@ class AskSettings:
 
     def prompt(self, question: Question) -> str:
         """The text that the model goes on from."""
-        if question.get("context"):
-            return self.context_template.format(question=question["question"], context=question["context"])
-        return self.template.format(question=question["question"])
+        # Replaced, not formatted: braces in a template or a context are only text (as in training/data.py).
+        template = self.context_template if question.get("context") else self.template
+        return template.replace("{context}", question.get("context") or "").replace("{question}", question["question"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +82,15 @@ def load_exam(model_dir: Path, questions: list[Question], settings: AskSettings)
             f"data.max_prompt_tokens: every prompt is longer than {longest} tokens (the shortest has "
             f"{min(map(len, prompts))}); raise it in the run's config.yaml, or shorten the contexts"
         )
+    skipped = len(questions) - len(kept)
+    kept = kept[: settings.questions]
     return Exam(
         model=model.to(device).eval(),
         tokenizer=tokenizer,
         model_dir=model_dir,
         prompts=[prompts[index] for index in kept],
         questions=[questions[index] for index in kept],
-        skipped=len(questions) - len(kept),
+        skipped=skipped,
     )
 
 

@@ -102,13 +102,14 @@ def _plan(models: list[Path] | None, data: Path | None, runs_dir: Path) -> Plan:
     data = data or _heldout_file(config, run)
     return Plan(
         models=models,
-        questions=read_questions(data)[: config["eval"]["questions"]],
+        questions=read_questions(data),
         data=data,
         settings={
             "template": config["data"]["template"],
             "context_template": config["data"]["context_template"],
             "max_prompt_tokens": config["data"]["max_prompt_tokens"],
             "max_new_tokens": config["sampling"]["max_new_tokens"],
+            "questions": config["eval"]["questions"],
             "batch": config["eval"]["batch"],
             "dtype": config["student"]["dtype"],
         },

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from inference import session, wire
 from inference.packing import Group
@@ -326,7 +325,7 @@ class TeacherClient:
         host, port = resolve(self._address)
         # Knock first: TCPStore would print warnings for as long as nobody listens.
         socket.create_connection((host, port), timeout=session.CONNECT_S).close()
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=session.CONNECT_S))
+        store = session.c10d.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=session.CONNECT_S))
         name, nonce = session.new_nonce(), session.new_nonce()
         number = store.add(session.COUNTER, 1)
         hello = {"session": name, "nonce": nonce, "version": wire.VERSION}

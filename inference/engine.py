@@ -50,11 +50,16 @@ class Engine:
         self._queue: queue.Queue[tuple[Request, Future[list[torch.Tensor]]]] = queue.Queue()
         self._held: list[tuple[Request, Future[list[torch.Tensor]]]] = []
         self._load = Load()
+        self._lock = threading.Lock()
+        self._stopped = False
 
     def submit(self, request: Request) -> Future[list[torch.Tensor]]:
         """Queue a request; called from session threads."""
         future: Future[list[torch.Tensor]] = Future()
-        self._queue.put((request, future))
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("the server is stopping")
+            self._queue.put((request, future))
         return future
 
     def run(self, stopping: threading.Event, sessions: Callable[[], int]) -> None:
@@ -66,7 +71,10 @@ class Engine:
                 self._work(batch)
                 last_broadcast = time.monotonic()
             elif stopping.is_set():
-                break
+                with self._lock:
+                    self._stopped = self._queue.empty()
+                if self._stopped:
+                    break
             elif time.monotonic() - last_broadcast > KEEP_ALIVE_S:
                 _broadcast(_IDLE)
                 last_broadcast = time.monotonic()

@@ -118,9 +118,7 @@ def pack(groups: Sequence[Group], max_tokens: int) -> list[PackedRow]:
     return [pack_row(row) for row in rows]
 
 
-def groups_of(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], group_size: int
-) -> list[Group]:
+def groups_of(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], group_size: int) -> list[Group]:
     """N prompts and B = N * group_size responses, ordered by prompt, as groups."""
     if len(responses) != len(prompts) * group_size:
         raise ValueError(f"{len(responses)} responses do not make {len(prompts)} groups of {group_size}")

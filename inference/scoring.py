@@ -7,7 +7,7 @@ the few values that somebody asked for. Padded columns are never computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from inference.packing import Group, PackedRow, pack, pack_row
 from inference.teacher import Teacher
 from inference.wire import Request
 
+Evaluate = Callable[[PackedRow, torch.Tensor, torch.Tensor], list[torch.Tensor]]
 BLOCK_COLUMNS = 8192
 """Vocabulary columns that a bfloat16 output layer is widened to float32 by at a time."""
 
@@ -47,8 +48,8 @@ class Scorer:
             lambda row, hidden, _: [self._gather(hidden, row.labels_S[:, None], request.temperature)[0][:, 0]],
         )
 
-    def _assemble(self, groups: Sequence[Group], evaluate) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
-        """Run packed rows; `evaluate(row, hidden_S, place_S)` gives their tensors, which are put in batch order."""
+    def _assemble(self, groups: Sequence[Group], evaluate: Evaluate) -> list[torch.Tensor]:
+        """Run packed rows; `evaluate(row, hidden_SH, place_S)` gives their tensors, which are put in batch order."""
         lengths = [len(response) for group in groups for response in group.responses]
         starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
         outputs: list[torch.Tensor] = []
@@ -81,10 +82,9 @@ class Scorer:
 
     def _logsumexp(self, logits_SV: torch.Tensor) -> torch.Tensor:
         """float32 [S] over the whole vocabulary: the shifted sum of each rank, added up."""
-        if logits_SV.shape[1]:
-            peak = logits_SV.amax(-1)
-        else:
-            peak = logits_SV.new_full((logits_SV.shape[0],), -torch.inf)
+        # A rank may hold nothing but padding: it offers minus infinity and adds zero.
+        empty = logits_SV.new_full((logits_SV.shape[0],), -torch.inf)
+        peak = logits_SV.amax(-1) if logits_SV.shape[1] else empty
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         total = (logits_SV - peak[:, None]).exp_().sum(-1)
         dist.all_reduce(total)

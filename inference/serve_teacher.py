@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from configs.schema import DEMO, RunConfig, TeacherConfig
+from configs.schema import DEMO, TeacherConfig
 from inference.checks import check_teacher
 
 logger = logging.getLogger("teacher")
@@ -45,26 +46,41 @@ def fail(message: str) -> NoReturn:
 
 
 def parse(argv: Sequence[str]) -> tuple[TeacherConfig, argparse.Namespace]:
-    """The teacher's configuration, and what concerns this process alone."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--address_file", type=Path)
-    own.add_argument("--exit_with_stdin", action="store_true")
-    options, rest = own.parse_known_args(argv)
-    names = {field.name for field in dataclasses.fields(TeacherConfig)}
-    rest = [f"--teacher.{a[2:]}" if a.startswith("--") and a[2:].partition("=")[0] in names else a for a in rest]
+    """The teacher's configuration, and the options of this process alone."""
     import jsonargparse
 
     class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             fail(" ".join(message.split()) + " (--help lists every key)")
 
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config", type=Path)
+    own.add_argument("--address_file", type=Path)
+    own.add_argument("--exit_with_stdin", action="store_true")
+    options, rest = own.parse_known_args(argv)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(description=__doc__, default_env=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", action="config", help="YAML file of a run; its `teacher` section is used")
+    parser.add_argument("--config", help="YAML file of a run; its `teacher` section is read")
     parser.add_argument("--address_file", help="file that gets host:port once the server is ready")
     parser.add_argument("--exit_with_stdin", action="store_true", help="exit when standard input ends")
-    parser.add_class_arguments(RunConfig, as_group=False)
-    return parser.instantiate_classes(parser.parse_args(rest)).teacher, options
+    parser.add_class_arguments(TeacherConfig, as_group=False)
+    rest = _section(options.config) + [re.sub(r"^--teacher\.", "--", argument) for argument in rest]
+    parsed = vars(parser.parse_args(rest))
+    return TeacherConfig(**{field.name: parsed[field.name] for field in dataclasses.fields(TeacherConfig)}), options
+
+
+def _section(file: Path | None) -> list[str]:
+    """The `teacher` section of a run's YAML as flags; real flags come after and win."""
+    if file is None:
+        return []
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        section = (content or {}).get("teacher") or {}
+        return [f"--{key}={'null' if value is None else value}" for key, value in section.items()]
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        fail(f"--config {file}: {' '.join(str(error).split())}")
 
 
 def check(config: TeacherConfig) -> None:
@@ -183,7 +199,8 @@ def _init_distributed(world: int, rank: int, store_address: str | None, listen_f
     from datetime import timedelta
 
     import torch
-    import torch.distributed as dist
+
+    from inference.session import c10d as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -199,7 +216,8 @@ def _init_distributed(world: int, rank: int, store_address: str | None, listen_f
         host, _, port = store_address.rpartition(":")
         store = dist.TCPStore(host, int(port), world, False)
     # The ranks are on this machine: gloo needs no name resolution.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
@@ -256,7 +274,13 @@ def _announce(address: str, file: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except Exception:
+        logger.exception("the teacher failed")
+        code = 1
     logging.shutdown()
     sys.stdout.flush()
     # Session threads may still wait inside gloo; the interpreter's own end would race with them.

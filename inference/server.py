@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from configs.schema import TeacherConfig
 from inference import session, wire
@@ -62,7 +61,7 @@ class Server:
         listener = socket.create_server((config.interface, config.port), backlog=128)
         self.port: int = listener.getsockname()[1]
         # The store binds to every interface unless it is given a socket that is already bound to one.
-        self._store = dist.TCPStore(
+        self._store = session.c10d.TCPStore(
             config.interface,
             self.port,
             is_master=True,
@@ -152,7 +151,7 @@ class Server:
                     self._sessions -= 1
             self._forget(name)
 
-    def _handshake(self, store: dist.Store, name: str, hello: dict[str, Any]) -> wire.Limits:
+    def _handshake(self, store: Any, name: str, hello: dict[str, Any]) -> wire.Limits:
         """Prove the secret to each other and compare what must agree. A refusal is written, then raised."""
         nonce, theirs = session.new_nonce(), str(hello.get("nonce"))
         mine = session.proof(self._secret, "server", name, nonce, theirs)
@@ -235,13 +234,19 @@ class Server:
 
 def _line(error: Exception) -> str:
     """An error in one line of reasonable length."""
+    if "Connection closed by peer" in str(error):
+        return "the client is gone"
     return " ".join(str(error).split())[:300]
 
 
 def describe(config: TeacherConfig, teacher: Teacher) -> ServerInfo:
     """What this server says of itself."""
     path = Path(config.path)
-    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    try:
+        tokenizer, vocabulary = tokenizer_fingerprint(path), vocabulary_fingerprint(path)
+    except Exception as error:  # whatever transformers raises for a directory without a tokenizer
+        logger.warning("no tokenizer fingerprint, so clients that have one will be refused: %s", _line(error))
+        tokenizer = vocabulary = "none"
     a = teacher.architecture
     return ServerInfo(
         model=path.resolve().name,
@@ -252,7 +257,7 @@ def describe(config: TeacherConfig, teacher: Teacher) -> ServerInfo:
         tensor_parallel=teacher.size,
         max_positions=a.max_positions,
         eos_ids=list(a.eos_ids),
-        tokenizer_fingerprint=tokenizer_fingerprint(path) if has_tokenizer else "none",
-        vocabulary_fingerprint=vocabulary_fingerprint(path) if has_tokenizer else "none",
+        tokenizer_fingerprint=tokenizer,
+        vocabulary_fingerprint=vocabulary,
         output_layer=describe_output_layer(path),
     )

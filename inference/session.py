@@ -17,9 +17,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from inference import wire
+
+c10d: Any = torch.distributed
+"""torch.distributed, untyped: its stubs leave out stores, gloo's options, and send and recv of a group."""
 
 COUNTER = "grpo_kd/sessions"
 """Store key: sessions announced so far."""
@@ -59,12 +62,12 @@ def same(mine: str, theirs: object) -> bool:
     return isinstance(theirs, str) and hmac.compare_digest(mine.encode(), theirs.encode())
 
 
-def put(store: dist.Store, name: str, value: dict[str, Any]) -> None:
+def put(store: Any, name: str, value: dict[str, Any]) -> None:
     """Leave JSON in the store."""
     store.set(name, json.dumps(value))
 
 
-def take(store: dist.Store, name: str) -> dict[str, Any]:
+def take(store: Any, name: str) -> dict[str, Any]:
     """Wait for JSON in the store; a RuntimeError after the store's timeout, WireError if it is malformed."""
     return wire.decode_json(store.get(name))
 
@@ -76,18 +79,18 @@ def local_address(host: str, port: int) -> str:
         return probe.getsockname()[0]
 
 
-def form_group(store: dist.Store, name: str, rank: int, address: str) -> dist.ProcessGroupGloo:
+def form_group(store: Any, name: str, rank: int, address: str) -> Any:
     """Join the session's gloo group on this machine's `address`; RuntimeError if the peer does not come."""
-    options = dist.ProcessGroupGloo._Options()
+    options = c10d.ProcessGroupGloo._Options()
     options._timeout = timedelta(seconds=CONNECT_S)
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    return dist.ProcessGroupGloo(dist.PrefixStore(key(name, "group"), store), rank, 2, options)
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=address)]
+    return c10d.ProcessGroupGloo(c10d.PrefixStore(key(name, "group"), store), rank, 2, options)
 
 
 class Channel:
     """Messages over a session's group. Any failure of the peer is a RuntimeError."""
 
-    def __init__(self, group: dist.ProcessGroupGloo, peer: int) -> None:
+    def __init__(self, group: Any, peer: int) -> None:
         self._group, self._peer = group, peer
 
     def send(self, tensors: Sequence[torch.Tensor], timeout_s: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from rewards.types import RewardInput, RewardOutput, length_mask
+from rewards.base import RewardInput, RewardOutput, length_mask
 
 
 def mean_return(

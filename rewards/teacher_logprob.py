@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rewards.types import RewardInput, RewardOutput
+from rewards.base import RewardInput, RewardOutput
 
 
 def teacher_logprob_rewards(inputs: RewardInput, *, length_alpha: float) -> RewardOutput:

@@ -137,6 +137,7 @@ def test_batched_answers_equal_single_ones(tmp_path: Path) -> None:
         context_template="Tekstur: {context}\nSpurningur: {question}\nSvar:",
         max_prompt_tokens=40,
         max_new_tokens=6,
+        questions=None,
         batch=3,
         dtype="float32",
     )
@@ -163,6 +164,12 @@ def test_long_prompts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1 questions skipped" in capsys.readouterr().out
 
     config = yaml.safe_load((run / "config.yaml").read_text())
+    config["eval"]["questions"] = 1  # counted among those that fit, as in training
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["--runs_dir", str(tmp_path / "runs")]) == 0
+    [row] = json.loads((run / "eval" / "heldout.json").read_text())["answers"]
+    assert (row["id"], row["f1"]) == ("a", pytest.approx(50.0))
+
     config["data"]["max_prompt_tokens"] = 5
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["--runs_dir", str(tmp_path / "runs")]) == 2

@@ -18,7 +18,7 @@ from training.deepspeed_engine import Engine, in_step, replace_directory
 from training.losses import kl_loss, policy_loss, token_weights
 from training.policy import Policy, load_policy
 from training.sampling import prompt_generator, sample
-from training.types import Experience, Prompt, Rollout
+from training.experience import Experience, Prompt, Rollout
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rewards.types import length_mask
+from rewards.base import length_mask
 
 
 def group_scores_advantage(scores_B: torch.Tensor, group_size: int, *, scale: str, epsilon: float) -> torch.Tensor:

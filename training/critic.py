@@ -17,7 +17,7 @@ from training import distributed
 from training.deepspeed_engine import Engine, in_step
 from training.losses import token_weights, value_loss
 from training.policy import load_policy
-from training.types import Experience, Rollout
+from training.experience import Experience, Rollout
 
 
 class ValueModel(nn.Module):

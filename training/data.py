@@ -13,7 +13,7 @@ import torch
 from configs.jsonl import read_jsonl, read_questions
 from configs.schema import DataConfig
 from inference.packing import Group
-from training.types import Prompt
+from training.experience import Prompt
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ All tensors are this rank's share of the batch unless said otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from inference.packing import Group, groups_of
-from rewards.types import length_mask
+from rewards.base import length_mask
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,23 @@ class Rollout:
         """bool [B, R]."""
         return length_mask(self.lengths_B, self.behavior_logprobs_BR.shape[1])
 
+    def select(self, prompts: Sequence[int]) -> Rollout:
+        """The rollout of some of the prompts, by their place in `prompts`."""
+        rows = self.rows_of(prompts)
+        return Rollout(
+            prompts=[self.prompts[n] for n in prompts],
+            group_size=self.group_size,
+            responses=[self.responses[b] for b in rows],
+            finished_B=self.finished_B[rows],
+            behavior_logprobs_BR=self.behavior_logprobs_BR[rows],
+            sampled_logprobs_BR=self.sampled_logprobs_BR[rows],
+            texts=[self.texts[b] for b in rows],
+        )
+
+    def rows_of(self, prompts: Sequence[int]) -> list[int]:
+        """Batch indices b of the responses to these prompts."""
+        return [n * self.group_size + g for n in prompts for g in range(self.group_size)]
+
     def groups(self) -> list[Group]:
         """The rollout as groups for packing, in student tokens."""
         return groups_of([p.tokens for p in self.prompts], self.responses, self.group_size)
@@ -97,5 +114,21 @@ class Experience:
     returns_BR: torch.Tensor | None = None
     """float32 [B, R] what the critic is trained towards (PPO)."""
 
+    def select(self, prompts: Sequence[int]) -> Experience:
+        """The experience of some of the prompts, by their place in the rollout."""
+        rows = self.rollout.rows_of(prompts)
+        lengths_B = self.rollout.lengths_B
+        starts_B = torch.cumsum(lengths_B, 0) - lengths_B
+        tokens = [s for b in rows for s in range(int(starts_B[b]), int(starts_B[b] + lengths_B[b]))]
 
-Metrics = Mapping[str, float]
+        def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return Experience(
+            rollout=self.rollout.select(prompts),
+            advantages_BR=self.advantages_BR[rows],
+            reference_logprobs_BR=pick(self.reference_logprobs_BR),
+            teacher_hidden_SD=None if self.teacher_hidden_SD is None else self.teacher_hidden_SD[tokens],
+            values_BR=pick(self.values_BR),
+            returns_BR=pick(self.returns_BR),
+        )

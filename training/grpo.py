@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from configs.schema import GRPOConfig
-from rewards.types import RewardOutput, length_mask
+from rewards.base import RewardOutput, length_mask
 from training import distributed
 from training.advantages import group_scores_advantage, group_token_advantage, masked_sums
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from configs.schema import PPOConfig
-from rewards.types import RewardOutput, length_mask
+from rewards.base import RewardOutput, length_mask
 from training import distributed
 from training.advantages import gae, masked_sums, whiten
 

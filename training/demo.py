@@ -1,0 +1,68 @@
+"""The embedded demo as seen by the trainer: build its parts on first use and put real paths into the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from configs.schema import DEMO, RunConfig
+from training.cli import DEMO_CONFIGS, ROOT, fail
+from training.preflight import with_paths
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+                      "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK")  # fmt: skip
+WARMUP_SOURCES = ("training/sft.py", "training/actor.py", "training/policy.py", "training/data.py", "configs/demo/sft.yaml")
+"""Files that the warmed-up student depends on; a change in one builds it anew."""
+
+
+def uses_demo(config: RunConfig) -> bool:
+    """Whether any part of the run is the embedded demo."""
+    data = config.data
+    return DEMO in (config.student.path, config.teacher.path, data.prompts, data.warmup, data.heldout, data.text)
+
+
+def resolve_demo(config: RunConfig, *, warm_student: bool) -> RunConfig:
+    """Replace `demo` by paths, building what is not cached yet. `warm_student`: the student after stage 1, not before.
+
+    Processes that start together build once; the others wait.
+    """
+    if not uses_demo(config):
+        return config
+    from training.demo_models import ensure_demo
+
+    cache = Path(config.cache_dir)
+    built = ensure_demo(cache, threads=config.threads, size=config.demo_size)
+    student = built.student_base
+    if warm_student and config.student.path == DEMO:
+        student = _warmed_up(config, built.student_base.parent)
+    return with_paths(
+        config, student=str(student), teacher=str(built.teacher), prompts=str(built.rl), warmup=str(built.warmup),
+        heldout=str(built.heldout), text=str(built.text),
+    )  # fmt: skip
+
+
+def _warmed_up(config: RunConfig, demo: Path) -> Path:
+    """The demo's student after stage 1: `training/sft.py` with configs/demo/sft.yaml, once."""
+    from training.demo_models import locked
+
+    key = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in WARMUP_SOURCES)).hexdigest()[:12]
+    target = demo / f"student-warm-{key}"
+    if target.is_dir():
+        return target
+    with locked(demo / ".warmup.lock"):
+        if target.is_dir():
+            return target
+        print("demo: stage 1, warming the student up on answers from the data", file=sys.stderr, flush=True)
+        command = [
+            sys.executable, str(ROOT / "training" / "sft.py"), "--config", str(DEMO_CONFIGS / "sft.yaml"),
+            "--cache_dir", config.cache_dir, "--demo_size", config.demo_size, "--sft.output", str(target),
+            "--runs_dir", str(demo / "warmup-runs"), "--name", key,
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+        done = subprocess.run(command, env=environment, check=False)
+        if done.returncode != 0 or not target.is_dir():
+            fail(f"the demo's stage 1 ended with exit code {done.returncode}; its messages are above")
+    return target

@@ -1,0 +1,154 @@
+"""Checks that read files but load no model: paths, data, tokenizers, lengths. Each raises a ValueError with the mend."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.jsonl import read_jsonl, read_questions
+from configs.schema import DEMO, RunConfig, require
+from inference.checks import check_teacher
+from training.data import Skipped, answer_group, load_prompts, text_blocks
+from training.loop import Corpus
+from training.experience import Prompt
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything read from files before a model is loaded."""
+
+    corpus: Corpus
+    heldout: list[Prompt]
+    skipped: Skipped
+
+
+def check_files(config: RunConfig) -> None:
+    """What can be said before the demo is built: directories, JSONL syntax, tensor-parallel size."""
+    if config.teacher.path == DEMO:
+        from training.demo_models import RECIPES
+
+        heads = RECIPES[config.demo_size].teacher.heads
+        require(
+            heads % config.teacher.tensor_parallel == 0,
+            "teacher.tensor_parallel",
+            config.teacher.tensor_parallel,
+            f"must divide the {heads} attention heads of the demo's teacher; use 1, 2 or 4",
+        )
+    else:
+        check_teacher(Path(config.teacher.path), config.teacher.tensor_parallel)
+    if config.student.path != DEMO:
+        check_model_directory("student.path", config.student.path)
+    if config.critic.path is not None:
+        check_model_directory("critic.path", config.critic.path)
+    for key, path in (("data.prompts", config.data.prompts), ("data.heldout", config.data.heldout)):
+        if path != DEMO:
+            _named(key, lambda p=path: read_questions(p, answers=False))
+    if config.data.text not in (None, DEMO):
+        _named("data.text", lambda: read_jsonl(str(config.data.text), ["text"]))
+
+
+def check_model_directory(key: str, path: str) -> None:
+    """A Hugging Face model directory with weights, or something that may be a hub id."""
+    directory = Path(path)
+    if not directory.exists():
+        looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+        require(looks_like_hub_id, key, path, "no such directory; give a Hugging Face model directory or a hub id")
+        return
+    require((directory / "config.json").is_file(), key, path, "no config.json in it; give a Hugging Face model directory")
+    weights = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
+    require(bool(weights), key, path, "no weights (*.safetensors) in it")
+
+
+def check_world(config: RunConfig, world: int) -> None:
+    """Every rank needs a prompt for every optimizer step."""
+    least = world * config.actor.updates_per_rollout
+    require(
+        config.prompts_per_step % world == 0 and config.prompts_per_step >= least,
+        "prompts_per_step",
+        config.prompts_per_step,
+        f"must be a multiple of the {world} ranks, and at least {least} (ranks times actor.updates_per_rollout)",
+    )
+
+
+def context_length(model: str | Path) -> int | None:
+    """Longest sequence that the model's config.json allows, or None where it does not say."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values = values.get("text_config") or values
+    for key in ("max_position_embeddings", "n_positions"):
+        if isinstance(values.get(key), int):
+            return int(values[key])
+    return None
+
+
+def room_for_prompt(config: RunConfig) -> int:
+    """Longest prompt that leaves room for an answer in both models. Raises where there is none."""
+    lengths = [n for n in map(context_length, (config.student.path, config.teacher.path)) if n is not None]
+    room = min(lengths, default=2**30) - config.sampling.max_new_tokens
+    require(
+        room > 0,
+        "sampling.max_new_tokens",
+        config.sampling.max_new_tokens,
+        f"leaves no room for a prompt in a context of {min(lengths, default=0)} tokens",
+    )
+    return room
+
+
+def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
+    """Prompts, held-out questions, L_PT text and L_BC examples as tokens. All paths are resolved by now."""
+    room = room_for_prompt(config)
+    data = config.data
+    prompts, skipped = load_prompts(
+        data.prompts, data, tokenizer, key="data.prompts", room=room, need_answers=config.rewards.exact_match_weight > 0
+    )
+    require(
+        config.prompts_per_step <= len(prompts),
+        "prompts_per_step",
+        config.prompts_per_step,
+        f"is more than the {len(prompts)} prompts in {data.prompts}",
+    )
+    heldout, _ = load_prompts(data.heldout, data, tokenizer, key="data.heldout", room=room, need_answers=True)
+    text = []
+    if config.pt_coef > 0:
+        assert data.text is not None
+        text = text_blocks(data.text, tokenizer, end_token, data.text_block_tokens)
+        require(
+            config.loss.pt_batch <= len(text), "loss.pt_batch", config.loss.pt_batch,
+            f"is more than the {len(text)} blocks of text in {data.text}",
+        )  # fmt: skip
+    cloning = []
+    if config.loss.bc_coef > 0:
+        warmup, _ = load_prompts(data.warmup, data, tokenizer, key="data.warmup", room=room, need_answers=True)
+        cloning = [answer_group(p, p.answers[0], tokenizer, end_token) for p in warmup]
+        require(
+            config.loss.bc_batch <= len(cloning), "loss.bc_batch", config.loss.bc_batch,
+            f"is more than the {len(cloning)} examples in {data.warmup}",
+        )  # fmt: skip
+    questions = heldout[: config.eval.questions] if config.eval.questions else heldout
+    return Inputs(Corpus(prompts, text, cloning), questions, skipped)
+
+
+def with_paths(config: RunConfig, **paths: str) -> RunConfig:
+    """The configuration with `demo` replaced by real paths (keys: student, teacher, prompts, warmup, heldout, text)."""
+
+    def pick(value: str | None, key: str) -> str | None:
+        return paths[key] if value == DEMO and key in paths else value
+
+    return replace(
+        config,
+        student=replace(config.student, path=pick(config.student.path, "student")),
+        teacher=replace(config.teacher, path=pick(config.teacher.path, "teacher")),
+        data=replace(config.data, **{k: pick(getattr(config.data, k), k) for k in ("prompts", "warmup", "heldout", "text")}),
+    )  # fmt: skip
+
+
+def _named(key: str, read: Any) -> None:
+    """Run a file check and put the configuration key in front of what it says."""
+    try:
+        read()
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None

@@ -1,0 +1,245 @@
+"""A run of stage 2 from a checked configuration to its summary: set up, evaluate, train, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from configs.schema import RunConfig, as_dict
+from inference.client import TeacherClient, TeacherLost
+from inference.fingerprint import tokenizer_fingerprint
+from inference.launch import start_local_teacher
+from training import distributed
+from training.actor import Actor, Reference
+from training.cli import ROOT, dump_config, fail
+from training.critic import Critic
+from training.deepspeed_engine import start_distributed
+from training.demo import resolve_demo
+from training.evaluation import Evaluation, evaluate_student, evaluate_teacher
+from training.loop import Models, resume, save_checkpoint, single_step_coef, train
+from training.preflight import Inputs, check_files, check_world, load_inputs
+from training.run_folder import Progress, RunFolder, comparison_table
+from training.stopping import REQUEUE, StopRequest
+from training.teaching import TeacherFacts, TeacherLink, teacher_facts
+
+log = logging.getLogger(__name__)
+FREE_KEYS = ("steps", "threads", "runs_dir", "cache_dir", "name", "checkpoint.", "teacher.address", "teacher.interface",
+             "teacher.port", "teacher.threads", "teacher.timeout_s")  # fmt: skip
+"""Settings that may differ when a run is resumed."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run needs besides its models."""
+
+    config: RunConfig
+    inputs: Inputs
+    facts: TeacherFacts
+    folder: RunFolder
+    stop: StopRequest
+
+
+def run(config: RunConfig) -> int:
+    """Run stage 2; returns the exit code."""
+    stop = StopRequest()
+    quiet_logging()
+    try:
+        check_files(config)
+        check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+        set_threads(config)
+        config = resolve_demo(config, warm_student=True)
+        facts = teacher_facts(Path(config.teacher.path), config.student.path)
+        single_step_coef(config, facts.same_tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(config.student.path)
+        inputs = load_inputs(config, tokenizer, tokenizer.eos_token_id)
+        folder = RunFolder(Path(config.runs_dir) / config.run_name)
+        check_same_run(folder, config)
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    if inputs.skipped.count and distributed.environment_rank() == 0:
+        log.warning(
+            "%d prompts are too long and are skipped (the longest has %d tokens)",
+            inputs.skipped.count, inputs.skipped.longest,
+        )  # fmt: skip
+    setup = Setup(config, inputs, facts, folder, stop)
+    with ExitStack() as stack:
+        try:
+            return _run(setup, stack)
+        except TeacherLost as error:
+            log.error("%s; run the same command again to go on from the last checkpoint", error)
+            return REQUEUE
+
+
+def _run(setup: Setup, stack: ExitStack) -> int:
+    """Start everything, run the loop, evaluate, write the summary."""
+    config, folder = setup.config, setup.folder
+    start_distributed()
+    link, models = _start_models(setup, stack)
+    progress = resume(models, folder) or Progress(kl_coef=config.ppo.kl_penalty)
+    if distributed.is_main() and progress.step == 0:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write_config(dump_config(as_dict(config)))
+        folder.forget_after(0)
+    before = _evaluation_once(setup, "before", lambda: evaluate_student(models.actor, link, setup.inputs.heldout, config))
+    setup.stop.defer()
+    try:
+        status = train(config, models, setup.inputs.corpus, folder, progress, setup.stop)
+    except TeacherLost:
+        save_checkpoint(models, folder, progress, config)
+        raise
+    setup.stop.undefer()
+    if status != "finished":
+        _write_summary(setup, progress, status, {"eval_before": before})
+        return setup.stop.exit_code if status == "stopped" else 1
+    models.actor.export(folder.export)
+    after = evaluate_student(models.actor, link, setup.inputs.heldout, config)
+    _save_evaluation(setup, "after", after)
+    # One rank asks the teacher for answers; the others wait at the next collective.
+    teacher = _evaluation_once(
+        setup, "teacher", lambda: evaluate_teacher(link, setup.inputs.heldout, config) if distributed.is_main() else None
+    )
+    distributed.barrier()
+    evaluations = {"eval_before": before, "eval_after": after.scores(), "teacher_eval": teacher}
+    _write_summary(setup, progress, status, evaluations)
+    if distributed.is_main():
+        folder.close()
+        _report(folder)
+        rows = [("student before", before), ("student after", after.scores()), ("teacher", teacher)]
+        print(f"\n{config.run_name}: held-out, {len(setup.inputs.heldout)} questions; reverse KL in nats a token\n")
+        print(comparison_table(rows) + f"\n\n{folder.path}/report.html", flush=True)
+    return 0
+
+
+def _start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
+    """The teacher first (it starts beside us), then the student and who else takes part."""
+    config = setup.config
+    address, secret = _find_teacher(setup, stack)
+    output_VD = None
+    if setup.facts.same_tokenizer:
+        output_VD = setup.facts.output_layer(torch.float32)
+    torch.manual_seed(config.seed)
+    actor = Actor(
+        config, config.student.path, total_steps=config.steps * config.actor.updates_per_rollout,
+        learning_rate=config.actor.learning_rate, teacher_output_VD=output_VD,
+    )  # fmt: skip
+    needs_reference = config.ppo.kl_penalty > 0 if config.algo == "ppo" else config.loss.kl_coef > 0
+    reference = Reference(config, config.student.path, actor.engine.device) if needs_reference else None
+    total = config.steps * config.actor.updates_per_rollout
+    critic = Critic(config, Path(config.student.path), total_steps=total) if config.algo == "ppo" else None
+    fingerprint = tokenizer_fingerprint(config.student.path) if setup.facts.same_tokenizer else None
+    client = TeacherClient(
+        address, secret=secret, tokenizer_fingerprint=fingerprint, timeout_s=config.teacher.timeout_s
+    )
+    link = TeacherLink(client, setup.facts, output_VD)
+    stack.callback(link.close)
+    return link, Models(actor, reference, critic, link)
+
+
+def _find_teacher(setup: Setup, stack: ExitStack) -> tuple[str, str]:
+    """Address and secret: a running server's, or those of one that rank 0 starts and takes down with itself."""
+    config = setup.config
+    if config.teacher.address is not None:
+        return config.teacher.address, os.environ.get("GRPO_KD_TEACHER_SECRET", "")
+    parts = ["", ""]
+    if distributed.is_main():
+        local = start_local_teacher(config.teacher, Path(config.teacher.path), setup.folder.path / "teacher")
+        stack.callback(local.stop)
+        parts = [local.address, local.secret]
+    gathered = distributed.gather_strings(parts)
+    return gathered[0], gathered[1]
+
+
+def _evaluation_once(setup: Setup, name: str, evaluate: Any) -> dict[str, float]:
+    """Evaluate, or read what an earlier start of this run wrote. Collective; scores count on rank 0."""
+    saved = setup.folder.read_json(f"eval/{name}.json")
+    distributed.barrier()
+    if saved is not None:
+        return {k: float(saved[k]) for k in ("f1", "exact_match", "reverse_kl")}
+    evaluation = evaluate()
+    if evaluation is None:
+        return {}
+    _save_evaluation(setup, name, evaluation)
+    return evaluation.scores()
+
+
+def _save_evaluation(setup: Setup, name: str, evaluation: Evaluation) -> None:
+    if distributed.is_main():
+        setup.folder.write_json(f"eval/{name}.json", evaluation.as_json(setup.config.data.heldout))
+
+
+def _write_summary(setup: Setup, progress: Progress, status: str, evaluations: Mapping[str, Any]) -> None:
+    if not distributed.is_main():
+        return
+    setup.folder.write_json(
+        "summary.json",
+        {
+            "status": status,
+            "algo": setup.config.algo,
+            "reward": setup.config.reward,
+            "steps": progress.step,
+            "seconds": {k: round(v, 3) for k, v in progress.seconds.items()},
+            "tokens": progress.tokens,
+            "skipped_updates": progress.skipped_updates,
+            **evaluations,
+        },
+    )
+
+
+def _report(folder: RunFolder) -> None:
+    """The page is made from the run folder alone, by a process of its own; a broken page does not fail the run."""
+    command = [sys.executable, str(ROOT / "eval" / "report.py"), "--run", str(folder.path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        log.warning("report.html was not made: %s", done.stderr.strip().splitlines()[-1:])
+
+
+def check_same_run(folder: RunFolder, config: RunConfig) -> None:
+    """A run goes on only with the settings that it was started with. Raises ValueError naming what differs."""
+    path = folder.path / "config.yaml"
+    if not path.is_file() or folder.latest() is None:
+        return
+    old, new = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(as_dict(config))))
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(FREE_KEYS)]
+    if changed:
+        differences = ", ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in changed[:5])
+        raise ValueError(
+            f"name = {config.run_name!r}: {folder.path} was started with other settings ({differences}); "
+            "choose another --name, or delete that folder"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def set_threads(config: RunConfig) -> None:
+    """Share the cores among this machine's trainer ranks."""
+    local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1)
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // max(local, 1)))
+
+
+def quiet_logging() -> None:
+    """Our own messages in one line each; libraries only when something is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
+    logging.getLogger("training").setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,124 @@
+"""A run on disk (docs/architecture.md). Only rank 0 writes, except checkpoints; files are written beside and renamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from configs.files import write_atomically
+
+
+@dataclass
+class Progress:
+    """How far a run has come: everything besides model states that resuming needs. Saved with each checkpoint."""
+
+    step: int = 0
+    """Steps that are done."""
+    kl_coef: float = 0.0
+    """PPO's KL coefficient in force."""
+    skipped_updates: int = 0
+    """Updates left out for a non-finite loss or score."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock by phase: total, sample, teacher, reference, update."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens over all ranks: sampled, scored."""
+
+
+class RunFolder:
+    """Paths and writers of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.export = path / "export"
+        self._board: SummaryWriter | None = None
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """A JSON file in the run folder, whole or not at all."""
+        write_atomically(self.path / name, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What `write_json` wrote, or None."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write_config(self, text: str) -> None:
+        """The resolved configuration, before step 0."""
+        write_atomically(self.path / "config.yaml", text)
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """One more line in metrics.jsonl or samples.jsonl."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / name).open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def append_metrics(self, metrics: Mapping[str, float]) -> None:
+        """One step's numbers, in metrics.jsonl and for TensorBoard."""
+        self.append("metrics.jsonl", metrics)
+        if self._board is None:
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=int(metrics["step"]))
+        for key, value in metrics.items():
+            if key != "step":
+                self._board.add_scalar(key, value, int(metrics["step"]))
+        self._board.flush()
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was logged past the checkpoint that the run goes on from: no step twice, none missing."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.is_file():
+                kept = []
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError:
+                        break  # a line that a killed run did not finish
+                    if row["step"] <= step:
+                        kept.append(line + "\n")
+                write_atomically(path, "".join(kept))
+
+    def save_progress(self, tag: str, progress: Progress) -> None:
+        """The last file of a checkpoint, then `latest`, which makes it count."""
+        write_atomically(self.checkpoints / tag / "progress.json", json.dumps(asdict(progress)))
+        write_atomically(self.checkpoints / "latest", tag)
+
+    def latest(self) -> tuple[str, Progress] | None:
+        """Tag and progress of the newest whole checkpoint."""
+        pointer = self.checkpoints / "latest"
+        if not pointer.is_file():
+            return None
+        tag = pointer.read_text(encoding="utf-8").strip()
+        values = json.loads((self.checkpoints / tag / "progress.json").read_text(encoding="utf-8"))
+        return tag, Progress(**values)
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints."""
+        tags = sorted(p for p in self.checkpoints.glob("step-*") if p.is_dir())
+        for old in tags[:-keep]:
+            shutil.rmtree(old)
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._board is not None:
+            self._board.close()
+
+
+def step_tag(step: int) -> str:
+    """Name of the checkpoint after `step` steps."""
+    return f"step-{step:06d}"
+
+
+def comparison_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+    """The table that a run ends with."""
+    lines = [f"{'':16}{'F1':>8}{'exact':>8}{'reverse KL':>12}", "-" * 44]
+    for name, scores in rows:
+        lines.append(
+            f"{name:16}{scores['f1']:8.1f}{scores['exact_match']:8.1f}{scores['reverse_kl']:12.3f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""Stage 1: supervised warm-up of the student on answers from the data or from the teacher.
+
+    bash slurm/run_stage1_sft.sh
+    deepspeed training/sft.py --config configs/demo/sft.yaml --sft.answers teacher
+
+The trained model goes to --sft.output (default runs/NAME/export). Teacher answers are asked through its server and
+kept in the cache folder, so that no question is asked twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from configs.files import write_atomically  # noqa: E402
+from configs.schema import RunConfig, as_dict, require, validate  # noqa: E402
+from training.cli import DEMO_CONFIGS, dump_config, fail, parse  # noqa: E402
+
+
+def main(argv: list[str]) -> int:
+    """Parse, check, train."""
+    config = parse(argv, "Stage 1: supervised warm-up.", lambda _: DEMO_CONFIGS / "sft.yaml")
+    try:
+        validate(config)
+    except ValueError as error:
+        fail(str(error))
+    from training.stopping import StopRequest
+
+    StopRequest()  # a signal ends the program at once, through `finally`
+    return run(config)
+
+
+def run(config: RunConfig) -> int:
+    """Run stage 1; returns the exit code."""
+    from transformers import AutoTokenizer
+
+    from training import distributed
+    from training.data import answer_group, load_prompts
+    from training.deepspeed_engine import start_distributed
+    from training.demo import resolve_demo
+    from training.preflight import check_files, room_for_prompt
+    from training.run import quiet_logging, set_threads
+
+    quiet_logging()
+    try:
+        check_files(config)
+        set_threads(config)
+        config = resolve_demo(config, warm_student=False)
+        tokenizer = AutoTokenizer.from_pretrained(config.student.path)
+        room, data = room_for_prompt(config), config.data
+        own_answers = config.sft.answers == "data"
+        prompts, _ = load_prompts(
+            data.warmup, data, tokenizer, key="data.warmup", room=room, need_answers=own_answers
+        )
+        heldout, _ = load_prompts(data.heldout, data, tokenizer, key="data.heldout", room=room, need_answers=True)
+        require(config.sft.batch <= len(prompts), "sft.batch", config.sft.batch, f"is more than {len(prompts)} examples")
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    start_distributed()
+    answers = [p.answers[0] for p in prompts] if own_answers else teacher_answers(config, prompts)
+    end_token = int(tokenizer.eos_token_id)
+    examples = [
+        answer_group(p, answer, tokenizer, end_token) for p, answer in zip(prompts, answers, strict=True) if answer
+    ]
+    scores = fit(config, examples, heldout)
+    if distributed.is_main():
+        print(f"stage 1: held-out F1 {scores['f1']:.1f}, exact match {scores['exact_match']:.1f}", flush=True)
+    return 0
+
+
+def fit(config: RunConfig, examples: list, heldout: list) -> dict[str, float]:  # type: ignore[type-arg]
+    """Train on (prompt, answer) groups, export, and score greedy answers on the held-out questions. Collective."""
+    import torch
+    from tqdm import tqdm
+
+    from training import distributed
+    from training.actor import Actor, UpdateInput
+    from training.data import positions_of_step, share_of_rank
+    from training.evaluation import greedy_answers, score_answers
+    from training.run_folder import RunFolder
+
+    torch.manual_seed(config.seed)
+    folder = RunFolder(Path(config.runs_dir) / (config.name or "sft"))
+    actor = Actor(config, config.student.path, total_steps=config.sft.steps, learning_rate=config.sft.learning_rate)
+    if distributed.is_main():
+        folder.write_config(dump_config(as_dict(config)))
+        folder.forget_after(0)
+    bar = tqdm(range(config.sft.steps), desc="stage 1", unit="step", disable=not distributed.is_main())
+    for step in bar:
+        chosen = positions_of_step(step, config.sft.batch, len(examples), config.seed)
+        mine = [examples[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
+        metrics = actor.update([UpdateInput(None, [], mine, 0.0)], step)
+        if distributed.is_main():
+            folder.append_metrics({"step": step + 1, **metrics})
+            bar.set_postfix(loss=f"{metrics['loss/bc']:.3f}", refresh=False)
+    actor.export(Path(config.sft.output) if config.sft.output else folder.export)
+    evaluation = score_answers(heldout, greedy_answers(actor, heldout, config), float("nan"))
+    scores = {"f1": evaluation.f1, "exact_match": evaluation.exact_match}
+    if distributed.is_main():
+        folder.write_json("summary.json", {"status": "finished", "steps": config.sft.steps, "eval_after": scores})
+        folder.close()
+    return scores
+
+
+def teacher_answers(config: RunConfig, prompts: list) -> list[str]:  # type: ignore[type-arg]
+    """The teacher's greedy answer to each prompt, asked once and kept in the cache folder. Collective."""
+    from training import distributed
+
+    if not distributed.is_main():
+        return distributed.gather_strings([])
+    from inference.client import TeacherClient
+    from inference.fingerprint import tokenizer_fingerprint
+    from inference.launch import start_local_teacher
+    from training.teaching import TeacherLink, teacher_facts
+
+    teacher = Path(config.teacher.path)
+    key = hashlib.sha256(f"{tokenizer_fingerprint(teacher)} {teacher.resolve()}".encode()).hexdigest()[:16]
+    path = Path(config.cache_dir) / f"teacher-answers-{key}.json"
+    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    missing = [p for p in prompts if p.text not in known]
+    if missing:
+        with ExitStack() as stack:
+            address, secret = config.teacher.address, os.environ.get("GRPO_KD_TEACHER_SECRET", "")
+            if address is None:
+                local = start_local_teacher(config.teacher, teacher, Path(config.cache_dir) / "teacher")
+                stack.callback(local.stop)
+                address, secret = local.address, local.secret
+            facts = teacher_facts(teacher, config.student.path)
+            fingerprint = tokenizer_fingerprint(config.student.path) if facts.same_tokenizer else None
+            client = TeacherClient(
+                address, secret=secret, tokenizer_fingerprint=fingerprint, timeout_s=config.teacher.timeout_s
+            )
+            link = TeacherLink(client, facts, None)
+            stack.callback(link.close)
+            for start in range(0, len(missing), config.eval.batch):
+                batch = missing[start : start + config.eval.batch]
+                texts = link.answer(batch, config.sampling.max_new_tokens).result()
+                known |= {p.text: text for p, text in zip(batch, texts, strict=True)}
+                write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
+    answers = [known[p.text] for p in prompts]
+    return distributed.gather_strings(answers)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
