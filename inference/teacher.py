@@ -8,7 +8,6 @@ Engine, Apex or CUDA. There is no optimizer, no gradient and no dropout.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -33,7 +32,8 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-logger = logging.getLogger(__name__)
+# Its deprecation warnings are about settings that we leave at their defaults.
+warnings.filterwarnings("ignore", module=r"megatron\.")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
