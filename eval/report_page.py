@@ -159,7 +159,7 @@ def _answers(run: RunFiles) -> str:
     cards = "\n".join(_card(row, {stage: found.get(_key(row)) for stage, found in by_stage.items()}) for row in chosen)
     return f"""<section>
 <h2>Answers before and after</h2>
-<p class="note">{count} of {len(rows)} held-out questions, drawn at random. ✓ right, ◐ partly (with its F1), ✗ wrong.</p>
+<p class="note">{count} of {len(rows)} held-out questions, drawn at random. ✓ right, ◐ partly (its F1), ✗ wrong.</p>
 <div class="cards">
 {cards}
 </div>
