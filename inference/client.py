@@ -54,6 +54,10 @@ class TeacherInfo:
     tensor_parallel: int
     max_positions: int
     """Longest prompt plus response, in tokens."""
+    max_request_tokens: int
+    """Tokens that one request may carry."""
+    max_request_rows: int
+    """Responses that one request may carry."""
     eos_ids: tuple[int, ...]
     tokenizer_fingerprint: str
     vocabulary_fingerprint: str
@@ -294,7 +298,9 @@ class TeacherClient:
 
     def _exchange(self, channel: Channel, request: Request, timeout_s: float) -> list[torch.Tensor]:
         """One request and its reply."""
-        channel.send(wire.encode_request(request), timeout_s)
+        message = wire.encode_request(request)
+        self._check_size(message[0].tolist())
+        channel.send(message, timeout_s)
         words = channel.receive_header(timeout_s)
         if words[2] != 0:
             if not 2 <= words[4] <= wire.MAX_JSON_BYTES:
@@ -305,6 +311,15 @@ class TeacherClient:
             data = channel.receive(rows * columns * dtype.itemsize, torch.uint8, timeout_s)
             tensors.append(data.view(dtype).view(rows, columns))
         return tensors
+
+    def _check_size(self, words: list[int]) -> None:
+        """The server would refuse such a header before it reads on, while this side still waits to send."""
+        info = self.info()
+        limits = wire.Limits(info.max_request_tokens, info.max_request_rows, info.vocab_size, info.max_positions)
+        try:
+            wire.request_payload_size(words, limits)
+        except wire.WireError as error:
+            raise TeacherRefused(str(error)) from error
 
     def _reconnect(self, deadline: float, reason: str) -> Channel:
         """Connect and shake hands, again and again until the deadline; TeacherRefused at once."""

@@ -31,6 +31,7 @@ logger = logging.getLogger("teacher")
 POLL_S = 0.02
 HANDSHAKES = 32
 """Handshakes at a time; more wait."""
+REFUSAL_S = 5.0
 REPLY_S = 300.0
 """Seconds that a client may take to receive a reply."""
 
@@ -47,6 +48,8 @@ class ServerInfo:
     dtype: str
     tensor_parallel: int
     max_positions: int
+    max_request_tokens: int
+    max_request_rows: int
     eos_ids: list[int]
     tokenizer_fingerprint: str
     vocabulary_fingerprint: str
@@ -197,13 +200,14 @@ class Server:
     def _serve(self, channel: Channel, limits: wire.Limits) -> None:
         """Requests, one after the other, until the client leaves or breaks a rule."""
         while not self._closing.is_set():
-            words = channel.receive_header(session.IDLE_S)
+            words = channel.receive(wire.HEADER_WORDS, torch.int64, session.IDLE_S)
             with self._lock:
                 self._busy += 1
             try:
-                channel.send(self._answer(channel, words, limits), REPLY_S)
+                channel.send(self._answer(channel, wire.check_header(words), limits), REPLY_S)
             except wire.WireError as error:
-                channel.send(wire.encode_reply([], error=str(error)), REPLY_S)
+                # A peer that still waits to send its payload does not listen; ours check the limits beforehand.
+                channel.send(wire.encode_reply([], error=str(error)), REFUSAL_S)
                 raise
             finally:
                 with self._lock:
@@ -256,6 +260,8 @@ def describe(config: TeacherConfig, teacher: Teacher) -> ServerInfo:
         dtype=config.dtype,
         tensor_parallel=teacher.size,
         max_positions=a.max_positions,
+        max_request_tokens=config.max_request_tokens,
+        max_request_rows=config.max_request_rows,
         eos_ids=list(a.eos_ids),
         tokenizer_fingerprint=tokenizer,
         vocabulary_fingerprint=vocabulary,

@@ -1,0 +1,74 @@
+"""Tensor-parallel ranks for a test: load each model, run the requests, leave rank 0's answers in a file.
+
+    python tests/teacher_ranks.py RANK SIZE PORT OUT.safetensors NAME=MODEL_DIR ...
+
+With 4 ranks only the requests that cost few collectives: gloo is slow on fewer cores than ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from inference.packing import Group
+from inference.scoring import Scorer
+from inference.teacher import Teacher
+from inference.wire import Request
+
+GROUPS = (
+    Group((5, 6, 7, 8, 9, 10, 11), ((12, 13, 14, 15, 16, 17, 18, 19), (), (20,), (21, 2)), 0),
+    Group((50,), ((100, 99, 98, 1),), 4),
+    Group((3, 4, 5, 60, 61, 62, 63, 64, 65, 66, 67, 68), ((70, 71, 72), (73,)), 5),
+)
+"""Lengths 0, 1 and more; a prompt of one token; the last vocabulary id."""
+PROMPTS = tuple(Group(group.prompt, ()) for group in GROUPS)
+IDS = tuple(range(95, 101)) * sum(len(r) for g in GROUPS for r in g.responses)
+REQUESTS = {
+    "score": Request("score", GROUPS),
+    "cooler": Request("score", GROUPS, temperature=0.5),
+    "hidden": Request("hidden", GROUPS),
+    "topk": Request("topk", GROUPS, temperature=2.0, k=60),
+    "gather": Request("gather", GROUPS, k=6, extras=IDS),
+    "greedy": Request("generate", PROMPTS, 0.0, samples=1, max_new_tokens=8),
+    "sampled": Request("generate", PROMPTS, 1.0, samples=3, max_new_tokens=9, seed=7, extras=(2, 3, 4)),
+}
+PACKED = ("score", "hidden", "topk", "gather", "sampled")
+WHOLE = ("score", "cooler", "greedy", "sampled")
+FEW = ("score", "hidden")
+
+
+def main() -> None:
+    rank, size, port, out = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    answers: dict[str, torch.Tensor] = {}
+    for argument in sys.argv[5:]:
+        name, _, directory = argument.partition("=")
+        dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
+        teacher = Teacher(Path(directory), dtype)
+        # Small rows and chunks, so that every request is cut into several.
+        for what, names, scorer in (
+            ("packed", PACKED, Scorer(teacher, max_batch_tokens=24, logit_chunk=4)),
+            ("whole", WHOLE, Scorer(teacher, max_batch_tokens=1000, logit_chunk=1000)),
+        ):
+            for request_name in [n for n in names if size < 4 or n in FEW]:
+                for i, tensor in enumerate(scorer.run(REQUESTS[request_name])):
+                    answers[f"{name}/{what}/{request_name}/{i}"] = tensor.contiguous()
+    if rank == 0:
+        save_file(answers, out)
+    dist.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

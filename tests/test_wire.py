@@ -1,0 +1,163 @@
+"""The wire: what goes in comes out, and nothing out of bounds gets through."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from inference import wire
+from inference.packing import Group
+from inference.wire import Limits, Request, WireError
+
+LIMITS = Limits(tokens=1000, rows=50, vocab_size=100, max_positions=64)
+GROUPS = (Group((1, 2, 3), ((4, 5), (), (6,)), 0), Group((7,), ((99,),), 3))
+REQUESTS = {
+    "score": Request("score", GROUPS, temperature=0.7),
+    "hidden": Request("hidden", GROUPS),
+    "topk": Request("topk", GROUPS, k=5),
+    "gather": Request("gather", GROUPS, k=2, extras=(1, 2, 3, 4, 5, 6, 7, 8)),
+    "generate": Request("generate", (Group((1, 2), ()),), 0.0, samples=2, max_new_tokens=9, seed=-3, extras=(98, 99)),
+    "ping": Request("ping"),
+    "info": Request("info"),
+}
+# Header words: 0 magic, 1 version, 2 kind, 3 groups, 4 rows, 5 tokens, 6 extras, 7 temperature, 8 k, 9 samples,
+# 10 max_new_tokens, 11 seed. Payload of GROUPS: 2 prompt lengths, 2 counts, 4 response lengths, 8 ids.
+
+
+def receive(header: torch.Tensor, payload: torch.Tensor, limits: Limits = LIMITS) -> Request:
+    words = wire.check_header(header)
+    assert wire.request_payload_size(words, limits) == payload.numel()
+    return wire.decode_request(words, payload, limits)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_request_survives_the_wire(name: str) -> None:
+    assert receive(*wire.encode_request(REQUESTS[name])) == REQUESTS[name]
+
+
+def test_the_layout_is_what_the_documentation_says() -> None:
+    header, payload = wire.encode_request(REQUESTS["score"])
+    assert header.tolist()[:7] == [wire.MAGIC, 1, 3, 2, 4, 8, 0]
+    assert header[7:8].view(torch.float64).item() == 0.7
+    assert payload.tolist() == [3, 1, 3, 1, 2, 0, 1, 1, 1, 2, 3, 7, 4, 5, 6, 99]
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        (0, 0, "magic"),
+        (1, 2, "version 2"),
+        (2, 0, "kind 0"),
+        (2, 1 << 62, "kind"),
+        (3, 0, "groups"),
+        (3, -1, "groups"),
+        (3, 51, "groups"),
+        (4, 1 << 62, "responses"),
+        (5, 1001, "tokens"),
+        (5, -(1 << 63), "tokens"),
+        (6, -1, "extra"),
+        (6, 1 << 62, "extra"),
+    ],
+)
+def test_a_bad_header_is_refused_before_anything_is_allocated(word: int, value: int, message: str) -> None:
+    header, _ = wire.encode_request(REQUESTS["score"])
+    header[word] = value
+    with pytest.raises(WireError, match=message):
+        wire.request_payload_size(wire.check_header(header), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        (0, 0, "prompt length: 0"),
+        (0, -5, "prompt length: -5"),
+        (0, 65, "prompt length: 65"),
+        (2, -1, "responses of a group"),
+        (2, 2, "sum of responses"),
+        (4, -1, "response length"),
+        (4, 3, "sum of lengths"),
+        (8, -1, "token id: -1"),
+        (15, 100, "token id: 100"),
+        (15, 1 << 62, "token id"),
+    ],
+)
+def test_a_bad_payload_is_refused(word: int, value: int, message: str) -> None:
+    header, payload = wire.encode_request(REQUESTS["score"])
+    payload[word] = value
+    with pytest.raises(WireError, match=message):
+        receive(header, payload)
+
+
+@pytest.mark.parametrize("temperature", [math.nan, math.inf, -1.0, 0.0])
+def test_temperatures_that_are_no_temperatures(temperature: float) -> None:
+    with pytest.raises(WireError, match="temperature"):
+        receive(*wire.encode_request(Request("score", GROUPS, temperature)))
+
+
+def test_the_agreed_temperature_is_the_only_one() -> None:
+    agreed = dataclasses.replace(LIMITS, temperature=0.7)
+    assert receive(*wire.encode_request(REQUESTS["score"]), agreed).temperature == 0.7
+    with pytest.raises(WireError, match=r"agreed on 0\.7"):
+        receive(*wire.encode_request(Request("score", GROUPS)), agreed)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request("topk", GROUPS, k=0), "k: 0"),
+        (Request("topk", GROUPS, k=101), "k: 101"),
+        (Request("gather", GROUPS, k=2, extras=(1,) * 7), "named ids: 7"),
+        (Request("gather", GROUPS, k=2, extras=(1,) * 7 + (100,)), "id among"),
+        (Request("score", GROUPS, extras=(1,)), "extra values: 1"),
+        (Request("generate", GROUPS, samples=1, max_new_tokens=1), "responses in a generate"),
+        (Request("generate", (Group((1,), ()),), samples=0, max_new_tokens=1), "samples"),
+        (Request("generate", (Group((1,), ()),), samples=51, max_new_tokens=1), "samples"),
+        (Request("generate", (Group((1,), ()),), samples=1, max_new_tokens=64), "together: 65"),
+        (Request("generate", (Group((1,), ()),), samples=50, max_new_tokens=60), "tokens to generate"),
+        (Request("score", (Group((1,) * 40, ((2,) * 30,), 0),)), "together: 70"),
+    ],
+)
+def test_settings_out_of_bounds(request_: Request, message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        receive(*wire.encode_request(request_))
+
+
+def test_a_reply_survives_the_wire() -> None:
+    tensors = [
+        torch.tensor([1.5, -2.0, math.nan]),
+        torch.tensor([[1, 2], [3, -4]]),
+        torch.tensor([[0.5, 1.0, -3.0]], dtype=torch.bfloat16),
+        torch.zeros(0, 7),
+    ]
+    header, *payloads = wire.encode_reply(tensors)
+    layout = wire.reply_layout(wire.check_header(header), 1000)
+    assert layout == [(torch.float32, 3, 1), (torch.int64, 2, 2), (torch.bfloat16, 1, 3), (torch.float32, 0, 7)]
+    for tensor, payload, (dtype, rows, columns) in zip(tensors, payloads, layout, strict=True):
+        back = payload.view(dtype).view(rows, columns)
+        assert torch.equal(back.nan_to_num(9.0), tensor.view(rows, columns).nan_to_num(9.0))
+
+
+@pytest.mark.parametrize(("word", "value"), [(3, 5), (3, -1), (4, 9), (5, -1), (5, 1 << 50), (6, 1 << 40), (5, 1000)])
+def test_a_bad_reply_is_refused(word: int, value: int) -> None:
+    header, _ = wire.encode_reply([torch.zeros(3)])
+    header[word] = value
+    with pytest.raises(WireError):
+        wire.reply_layout(wire.check_header(header), 1000)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xff", b'{"a":' + b"[" * 60000, b"1" * 70000])
+def test_malformed_json(data: bytes) -> None:
+    with pytest.raises(WireError):
+        wire.decode_json(data)
+
+
+def test_no_header_of_random_words_gets_through() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        header = torch.randint(-(2**62), 2**62, (wire.HEADER_WORDS,), generator=generator)
+        header[0], header[1] = wire.MAGIC, wire.VERSION
+        with pytest.raises(WireError):
+            wire.request_payload_size(wire.check_header(header), LIMITS)
