@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,14 @@ from inference.checks import read_json
 from inference.families import Architecture, Rope, family_of, parse_architecture
 from inference.weights import Checkpoint, kv_groups, load_weights, padded
 
-with warnings.catch_warnings():
+def _not_compiled(function: Any = None, **_: Any) -> Any:
+    """Stands in for torch.compile: the function itself, or a decorator that gives it."""
+    return function if function is not None else lambda decorated: decorated
+
+
+# Megatron compiles its fused kernels while it is imported, for which torch loads all of its compiler: more than half
+# of a small teacher's start-up. Nothing here uses these kernels (every fusion is off in `_build`).
+with warnings.catch_warnings(), mock.patch.object(torch, "compile", _not_compiled):
     warnings.simplefilter("ignore")  # "Apex is not installed", "Transformer Engine is not installed"
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
