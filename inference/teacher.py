@@ -24,6 +24,7 @@ from inference.checks import read_json
 from inference.families import Architecture, Rope, family_of, parse_architecture
 from inference.weights import Checkpoint, kv_groups, load_weights, padded
 
+
 def _not_compiled(function: Any = None, **_: Any) -> Any:
     """Stands in for torch.compile: the function itself, or a decorator that gives it."""
     return function if function is not None else lambda decorated: decorated
