@@ -60,16 +60,24 @@ for need in needs:  # grows by what an extra such as jsonargparse[signatures] as
 PY
 }
 
-# A Python >= 3.11 that can make environments. 3.11 first: the tested versions are those for 3.11.
+# A Python >= 3.11 that can make environments; 3.11 first: the tested versions are those for 3.11. One with its C
+# headers is better, because DeepSpeed builds its operators against them.
 _grpo_kd_find_python() {
-    local candidate
-    for candidate in python3.11 python3 python3.12 python3.13 python; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            command -v "$candidate"
-            return 0
-        fi
+    local candidate headers
+    for headers in True False; do
+        for candidate in python3.11 python3 python3.12 python3.13 python; do
+            if "$candidate" - "$headers" 2>/dev/null <<'PY'; then
+import ensurepip, os, sys, sysconfig, venv
+
+headers = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+sys.exit(sys.version_info < (3, 11) or (sys.argv[1] == "True" and not headers))
+PY
+                command -v "$candidate"
+                return 0
+            fi
+        done
     done
-    echo "error: no Python >= 3.11 with venv; install one (Debian: apt-get install python3 python3-venv) and try again" >&2
+    echo "error: no Python >= 3.11 with venv; install one (Debian: apt-get install python3-venv python3-dev)" >&2
     return 1
 }
 
@@ -95,15 +103,21 @@ _grpo_kd_make_venv() {
         python="$(_grpo_kd_find_python)" || exit 1
         echo "environment: making .venv with $python (once, a few minutes) ..." >&2
         rm -f .venv/grpo-kd-complete
-        .venv/bin/python -c 'import pip' 2>/dev/null || "$python" -m venv --clear .venv || exit 1
+        # An interrupted installation may have left half a package that pip takes for a whole one: start afresh then
+        # (pip has kept what it downloaded). An environment for other versions is only mended.
+        if [[ -f .venv/grpo-kd-installing ]] || ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+            "$python" -m venv --clear .venv || exit 1
+        fi
+        touch .venv/grpo-kd-installing
         requirements="$(_grpo_kd_requirements .venv/bin/python dev)" || exit 1
         # Through a file, not a pipe, so that a failure of either side is seen.
         printf '%s\n' "$requirements" >.venv/requirements.txt
         .venv/bin/python -m pip install --quiet --disable-pip-version-check \
             -c constraints.txt -r .venv/requirements.txt || exit 1
+        rm -f .venv/grpo-kd-installing
         _grpo_kd_fingerprint >.venv/grpo-kd-complete.new && mv .venv/grpo-kd-complete.new .venv/grpo-kd-complete
     ) || {
-        echo "error: .venv could not be made; see above, then start again (it goes on where it stopped)" >&2
+        echo "error: .venv could not be made; see above, then start again" >&2
         return 1
     }
 }
