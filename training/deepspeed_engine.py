@@ -10,8 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # says what DeepSpeed would find out with a warning
+
+import deepspeed
 from deepspeed.runtime import hybrid_engine
 from deepspeed.utils import logger as deepspeed_logger
 
@@ -23,7 +27,7 @@ from training import distributed
 def start_distributed() -> None:
     """Join the trainer's process group: gloo on CPU, NCCL on CUDA."""
     distributed.ensure_launcher_environment()
-    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed_logger.setLevel(logging.ERROR)
     # On CPU, DeepSpeed would compile a shared-memory collective (a minute, and a compiler on every node) that gloo
     # does as well at our sizes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

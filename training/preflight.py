@@ -24,8 +24,23 @@ class Inputs:
     skipped: Skipped
 
 
+def with_model_directories(config: RunConfig) -> RunConfig:
+    """The configuration with each model's path as a local directory that holds a model (`demo` stays `demo`)."""
+
+    def find(key: str, path: str) -> str:
+        return path if path == DEMO else str(model_directory(key, path))
+
+    critic = config.critic.path
+    return replace(
+        config,
+        student=replace(config.student, path=find("student.path", config.student.path)),
+        teacher=replace(config.teacher, path=find("teacher.path", config.teacher.path)),
+        critic=replace(config.critic, path=None if critic is None else find("critic.path", critic)),
+    )
+
+
 def check_files(config: RunConfig) -> None:
-    """What can be said before the demo is built: directories, JSONL syntax, tensor-parallel size."""
+    """What can be said before the demo is built: JSONL syntax, tensor-parallel size."""
     if config.teacher.path == DEMO:
         from training.demo_models import RECIPES
 
@@ -38,10 +53,6 @@ def check_files(config: RunConfig) -> None:
         )
     else:
         check_teacher(Path(config.teacher.path), config.teacher.tensor_parallel)
-    if config.student.path != DEMO:
-        check_model_directory("student.path", config.student.path)
-    if config.critic.path is not None:
-        check_model_directory("critic.path", config.critic.path)
     for key, path in (("data.prompts", config.data.prompts), ("data.heldout", config.data.heldout)):
         if path != DEMO:
             _named(key, lambda p=path: read_questions(p, answers=False))
@@ -49,16 +60,27 @@ def check_files(config: RunConfig) -> None:
         _named("data.text", lambda: read_jsonl(str(config.data.text), ["text"]))
 
 
-def check_model_directory(key: str, path: str) -> None:
-    """A Hugging Face model directory with weights, or something that may be a hub id."""
-    directory = Path(path)
-    if not directory.exists():
-        looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-        require(looks_like_hub_id, key, path, "no such directory; give a Hugging Face model directory or a hub id")
-        return
+def model_directory(key: str, path: str) -> Path:
+    """The directory of a Hugging Face model with weights; a hub id is downloaded into the hub's cache first."""
+    directory = Path(path).expanduser()
+    if not directory.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        directory = _download(key, path)
+    require(directory.is_dir(), key, path, "no such directory; give a Hugging Face model directory or a hub id")
     require((directory / "config.json").is_file(), key, path, "no config.json in it; give a Hugging Face model directory")
-    weights = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
-    require(bool(weights), key, path, "no weights (*.safetensors) in it")
+    require(bool(list(directory.glob("*.safetensors"))), key, path, "no weights (*.safetensors) in it")
+    return directory
+
+
+def _download(key: str, hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
+        raise ValueError(
+            f"{key} = {hub_id!r}: no such directory, and the hub did not give it ({type(error).__name__}); "
+            "give a local model directory, or log in where the model needs it"
+        ) from None
 
 
 def check_world(config: RunConfig, world: int) -> None:

@@ -30,7 +30,7 @@ from training.deepspeed_engine import start_distributed
 from training.demo import resolve_demo
 from training.evaluation import Evaluation, evaluate_student, evaluate_teacher
 from training.loop import Models, resume, save_checkpoint, single_step_coef, train
-from training.preflight import Inputs, check_files, check_world, load_inputs
+from training.preflight import Inputs, check_files, check_world, load_inputs, with_model_directories
 from training.run_folder import Progress, RunFolder, comparison_table
 from training.stopping import REQUEUE, StopRequest
 from training.teaching import TeacherFacts, TeacherLink, teacher_facts
@@ -57,6 +57,7 @@ def run(config: RunConfig) -> int:
     stop = StopRequest()
     quiet_logging()
     try:
+        config = with_model_directories(config)
         check_files(config)
         check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
         set_threads(config)

@@ -45,11 +45,12 @@ def run(config: RunConfig) -> int:
     from training.data import answer_group, load_prompts
     from training.deepspeed_engine import start_distributed
     from training.demo import resolve_demo
-    from training.preflight import check_files, room_for_prompt
+    from training.preflight import check_files, room_for_prompt, with_model_directories
     from training.run import quiet_logging, set_threads
 
     quiet_logging()
     try:
+        config = with_model_directories(config)
         check_files(config)
         set_threads(config)
         config = resolve_demo(config, warm_student=False)
