@@ -158,7 +158,7 @@ _grpo_kd_ranks() { # PID
 # SIGKILL after 30 s. So a signal is given here to the ranks themselves, once; they write their checkpoint, take their
 # teacher down and leave, and the launcher passes their exit status on.
 launch() {
-    local port interrupted status flags=(--no_local_rank --log_level warning)
+    local port interrupted status flags=(--no_local_rank --log_level critical) # a failing rank speaks for itself
     port="$(_grpo_kd_free_port)" || return 1
     flags+=(--master_port "$port")
     # A SLURM that hands out GPUs without saying which.
