@@ -9,7 +9,7 @@ The one-position shift between inputs and predictions lives here (`predict_S`) a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,8 +60,7 @@ class PackedRow:
 
     def to(self, device: torch.device | str) -> PackedRow:
         """The same row on another device."""
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
-        return PackedRow(**moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
 
 def pack_row(groups: Sequence[Group]) -> PackedRow:

@@ -42,9 +42,7 @@ def mean_return(
     return torch.where(mask_BR & (weights_BR > 0), out, 0.0)
 
 
-def minillm_rewards(
-    inputs: RewardInput, *, gamma: float, length_normalize: bool, single_step: bool
-) -> RewardOutput:
+def minillm_rewards(inputs: RewardInput, *, gamma: float, length_normalize: bool, single_step: bool) -> RewardOutput:
     """Rewards for PPO and credited returns for GRPO.
 
     With `single_step` the immediate reward is left to the exact term in the loss: a token is credited with the

@@ -15,10 +15,10 @@ from inference.packing import Group, PackedRow, pack, scatter_responses
 from rewards.lpt_reward import lpt_loss
 from training import distributed
 from training.deepspeed_engine import Engine, in_step, replace_directory
+from training.experience import Experience, Prompt, Rollout
 from training.losses import kl_loss, policy_loss, token_weights
 from training.policy import Policy, load_policy
 from training.sampling import prompt_generator, sample
-from training.experience import Experience, Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class Actor:
     ) -> None:  # fmt: skip
         self._config = config
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        policy = load_policy(
-            path, config.student.dtype, gradient_checkpointing=config.student.gradient_checkpointing
-        )
+        policy = load_policy(path, config.student.dtype, gradient_checkpointing=config.student.gradient_checkpointing)
         self.end_tokens = end_tokens(policy, self.tokenizer)
         self.engine = Engine(
             policy, config.actor, peak_learning_rate=learning_rate, zero_stage=config.actor.zero_stage,

@@ -27,7 +27,7 @@ def fail(message: str) -> NoReturn:
 class _Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are one message without the usage page."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         fail(" ".join(message.split()) + " (--help lists every key)")
 
 

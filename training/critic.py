@@ -15,9 +15,9 @@ from inference.attention import PackedPlan
 from inference.packing import PackedRow, pack, scatter_responses
 from training import distributed
 from training.deepspeed_engine import Engine, in_step
+from training.experience import Experience, Rollout
 from training.losses import token_weights, value_loss
 from training.policy import load_policy
-from training.experience import Experience, Rollout
 
 
 class ValueModel(nn.Module):
@@ -68,32 +68,40 @@ class Critic:
         return scatter_responses(rows, outputs[: len(rows)], *rollout.behavior_logprobs_BR.shape)
 
     def update(self, experiences: Sequence[Experience], step: int) -> dict[str, float]:
-        """One optimizer step a mini-batch on the clipped value loss; returns metrics summed over ranks."""
+        """One optimizer step a mini-batch on the clipped value loss; returns metrics over all ranks. Collective."""
         loss_sum, norm = 0.0, 0.0
         for i, experience in enumerate(experiences):
-            assert experience.values_BR is not None and experience.returns_BR is not None
-            old, returns, rollout = experience.values_BR, experience.returns_BR, experience.rollout
-            rows = self._rows(rollout)
-            lengths = rollout.lengths_B
+            lengths = experience.rollout.lengths_B
             tokens = float(distributed.sum_over_ranks(lengths.sum()))
+            if tokens == 0:
+                continue
             weights = token_weights(
-                lengths, old.shape[1], aggregation="token", tokens=tokens, responses=1.0, constant=1.0
-            )
+                lengths, experience.advantages_BR.shape[1], aggregation="token", tokens=tokens, responses=1.0,
+                constant=1.0,
+            )  # fmt: skip
             losses: list[torch.Tensor] = []
-
-            def job(row: PackedRow, used: float) -> torch.Tensor:
-                row = row.to(self.engine.device)
-                at = (row.response_S.cpu(), row.offset_S.cpu())
-                old_S, returns_S, weights_S = (x[at].to(self.engine.device) for x in (old, returns, weights * used))
-                loss = value_loss(
-                    self.engine.engine(row), old_S, returns_S, weights_S, clip=self._config.ppo.value_clip
-                )
-                losses.append(loss.detach())
-                return loss
-
-            jobs = [partial(job, row, used) for row, used in in_step(rows)]
+            jobs = [
+                partial(self._loss, experience, row, weights * used, losses)
+                for row, used in in_step(self._rows(experience.rollout))
+            ]
             norm, _, _ = self.engine.update(jobs, step * len(experiences) + i)
             loss_sum += sum(float(x) for x in losses)
         total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
         return {**total, "critic/grad_norm": norm}
 
+    def _loss(
+        self, experience: Experience, row: PackedRow, weights_BR: torch.Tensor, losses: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """The value loss of one packed row; also appended to `losses`, for the log."""
+        assert experience.values_BR is not None
+        assert experience.returns_BR is not None
+        device, at = self.engine.device, (row.response_S, row.offset_S)
+        loss = value_loss(
+            self.engine.engine(row.to(device)),
+            experience.values_BR[at].to(device),
+            experience.returns_BR[at].to(device),
+            weights_BR[at].to(device),
+            clip=self._config.ppo.value_clip,
+        )
+        losses.append(loss.detach())
+        return loss

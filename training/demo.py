@@ -12,9 +12,17 @@ from configs.schema import DEMO, RunConfig
 from training.cli import DEMO_CONFIGS, ROOT, fail
 from training.preflight import with_paths
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-                      "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK")  # fmt: skip
-WARMUP_SOURCES = ("training/sft.py", "training/actor.py", "training/policy.py", "training/data.py", "configs/demo/sft.yaml")
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK",
+    "CROSS_SIZE", "GROUP_RANK",
+)  # fmt: skip
+WARMUP_SOURCES = (
+    "training/sft.py",
+    "training/actor.py",
+    "training/policy.py",
+    "training/data.py",
+    "configs/demo/sft.yaml",
+)
 """Files that the warmed-up student depends on; a change in one builds it anew."""
 
 

@@ -13,8 +13,8 @@ from rewards.answers import exact_match, token_f1
 from training import distributed
 from training.actor import Actor
 from training.data import share_of_rank
-from training.teaching import TeacherLink
 from training.experience import Prompt
+from training.teaching import TeacherLink
 
 EVALUATION_STEP = 2**40
 """Step number of evaluation samples in their seeds, so that they repeat no training sample."""
@@ -53,7 +53,12 @@ class Evaluation:
 
     def as_json(self, data: str) -> dict[str, object]:
         """For the run folder; `data` says what it was measured on."""
-        return {**self.scores(), "questions": self.questions, "data": data, "answers": [asdict(a) for a in self.answers]}
+        return {
+            **self.scores(),
+            "questions": self.questions,
+            "data": data,
+            "answers": [asdict(a) for a in self.answers],
+        }
 
 
 def evaluate_student(actor: Actor, link: TeacherLink, prompts: Sequence[Prompt], config: RunConfig) -> Evaluation:

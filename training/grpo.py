@@ -10,9 +10,7 @@ from training import distributed
 from training.advantages import group_scores_advantage, group_token_advantage, masked_sums
 
 
-def grpo_advantages(
-    reward: RewardOutput, lengths_B: torch.Tensor, group_size: int, config: GRPOConfig
-) -> torch.Tensor:
+def grpo_advantages(reward: RewardOutput, lengths_B: torch.Tensor, group_size: int, config: GRPOConfig) -> torch.Tensor:
     """Advantages float32 [B, R], 0 on padding. Collective with `scale: batch`.
 
     A reward with returns for each token is centred over all tokens of the group; otherwise the sum of a response's

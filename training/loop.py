@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -14,19 +15,19 @@ from tqdm import tqdm
 from configs.schema import RunConfig
 from inference.packing import Group
 from rewards.answers import exact_match
+from rewards.base import RewardInput, RewardOutput, place_on_last_token
 from rewards.minillm import minillm_rewards
 from rewards.teacher_logprob import teacher_logprob_rewards
-from rewards.base import RewardInput, RewardOutput, place_on_last_token
 from training import distributed
 from training.actor import Actor, Reference, UpdateInput
 from training.critic import Critic
 from training.data import positions_of_step, share_of_rank
+from training.experience import Experience, Prompt, Rollout, TeacherView
 from training.grpo import grpo_advantages
 from training.ppo import next_kl_coefficient, ppo_advantages
 from training.run_folder import Progress, RunFolder, step_tag
 from training.stopping import StopRequest
 from training.teaching import TeacherLink
-from training.experience import Experience, Prompt, Rollout, TeacherView
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,10 @@ def reward_of(rollout: Rollout, view: TeacherView, config: RunConfig, single_ste
     if weight == 0:
         return reward
     right_B = torch.tensor(
-        [exact_match(text, answers) if answers else 0.0 for text, answers in zip(inputs.texts, inputs.answers, strict=True)]
+        [
+            exact_match(text, answers) if answers else 0.0
+            for text, answers in zip(inputs.texts, inputs.answers, strict=True)
+        ]
     )
     extra_BR = weight * place_on_last_token(right_B, inputs.lengths_B, reward.rewards_BR.shape[1])
     returns_BR = reward.returns_BR
@@ -262,7 +266,7 @@ def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig, p
 
 def _record(
     folder: RunFolder, step: int, metrics: dict[str, float], rollout: Rollout, reward: RewardOutput,
-    config: RunConfig, bar: "tqdm[None]",
+    config: RunConfig, bar: Any,
 ) -> None:  # fmt: skip
     """Write the step's line, now and then some samples, and move the bar."""
     metrics["tokens_per_second"] = metrics["tokens/sampled"] / max(metrics["seconds/total"], 1e-9)

@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from training.cli import demo_config, fail, parse  # noqa: E402  (the path comes first)
+from training.cli import demo_config, fail, parse
 
 
 def main(argv: list[str]) -> int:

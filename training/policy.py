@@ -37,9 +37,9 @@ class Policy(nn.Module):
     the backward pass.
     """
 
-    def __init__(self, model: nn.Module, *, logit_chunk: int = 1024) -> None:
+    def __init__(self, model: Any, *, logit_chunk: int = 1024) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.logit_chunk = logit_chunk
 
     @property

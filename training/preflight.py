@@ -1,4 +1,4 @@
-"""Checks that read files but load no model: paths, data, tokenizers, lengths. Each raises a ValueError with the mend."""
+"""Checks that read files but load no model: paths, data, tokenizers, lengths. Each is a ValueError with the mend."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from configs.jsonl import read_jsonl, read_questions
 from configs.schema import DEMO, RunConfig, require
 from inference.checks import check_teacher
 from training.data import Skipped, answer_group, load_prompts, text_blocks
-from training.loop import Corpus
 from training.experience import Prompt
+from training.loop import Corpus
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def model_directory(key: str, path: str) -> Path:
     if not directory.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
         directory = _download(key, path)
     require(directory.is_dir(), key, path, "no such directory; give a Hugging Face model directory or a hub id")
-    require((directory / "config.json").is_file(), key, path, "no config.json in it; give a Hugging Face model directory")
+    require(
+        (directory / "config.json").is_file(), key, path, "no config.json in it; give a Hugging Face model directory"
+    )
     require(bool(list(directory.glob("*.safetensors"))), key, path, "no weights (*.safetensors) in it")
     return directory
 
@@ -157,15 +159,22 @@ def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
 def with_paths(config: RunConfig, **paths: str) -> RunConfig:
     """The configuration with `demo` replaced by real paths (keys: student, teacher, prompts, warmup, heldout, text)."""
 
-    def pick(value: str | None, key: str) -> str | None:
-        return paths[key] if value == DEMO and key in paths else value
+    def pick(value: str, key: str) -> str:
+        return paths[key] if value == DEMO else value
 
+    data = config.data
     return replace(
         config,
         student=replace(config.student, path=pick(config.student.path, "student")),
         teacher=replace(config.teacher, path=pick(config.teacher.path, "teacher")),
-        data=replace(config.data, **{k: pick(getattr(config.data, k), k) for k in ("prompts", "warmup", "heldout", "text")}),
-    )  # fmt: skip
+        data=replace(
+            data,
+            prompts=pick(data.prompts, "prompts"),
+            warmup=pick(data.warmup, "warmup"),
+            heldout=pick(data.heldout, "heldout"),
+            text=None if data.text is None else pick(data.text, "text"),
+        ),
+    )
 
 
 def _named(key: str, read: Any) -> None:

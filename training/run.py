@@ -32,7 +32,7 @@ from training.evaluation import Evaluation, evaluate_student, evaluate_teacher
 from training.loop import Models, resume, save_checkpoint, single_step_coef, train
 from training.preflight import Inputs, check_files, check_world, load_inputs, with_model_directories
 from training.run_folder import Progress, RunFolder, comparison_table
-from training.stopping import REQUEUE, StopRequest
+from training.stopping import REQUEUE, StopRequest, watch_launcher
 from training.teaching import TeacherFacts, TeacherLink, teacher_facts
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Setup:
 def run(config: RunConfig) -> int:
     """Run stage 2; returns the exit code."""
     stop = StopRequest()
+    watch_launcher()
     quiet_logging()
     try:
         config = with_model_directories(config)
@@ -94,7 +95,9 @@ def _run(setup: Setup, stack: ExitStack) -> int:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.write_config(dump_config(as_dict(config)))
         folder.forget_after(0)
-    before = _evaluation_once(setup, "before", lambda: evaluate_student(models.actor, link, setup.inputs.heldout, config))
+    before = _evaluation_once(
+        setup, "before", lambda: evaluate_student(models.actor, link, setup.inputs.heldout, config)
+    )
     setup.stop.defer()
     try:
         status = train(config, models, setup.inputs.corpus, folder, progress, setup.stop)
@@ -110,7 +113,9 @@ def _run(setup: Setup, stack: ExitStack) -> int:
     _save_evaluation(setup, "after", after)
     # One rank asks the teacher for answers; the others wait at the next collective.
     teacher = _evaluation_once(
-        setup, "teacher", lambda: evaluate_teacher(link, setup.inputs.heldout, config) if distributed.is_main() else None
+        setup,
+        "teacher",
+        lambda: evaluate_teacher(link, setup.inputs.heldout, config) if distributed.is_main() else None,
     )
     distributed.barrier()
     evaluations = {"eval_before": before, "eval_after": after.scores(), "teacher_eval": teacher}

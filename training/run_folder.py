@@ -1,4 +1,4 @@
-"""A run on disk (docs/architecture.md). Only rank 0 writes, except checkpoints; files are written beside and renamed."""
+"""A run on disk (docs/architecture.md). Only rank 0 writes, except checkpoints; no file is ever half-written."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class RunFolder:
             path = self.path / name
             if path.is_file():
                 kept = []
-                for line in path.read_text(encoding="utf-8").splitlines():
+                for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would cut at U+2028 too
+                    if not line:
+                        continue
                     try:
                         row = json.loads(line)
                     except json.JSONDecodeError:
@@ -118,7 +120,5 @@ def comparison_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     """The table that a run ends with."""
     lines = [f"{'':16}{'F1':>8}{'exact':>8}{'reverse KL':>12}", "-" * 44]
     for name, scores in rows:
-        lines.append(
-            f"{name:16}{scores['f1']:8.1f}{scores['exact_match']:8.1f}{scores['reverse_kl']:12.3f}"
-        )
+        lines.append(f"{name:16}{scores['f1']:8.1f}{scores['exact_match']:8.1f}{scores['reverse_kl']:12.3f}")
     return "\n".join(lines)

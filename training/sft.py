@@ -13,15 +13,21 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.files import write_atomically  # noqa: E402
-from configs.schema import RunConfig, as_dict, require, validate  # noqa: E402
-from training.cli import DEMO_CONFIGS, dump_config, fail, parse  # noqa: E402
+from configs.files import write_atomically
+from configs.schema import RunConfig, as_dict, require, validate
+from training.cli import DEMO_CONFIGS, dump_config, fail, parse
+
+if TYPE_CHECKING:
+    from inference.packing import Group
+    from training.experience import Prompt
 
 
 def main(argv: list[str]) -> int:
@@ -31,9 +37,10 @@ def main(argv: list[str]) -> int:
         validate(config)
     except ValueError as error:
         fail(str(error))
-    from training.stopping import StopRequest
+    from training.stopping import StopRequest, watch_launcher
 
     StopRequest()  # a signal ends the program at once, through `finally`
+    watch_launcher()
     return run(config)
 
 
@@ -57,11 +64,11 @@ def run(config: RunConfig) -> int:
         tokenizer = AutoTokenizer.from_pretrained(config.student.path)
         room, data = room_for_prompt(config), config.data
         own_answers = config.sft.answers == "data"
-        prompts, _ = load_prompts(
-            data.warmup, data, tokenizer, key="data.warmup", room=room, need_answers=own_answers
-        )
+        prompts, _ = load_prompts(data.warmup, data, tokenizer, key="data.warmup", room=room, need_answers=own_answers)
         heldout, _ = load_prompts(data.heldout, data, tokenizer, key="data.heldout", room=room, need_answers=True)
-        require(config.sft.batch <= len(prompts), "sft.batch", config.sft.batch, f"is more than {len(prompts)} examples")
+        require(
+            config.sft.batch <= len(prompts), "sft.batch", config.sft.batch, f"is more than {len(prompts)} examples"
+        )
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
     start_distributed()
@@ -76,7 +83,7 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-def fit(config: RunConfig, examples: list, heldout: list) -> dict[str, float]:  # type: ignore[type-arg]
+def fit(config: RunConfig, examples: Sequence[Group], heldout: Sequence[Prompt]) -> dict[str, float]:
     """Train on (prompt, answer) groups, export, and score greedy answers on the held-out questions. Collective."""
     import torch
     from tqdm import tqdm
@@ -110,7 +117,7 @@ def fit(config: RunConfig, examples: list, heldout: list) -> dict[str, float]:  
     return scores
 
 
-def teacher_answers(config: RunConfig, prompts: list) -> list[str]:  # type: ignore[type-arg]
+def teacher_answers(config: RunConfig, prompts: Sequence[Prompt]) -> list[str]:
     """The teacher's greedy answer to each prompt, asked once and kept in the cache folder. Collective."""
     from training import distributed
 

@@ -114,9 +114,7 @@ class TeacherLink:
     ) -> Future[list[str]]:
         """The teacher's own answers as texts; temperature 0 is greedy."""
         tokens = [p.tokens if self.same_tokenizer else self._encode(p.text, special=True) for p in prompts]
-        inner = self._client.generate(
-            tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
+        inner = self._client.generate(tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         out: Future[list[str]] = Future()
 
         def done(finished: Any) -> None:

@@ -1,0 +1,154 @@
+"""Losses by hand, by autograd of the exact objective, and however the batch is cut."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.losses import kl_loss, policy_loss, reverse_kl, token_weights, value_loss
+
+ONE = {"clip_low": 0.2, "clip_high": 0.3, "ratio": "token"}
+
+
+def test_token_weights_by_hand() -> None:
+    lengths = torch.tensor([2, 0, 1])
+    common = {"tokens": 10.0, "responses": 4.0, "constant": 5.0}
+    token = token_weights(lengths, 2, aggregation="token", **common)
+    assert token.tolist() == [[pytest.approx(0.1)] * 2, [0.0, 0.0], [pytest.approx(0.1), 0.0]]
+    sequence = token_weights(lengths, 2, aggregation="sequence", **common)
+    assert sequence.tolist() == [[0.125, 0.125], [0.0, 0.0], [0.25, 0.0]]
+    constant = token_weights(lengths, 2, aggregation="constant", **common)
+    assert constant.tolist() == [[pytest.approx(0.05)] * 2, [0.0, 0.0], [pytest.approx(0.05), 0.0]]
+    with pytest.raises(ValueError, match="use token, sequence or constant"):
+        token_weights(lengths, 2, aggregation="mean", **common)
+
+
+def test_clipping_by_hand() -> None:
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5])
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, clipped = policy_loss(
+        ratio.log(), torch.zeros(4), advantages, torch.full((4,), 0.25), torch.zeros(4, dtype=torch.int64), **ONE
+    )
+    # min(1.5, 1.3), min(-1.5, -1.3), min(0.5, 0.8), min(-0.5, -0.8)
+    assert float(loss) == pytest.approx(-(1.3 - 1.5 + 0.5 - 0.8) / 4)
+    assert clipped.tolist() == [True, False, False, True]
+
+
+def test_sequence_ratio_is_the_geometric_mean() -> None:
+    log_ratio = torch.tensor([0.1, 0.3, -0.2])
+    loss, _ = policy_loss(
+        log_ratio, torch.zeros(3), torch.tensor([1.0, 1.0, 1.0]), torch.ones(3), torch.tensor([4, 4, 9]),
+        clip_low=0.9, clip_high=0.9, ratio="sequence",
+    )  # fmt: skip
+    expected = 2 * torch.tensor(0.2).exp() + torch.tensor(-0.2).exp()
+    assert float(loss) == pytest.approx(-float(expected))
+
+
+def test_kl_estimators_by_hand() -> None:
+    policy, reference, weights = torch.tensor([-1.0]), torch.tensor([-1.5]), torch.tensor([1.0])
+    assert float(kl_loss(policy, reference, weights, estimator="k2")) == pytest.approx(0.125)
+    k3 = float(kl_loss(policy, reference, weights, estimator="k3"))
+    assert k3 == pytest.approx(torch.tensor(-0.5).exp().item() - 1 + 0.5)
+    with pytest.raises(ValueError, match="k1 has no gradient"):
+        kl_loss(policy, reference, weights, estimator="k1")
+
+
+def test_value_clip_by_hand() -> None:
+    loss = value_loss(
+        torch.tensor([2.0, 1.1]), torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0]), torch.tensor([0.5, 0.5]), clip=0.2
+    )
+    # First: unclipped error 0, clipped (1.2 - 2)^2 = 0.64. Second: (1.1 - 3)^2 both ways.
+    assert float(loss) == pytest.approx(0.5 * 0.5 * (0.64 + 3.61))
+
+
+def test_reverse_kl_is_exact_and_not_negative() -> None:
+    policy, teacher = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.2, 0.5, 0.3]])
+    expected = sum(p * (p / q).log() for p, q in zip(policy[0], teacher[0], strict=True))
+    assert float(reverse_kl(policy.log(), teacher.log() + 3.0)) == pytest.approx(float(expected), abs=1e-6)
+    assert float(reverse_kl(policy.log(), policy.log())) == pytest.approx(0.0, abs=1e-7)
+
+
+def sequences(vocabulary: int, length: int) -> list[tuple[int, ...]]:
+    return list(itertools.product(range(vocabulary), repeat=length))
+
+
+def test_the_policy_gradient_of_all_sequences_is_that_of_the_exact_objective() -> None:
+    """Enumeration: expectation of our surrogate's gradient = autograd of E[reward], in float64."""
+    torch.manual_seed(0)
+    table = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)  # logits at step t, independent of the past
+    rewards = {y: float(torch.randn(())) for y in sequences(4, 3)}
+    logprobs = table.log_softmax(-1)
+
+    def logprob(y: tuple[int, ...]) -> torch.Tensor:
+        return torch.stack([logprobs[t, token] for t, token in enumerate(y)])
+
+    objective = sum(logprob(y).sum().exp() * r for y, r in rewards.items())
+    (exact,) = torch.autograd.grad(objective, table, retain_graph=True)
+    surrogate = torch.zeros((), dtype=torch.float64)
+    for y, r in rewards.items():
+        values = logprob(y)
+        loss, _ = policy_loss(
+            values, values.detach(), torch.full((3,), r, dtype=torch.float64), torch.ones(3, dtype=torch.float64),
+            torch.zeros(3, dtype=torch.int64), **ONE,
+        )  # fmt: skip
+        surrogate = surrogate + values.sum().exp().detach() * loss
+    (ours,) = torch.autograd.grad(surrogate, table)
+    assert torch.allclose(-ours, exact, atol=1e-10)
+
+
+def test_minillm_single_step_plus_long_part_is_the_gradient_of_the_reverse_kl() -> None:
+    """arXiv 2306.08543, eq. 3, by enumeration in float64 (no length normalisation, no clipping in play)."""
+    from rewards.minillm import mean_return
+
+    torch.manual_seed(1)
+    table = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 4, dtype=torch.float64).log_softmax(-1)
+    logprobs = table.log_softmax(-1)
+    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - teacher)).sum(), table, retain_graph=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for y in sequences(4, 3):
+        values = torch.stack([logprobs[t, token] for t, token in enumerate(y)])
+        reward = torch.stack([teacher[t, token] for t, token in enumerate(y)]) - values.detach()
+        credit = mean_return(reward[None], torch.tensor([3]), gamma=1.0, normalize=False, first=1)[0]
+        long, _ = policy_loss(
+            values,
+            values.detach(),
+            credit,
+            torch.ones(3, dtype=torch.float64),
+            torch.zeros(3, dtype=torch.int64),
+            **ONE,
+        )
+        single = (logprobs.exp() * (logprobs - teacher)).sum()
+        total = total + values.sum().exp().detach() * (long + single)
+    (ours,) = torch.autograd.grad(total, table)
+    assert torch.allclose(ours, exact, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=6), st.sampled_from(["token", "sequence", "constant"]), st.data()
+)
+def test_cutting_the_batch_changes_nothing(lengths: list[int], aggregation: str, data: st.DataObject) -> None:
+    """Trap 22: micro-batches and ranks add up to the whole."""
+    longest = max([*lengths, 1])
+    lengths_B = torch.tensor(lengths)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    policy, behavior, advantages = (torch.randn(len(lengths), longest, generator=generator) for _ in range(3))
+    counts = {"tokens": float(sum(lengths)), "responses": float(len(lengths)), "constant": 5.0}
+    response = torch.arange(len(lengths))[:, None].expand(-1, longest)
+
+    def loss_of(rows: list[int]) -> float:
+        weights = token_weights(lengths_B[rows], longest, aggregation=aggregation, **counts)
+        mask = weights > 0
+        loss, _ = policy_loss(
+            policy[rows][mask], behavior[rows][mask], advantages[rows][mask], weights[mask], response[rows][mask], **ONE
+        )
+        return float(loss)
+
+    cut = data.draw(st.integers(0, len(lengths)))
+    rows = list(range(len(lengths)))
+    assert loss_of(rows[:cut]) + loss_of(rows[cut:]) == pytest.approx(loss_of(rows), abs=1e-5)
