@@ -350,6 +350,7 @@ class TeacherClient:
             raise TeacherRefused(f"the teacher speaks protocol version {challenge.get('version')}, not {wire.VERSION}")
         theirs = str(challenge.get("nonce"))
         if not session.same(session.proof(self._secret, "server", name, theirs, nonce), challenge.get("proof")):
+            session.put(store, session.key(name, "answer"), {"proof": None})  # so that the server does not wait
             raise TeacherRefused("the teacher has another secret (GRPO_KD_TEACHER_SECRET)")
         mine = session.proof(self._secret, "client", name, theirs, nonce)
         session.put(store, session.key(name, "answer"), {"proof": mine, **self._expected})

@@ -76,6 +76,8 @@ class Server:
         self._lock = threading.Lock()
         self._sessions = 0
         self._busy = 0
+        self._ended: list[tuple[float, str]] = []
+        """(when, session): whose keys are deleted then. Not at once: a refused client still has to read why."""
         self._handshakes = threading.BoundedSemaphore(HANDSHAKES)
         self._limits = wire.Limits(
             tokens=config.max_request_tokens,
@@ -123,6 +125,7 @@ class Server:
                         threading.Thread(target=self._session, args=(number,), daemon=True).start()
                     elif time.monotonic() > deadline:
                         del waiting[number]
+                self._forget()
             except RuntimeError as error:
                 logger.warning("accepting: %s", _line(error))
 
@@ -152,7 +155,9 @@ class Server:
             if opened:
                 with self._lock:
                     self._sessions -= 1
-            self._forget(name)
+            if name:
+                with self._lock:
+                    self._ended.append((time.monotonic() + session.CONNECT_S, name))
 
     def _handshake(self, store: Any, name: str, hello: dict[str, Any]) -> wire.Limits:
         """Prove the secret to each other and compare what must agree. A refusal is written, then raised."""
@@ -224,16 +229,15 @@ class Server:
         future: Future[list[torch.Tensor]] = self._engine.submit(request)
         return wire.encode_reply(future.result())
 
-    def _forget(self, name: str) -> None:
-        """Delete what a session left in the store."""
-        if not name:
-            return
-        try:
-            for left in self._store.list_keys():
-                if left.startswith(session.key(name, "")):
-                    self._store.delete_key(left)
-        except RuntimeError as error:
-            logger.warning("cleaning up: %s", _line(error))
+    def _forget(self) -> None:
+        """Delete what sessions that ended a while ago left in the store."""
+        with self._lock:
+            due = [name for when, name in self._ended if time.monotonic() > when]
+            self._ended = [(when, name) for when, name in self._ended if name not in due]
+        prefixes = tuple(session.key(name, "") for name in due)
+        for left in self._store.list_keys() if due else ():
+            if left.startswith(prefixes):
+                self._store.delete_key(left)
 
 
 def _line(error: Exception) -> str:
