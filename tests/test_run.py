@@ -1,0 +1,152 @@
+"""Whole runs of the real processes on the tiny demo: DeepSpeed actor and critic, Megatron teacher on two ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.runs import ROOT, command, finish, metrics, timeless
+
+PYTHON = sys.executable
+
+
+def test_the_run_folder_holds_what_the_documentation_says(finished_run: Path) -> None:
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert (summary["algo"], summary["reward"], summary["steps"]) == ("grpo", "minillm", 3)
+    assert set(summary["seconds"]) == {"total", "sample", "teacher", "reference", "update"}
+    assert summary["seconds"]["total"] >= summary["seconds"]["sample"] + summary["seconds"]["update"]
+    rows = metrics(finished_run)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert summary["tokens"]["sampled"] == sum(row["tokens/sampled"] for row in rows) > 0
+    assert summary["tokens"]["scored"] == summary["tokens"]["sampled"]
+    for name in ("eval_before", "eval_after", "teacher_eval"):
+        assert set(summary[name]) == {"f1", "exact_match", "reverse_kl"}
+        assert all(math.isfinite(v) for v in summary[name].values())
+    assert summary["eval_before"]["reverse_kl"] > 0
+    assert (finished_run / "report.html").stat().st_size > 10_000
+    assert yaml.safe_load((finished_run / "config.yaml").read_text())["student"]["path"] != "demo"
+    samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
+    assert len(samples[0]["responses"]) == 8
+    assert list((finished_run / "tensorboard").glob("events.*"))
+    assert (finished_run / "checkpoints" / "latest").read_text() == "step-000003"
+
+
+def test_at_the_first_step_ratio_is_one_and_sampling_equals_training(finished_run: Path) -> None:
+    first = metrics(finished_run)[0]
+    assert first["mismatch/max"] < 1e-4
+    assert first["clip_share"] == 0.0
+    # Exact KL over the vocabulary and its estimate from the samples agree roughly; both are positive here.
+    assert first["loss/single_step"] > 0
+    assert first["kl/teacher"] == pytest.approx(first["loss/single_step"], rel=0.5)
+    assert first["grad_norm"] > 0
+
+
+def test_the_export_loads_in_plain_transformers_and_differs_from_the_start(finished_run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "export")
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "export")
+    ids = tokenizer("Land: Danmark.", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(model(ids).logits).all()
+    start = Path(yaml.safe_load((finished_run / "config.yaml").read_text())["student"]["path"])
+    before, after = load_file(start / "model.safetensors"), load_file(finished_run / "export" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("algo", "reward"), [("grpo", "teacher_logprob"), ("ppo", "minillm"), ("ppo", "teacher_logprob")]
+)
+def test_the_other_three_approaches_run(algo: str, reward: str, tmp_path: Path, demo_cache: Path) -> None:
+    done = finish(command(tmp_path, demo_cache, "--algo", algo, "--reward", reward, "--steps", "2"))
+    run = tmp_path / f"{algo}-{reward}"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["algo"], summary["reward"]) == ("finished", algo, reward)
+    last = metrics(run)[-1]
+    assert f"reward/{reward}" in last
+    assert ("loss/value" in last) == (algo == "ppo")
+    assert ("loss/single_step" in last) == (reward == "minillm")
+    assert ("loss/pt" in last) == (reward == "minillm")
+    for word in ("student before", "student after", "teacher"):
+        assert word in done.stdout
+
+
+def test_two_ranks_sample_and_learn_what_one_rank_does(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    finish(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2", ranks=2))
+    run = tmp_path / "grpo-minillm"
+
+    def first_samples(path: Path) -> list[dict[str, object]]:
+        return [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()][:4]
+
+    assert [s["responses"] for s in first_samples(run)] == [s["responses"] for s in first_samples(finished_run)]
+    for one, two in zip(timeless(metrics(finished_run)), timeless(metrics(run)), strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key] == pytest.approx(one[key], abs=1e-3), key
+
+
+@pytest.mark.parametrize("stage", ["0", "3"])
+def test_the_zero_stage_changes_nothing(stage: str, finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    ranks = 2 if stage == "3" else None
+    finish(command(tmp_path, demo_cache, "--steps", "3", "--actor.zero_stage", stage, ranks=ranks))
+    for one, other in zip(timeless(metrics(finished_run)), timeless(metrics(tmp_path / "grpo-minillm")), strict=True):
+        for key in one:
+            assert other[key] == pytest.approx(one[key], abs=1e-3), key
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    finish(command(tmp_path, demo_cache, "--steps", "2", "--checkpoint.every", "2"))
+    run = tmp_path / "grpo-minillm"
+    # A killed run may leave a step that no checkpoint holds, and half a line; both must go.
+    with (run / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 3, "grad_norm": 9.0}\n{"step": 4, "gr')
+    finish(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
+    assert timeless(metrics(run)) == timeless(metrics(finished_run))
+    one, other = (load_file(path / "export" / "model.safetensors") for path in (finished_run, run))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_same_command_again_on_a_finished_run_says_so_quickly(finished_run: Path, demo_cache: Path) -> None:
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    done = finish(command(finished_run.parent, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
+    assert "student after" in done.stdout
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo_cache: Path) -> None:
+    done = finish(command(finished_run.parent, demo_cache, "--steps", "3", "--actor.learning_rate", "0.5"), code=2)
+    assert "actor.learning_rate" in done.stderr
+    assert "choose another --name" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_stage_3_scores_the_export_as_the_trainer_did(finished_run: Path) -> None:
+    done = finish([PYTHON, str(ROOT / "eval" / "run_euroeval.py"), "--runs_dir", str(finished_run.parent)])
+    assert "F1" in done.stdout
+    ours = json.loads((finished_run / "eval" / "after.json").read_text())
+    judged = json.loads((finished_run / "eval" / "heldout.json").read_text())
+    assert [a["prediction"] for a in judged["answers"]] == [a["prediction"] for a in ours["answers"]]
+    assert any(a["prediction"] for a in ours["answers"]), "something was answered"
+    assert judged["f1"] == pytest.approx(ours["f1"])
+    assert judged["exact_match"] == pytest.approx(ours["exact_match"])
+
+
+def test_stage_1_with_the_teachers_answers_asks_no_question_twice(tmp_path: Path, demo_cache: Path) -> None:
+    start = [PYTHON, str(ROOT / "training" / "sft.py"), "--demo_size", "tiny"]
+    rest = ["--runs_dir", str(tmp_path), "--cache_dir", str(demo_cache), "--sft.answers", "teacher", "--sft.steps", "5"]
+    finish([*start, *rest, "--threads", "1"])
+    (answers,) = demo_cache.glob("teacher-answers-*.json")
+    known = json.loads(answers.read_text())
+    assert len(known) > 100
+    # A second time nobody is asked: an address where no teacher listens does not matter.
+    finish([*start, *rest, "--threads", "1", "--teacher.address", "127.0.0.1:9", "--teacher.timeout_s", "2"])
+    assert json.loads(answers.read_text()) == known
+    assert (tmp_path / "sft" / "export" / "model.safetensors").is_file()
