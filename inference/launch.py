@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,10 @@ _SERVER = Path(__file__).resolve().parent / "serve_teacher.py"
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GRPO_KD_TEACHER_", "OMPI_", "PMI_", "PMIX_", "GROUP_", "ROLE_")
 _NOT_FLAGS = ("address",)
+
+
+class TeacherDied(RuntimeError):
+    """The server ended, or was not ready in time, while it was started."""
 
 
 class LocalTeacher:
@@ -49,7 +52,7 @@ class LocalTeacher:
         return self._process.poll()
 
     def stop(self, timeout_s: float = 15.0) -> None:
-        """Let it finish what was asked; kill it if that takes longer."""
+        """End it now; kill it if that takes longer than `timeout_s`."""
         _stop(self._process, timeout_s)
 
     def __enter__(self) -> LocalTeacher:
@@ -64,7 +67,7 @@ def start_local_teacher(
 ) -> LocalTeacher:
     """Start a server for `model_dir` (in place of config.path) and wait until it is ready.
 
-    Its log is work_dir/teacher.log. RuntimeError with the log's last lines if it dies first.
+    Its log is work_dir/teacher.log. TeacherDied with the log's last lines if it dies first.
     """
     check_teacher(model_dir, config.tensor_parallel)
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def start_local_teacher(
     try:
         address = _wait_ready(process, address_file, log, start_timeout_s)
     except BaseException:
-        _stop(process, 0.0)
+        _stop(process, 5.0)
         raise
     return LocalTeacher(process, address, secret, log)
 
@@ -107,9 +110,9 @@ def _wait_ready(process: subprocess.Popen[bytes], address_file: Path, log: Path,
     while not address_file.is_file():
         code = process.poll()
         if code is not None:
-            raise RuntimeError(f"the teacher ended with code {code} while starting; {log} ends with:\n{_tail(log)}")
+            raise TeacherDied(f"the teacher ended with code {code} while starting; {log} ends with:\n{_tail(log)}")
         if time.monotonic() > deadline:
-            raise RuntimeError(f"the teacher was not ready after {timeout_s:.0f} s; {log} ends with:\n{_tail(log)}")
+            raise TeacherDied(f"the teacher was not ready after {timeout_s:.0f} s; {log} ends with:\n{_tail(log)}")
         time.sleep(0.05)
     return address_file.read_text(encoding="utf-8").strip()
 
@@ -119,15 +122,12 @@ def _tail(log: Path, lines: int = 15) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Ask, wait, then kill; the ranks follow rank 0. Closing the pipe comes last: it ends the server at once."""
-    if process.poll() is None and timeout_s > 0:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout_s)
+    """Close the pipe, which ends the server and its ranks at once (its owner waits for no answer); kill if it hangs."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout_s)
     if process.poll() is None:
         process.kill()
     process.wait()
-    if process.stdin is not None:
-        with contextlib.suppress(OSError):
-            process.stdin.close()

@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         fail(str(error))
     stopping = threading.Event()
-    _handle_signals(stopping, leader=rank == 0)
+    _handle_signals(stopping, listens=rank == 0 and not options.exit_with_stdin)
     store_address = os.environ.get(STORE)
     if spawned or torchrun:
         return run_rank(config, options, rank, secret, stopping, store_address, [])
@@ -221,14 +221,18 @@ def _init_distributed(world: int, rank: int, store_address: str | None, listen_f
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-def _handle_signals(stopping: threading.Event, *, leader: bool) -> None:
-    """SIGTERM and SIGINT stop rank 0, which tells the others; these ignore signals sent to the whole group."""
+def _handle_signals(stopping: threading.Event, *, listens: bool) -> None:
+    """SIGTERM and SIGINT stop rank 0, which tells the others; these ignore signals sent to the whole group.
+
+    A server that ends with its standard input belongs to a trainer and ignores them too: a launcher that terminates
+    the trainer's process tree would otherwise take the teacher away before the trainer has finished its step.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopping.set()
 
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, stop if leader else signal.SIG_IGN)
+        signal.signal(name, stop if listens else signal.SIG_IGN)
 
 
 def _exit_with_stdin() -> None:
@@ -241,7 +245,7 @@ def _exit_with_stdin() -> None:
         while os.getppid() == parent:
             readable, _, _ = select.select([0], [], [], 1.0)
             if readable and not os.read(0, 4096):
-                break
+                os._exit(0)
         os._exit(1)
 
     threading.Thread(target=watch, name="stdin", daemon=True).start()

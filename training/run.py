@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from configs.schema import RunConfig, as_dict
-from inference.client import TeacherClient, TeacherLost
+from inference.client import TeacherClient, TeacherLost, TeacherRefused
 from inference.fingerprint import tokenizer_fingerprint
-from inference.launch import start_local_teacher
+from inference.launch import TeacherDied, start_local_teacher
 from training import distributed
 from training.actor import Actor, Reference
 from training.cli import ROOT, dump_config, fail
@@ -83,6 +83,9 @@ def run(config: RunConfig) -> int:
         except TeacherLost as error:
             log.error("%s; run the same command again to go on from the last checkpoint", error)
             return REQUEUE
+        except (TeacherRefused, TeacherDied) as error:
+            log.error("%s", error)
+            return 1
 
 
 def _run(setup: Setup, stack: ExitStack) -> int:
