@@ -1,0 +1,100 @@
+"""Every YAML in configs/ loads, passes its checks and describes the pair that its name promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.schema import RunConfig, SamplingConfig, as_dict, validate
+from training.cli import DEMO_CONFIGS, dump_config, instantiate, load_config, make_parser
+from training.loop import single_step_coef
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "frames.yaml")
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_configuration_loads_and_is_valid(path: Path) -> None:
+    config = load_config(path)
+    validate(config)
+    again = instantiate(make_parser("again"), ["--config", str(path)])
+    assert config == again
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "student", "parallel"),
+    [
+        ("gemma3_27b_mistral_7b", "gemma-3-27b", "Mistral-7B", 2),
+        ("llama2_70b_llama2_7b", "Llama-2-70b", "Llama-2-7b", 4),
+        ("gemma3_27b_gptsw3_6_7b", "gemma-3-27b", "gpt-sw3-6.7b", 2),
+        ("gemma3_270m_smollm2_135m", "gemma-3-270m", "smollm2-135m", 2),
+    ],
+)
+def test_the_real_pairs(name: str, teacher: str, student: str, parallel: int) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert teacher in config.teacher.path
+    assert student in config.student.path
+    assert config.teacher.tensor_parallel == parallel
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+@pytest.mark.parametrize("reward", ["teacher_logprob", "minillm"])
+def test_the_demo_has_a_file_for_each_approach(algo: str, reward: str) -> None:
+    config = load_config(DEMO_CONFIGS / f"{algo}_{reward}.yaml")
+    assert (config.algo, config.reward) == (algo, reward)
+    assert config.run_name == f"{algo}-{reward}"
+    assert replace(config, seed=3).run_name == f"{algo}-{reward}-seed3"
+
+
+def test_a_written_configuration_reads_back(tmp_path: Path) -> None:
+    config = load_config(DEMO_CONFIGS / "ppo_minillm.yaml")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(as_dict(config)))
+    assert load_config(path) == config
+    assert yaml.safe_load(path.read_text())["actor"]["betas"] == [0.9, 0.95]
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("steps: 7\nsampling:\n  top_k: 5\n")
+    config = instantiate(make_parser("x"), ["--config", str(path), "--steps", "9"])
+    assert (config.steps, config.sampling.top_k, config.sampling.max_new_tokens) == (
+        9,
+        5,
+        SamplingConfig().max_new_tokens,
+    )
+
+
+def test_lambda_pt_and_lambda_1_follow_the_reward() -> None:
+    config = RunConfig(reward="minillm")
+    assert (config.pt_coef, RunConfig(reward="teacher_logprob").pt_coef) == (0.1, 0.0)
+    assert single_step_coef(config, same_tokenizer=True) == 1.0
+    assert single_step_coef(config, same_tokenizer=False) == 0.0
+    assert single_step_coef(RunConfig(reward="teacher_logprob"), same_tokenizer=True) == 0.0
+    asked = replace(config, loss=replace(config.loss, single_step_coef=0.5))
+    assert single_step_coef(asked, same_tokenizer=True) == 0.5
+    with pytest.raises(ValueError, match=r"loss.single_step_coef = 0.5: .* different tokenizers"):
+        single_step_coef(asked, same_tokenizer=False)
+
+
+def test_help_explains_every_field() -> None:
+    text = " ".join(make_parser("x").format_help().split())
+    for phrase in (
+        "--actor.learning_rate",
+        "Peak learning rate of AdamW",
+        "Longest response, in tokens",
+        "default: 1.0",
+    ):
+        assert phrase in text
+
+
+def test_no_file_hides_a_standard_module() -> None:
+    """A script's folder comes first on sys.path until the script puts the root there."""
+    import sys
+
+    for room in ("training", "inference", "eval", "rewards", "configs"):
+        for path in (ROOT / room).glob("*.py"):
+            assert path.stem == "__init__" or path.stem not in sys.stdlib_module_names, path
