@@ -44,10 +44,10 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def finish(command: Sequence[str], code: int = 0) -> subprocess.CompletedProcess[str]:
+def finish(command: Sequence[str], code: int = 0, timeout: float = 400) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit code is asserted with the output in the message."""
     done = subprocess.run(
-        list(command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, check=False
+        list(command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done

@@ -89,7 +89,7 @@ def train(
         metrics |= clock.finish()
         _advance(progress, metrics, config, len(prompts))
         if distributed.is_main():
-            _record(folder, step, metrics, rollout, reward, config, bar)
+            _record(folder, step, metrics, rollout, view, reward, config, bar)
         stopping = distributed.any_rank(stop.requested)
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         if stopping or gave_up or progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
@@ -265,12 +265,13 @@ def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig, p
 
 
 def _record(
-    folder: RunFolder, step: int, metrics: dict[str, float], rollout: Rollout, reward: RewardOutput,
+    folder: RunFolder, step: int, metrics: dict[str, float], rollout: Rollout, view: TeacherView, reward: RewardOutput,
     config: RunConfig, bar: Any,
 ) -> None:  # fmt: skip
     """Write the step's line, now and then some samples, and move the bar."""
     metrics["tokens_per_second"] = metrics["tokens/sampled"] / max(metrics["seconds/total"], 1e-9)
     folder.append_metrics({"step": step + 1, **metrics})
+    parts = {**reward.parts, "teacher": view.logprobs_BR.sum(1)}
     if step % config.checkpoint.samples_every == 0:
         for n in range(min(len(rollout.prompts), 4)):
             rows = rollout.rows_of([n])
@@ -280,7 +281,7 @@ def _record(
                     "step": step + 1,
                     "prompt": rollout.prompts[n].text,
                     "responses": [rollout.texts[b] for b in rows],
-                    "rewards": {k: [round(float(v[b]), 4) for b in rows] for k, v in reward.parts.items()},
+                    "rewards": {k: [round(float(v[b]), 4) for b in rows] for k, v in parts.items()},
                 },
             )
     bar.set_postfix(
