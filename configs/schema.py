@@ -40,8 +40,8 @@ class TeacherConfig:
     tensor_parallel: int = 2
     """Processes that share one teacher. Must divide the number of attention heads."""
     address: str | None = None
-    """`host:port`, or the path of the address file that a running server wrote. None: start one on this machine
-    and take it down with the trainer. The shared secret is read from the environment (GRPO_KD_TEACHER_SECRET)."""
+    """`host:port` of a running server, or the path of its address file; several replicas with commas between. None:
+    start one here, which ends with the trainer. The secret is read from the environment (GRPO_KD_TEACHER_SECRET)."""
     interface: str = "127.0.0.1"
     """Address that the server binds to. Only this one."""
     port: int = 0
@@ -56,6 +56,8 @@ class TeacherConfig:
     """Tokens that a single request may carry; a larger one ends its session."""
     max_request_rows: int = 65536
     """Responses that a single request may carry; more end its session."""
+    max_cache_tokens: int = 65536
+    """Tokens whose keys and values wait for the next decode step (`next`); the longest unused are dropped first."""
     max_sessions: int = 64
     """Clients served at a time; one more is refused."""
     logit_chunk: int = 1024

@@ -50,8 +50,9 @@ class PackedPlan:
         starts = torch.cumsum(lengths, 0) - lengths
         column = torch.arange(longest, device=device)
         self._valid_NL = column[None, :] < lengths[:, None]
-        # A padded slot points at token 0; its output is dropped, so no gradient reaches that token through it.
-        self._gather_NL = torch.where(self._valid_NL, starts[:, None] + column[None, :], 0)
+        # A padded slot points at its own group's first token: its output is dropped, so no gradient reaches that token
+        # through it, and a NaN stays in its group (softmax weight 0 times NaN is NaN).
+        self._gather_NL = starts[:, None] + torch.where(self._valid_NL, column[None, :], 0)
         self._whole = count == 1
         self._positions_NL = row.positions_T[self._gather_NL]
         self._segments_NL = torch.where(self._valid_NL, row.segments_T[self._gather_NL], -1)

@@ -9,123 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import socket
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
-from datetime import timedelta
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from inference import session, wire
+from inference.connection import CLOSED, Connector, TeacherLost, TeacherRefused, one_line
 from inference.packing import Group
+from inference.replies import (
+    TeacherAnswers,
+    TeacherGather,
+    TeacherHidden,
+    TeacherInfo,
+    TeacherNext,
+    TeacherScore,
+    TeacherTopK,
+)
 from inference.session import Channel
 from inference.wire import Request
 
+__all__ = ["TeacherClient", "TeacherDecoding", "TeacherInfo", "TeacherLost", "TeacherRefused"]
+
 T = TypeVar("T")
-RETRY_S = 0.3
-_CLOSED = "the client was closed"
-
-
-class TeacherLost(RuntimeError):
-    """The teacher could not be reached for `timeout_s` seconds."""
-
-
-class TeacherRefused(ValueError):
-    """The teacher is there but will not serve this client, or this request: the message says why."""
-
-
-@dataclass(frozen=True)
-class TeacherInfo:
-    """What the teacher says of itself."""
-
-    model: str
-    """Name of the model directory."""
-    model_dir: str
-    """Its path on the server's machine."""
-    vocab_size: int
-    hidden_size: int
-    dtype: str
-    """float32 or bfloat16: type of the model and of `hidden`."""
-    tensor_parallel: int
-    max_positions: int
-    """Longest prompt plus response, in tokens."""
-    max_request_tokens: int
-    """Tokens that one request may carry."""
-    max_request_rows: int
-    """Responses that one request may carry."""
-    eos_ids: tuple[int, ...]
-    tokenizer_fingerprint: str
-    vocabulary_fingerprint: str
-    output_layer: dict[str, Any]
-    """As inference/output_layer.py describes it: tensor, file, shape, hash of sampled rows."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Values for S response tokens, in batch order (b, then t)."""
-
-    lengths_B: torch.Tensor
-    """int64 [B] response lengths; they sum to S."""
-
-    def padded(self, values_S: torch.Tensor, length: int | None = None) -> torch.Tensor:
-        """[B, R, ...] from [S, ...], zero beyond each response. R is the longest response unless given."""
-        lengths = self.lengths_B
-        R = int(lengths.max()) if length is None and len(lengths) else length or 0
-        mask_BR = torch.arange(R)[None, :] < lengths[:, None]
-        out = values_S.new_zeros(len(lengths), R, *values_S.shape[1:])
-        out[mask_BR] = values_S
-        return out
-
-
-@dataclass(frozen=True)
-class TeacherScore(Scored):
-    """log p(token | prompt, tokens before it)."""
-
-    logprobs_S: torch.Tensor
-    """float32 [S] nats."""
-
-
-@dataclass(frozen=True)
-class TeacherTopK(Scored):
-    """The K likeliest entries before each response token. The rest of the mass is 1 - sum(exp(logprobs_SK))."""
-
-    logprobs_SK: torch.Tensor
-    """float32 [S, K] nats, descending."""
-    ids_SK: torch.Tensor
-    """int64 [S, K]."""
-    logsumexp_S: torch.Tensor
-    """float32 [S] logsumexp of all logits divided by the temperature."""
-
-
-@dataclass(frozen=True)
-class TeacherGather(Scored):
-    """Log-probabilities at the ids that were asked for."""
-
-    logprobs_SK: torch.Tensor
-    """float32 [S, K] nats."""
-    logsumexp_S: torch.Tensor
-    """float32 [S] logsumexp of all logits divided by the temperature."""
-
-
-@dataclass(frozen=True)
-class TeacherHidden(Scored):
-    """States after the final norm that predict each response token: hidden @ output_layer.T are the logits."""
-
-    hidden_SH: torch.Tensor
-    """[S, Hidden] in the teacher's dtype."""
-
-
-@dataclass(frozen=True)
-class TeacherAnswers:
-    """Generated answers."""
-
-    responses: tuple[tuple[int, ...], ...]
-    """Token ids of B = N * samples answers, ordered by prompt; an ending id is included."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +44,8 @@ class _Job:
     request: Request
     make: Callable[[list[torch.Tensor]], Any]
     future: Future[Any]
+    replay: Callable[[], Request] | None
+    """The request that gives the same answer on a server that has lost the decoding."""
 
 
 class TeacherClient:
@@ -145,36 +58,41 @@ class TeacherClient:
         secret: str,
         tokenizer_fingerprint: str | None,
         timeout_s: float,
+        prefer: int = 0,
         vocab_size: int | None = None,
         dtype: str | None = None,
         temperature: float | None = None,
         max_reply_bytes: int = 1 << 36,
     ) -> None:
-        """`address` is host:port or the path of an address file. What is None is not compared in the handshake.
+        """`address` as in teacher.address: host:port, an address file, or several of them with commas between.
 
-        A given `temperature` is then the only one that this client can ask for.
+        Of several replicas the one numbered `prefer` (modulo their count) is asked first: give each rank its own
+        number. What is None is not compared in the handshake; a given `temperature` is then the only one that this
+        client can ask for.
         """
-        self._address, self._secret, self._timeout_s = address, secret, timeout_s
-        self._expected = {
+        expected = {
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "vocab_size": vocab_size,
             "dtype": dtype,
             "temperature": temperature,
         }
+        self._timeout_s = timeout_s
+        self._connector = Connector(address, prefer=prefer, secret=secret, timeout_s=timeout_s, expected=expected)
         self._max_reply_bytes = max_reply_bytes
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
-        self._closed = threading.Event()
-        self._last_success = time.monotonic()
-        self._channel: Channel | None = None
-        self._info: TeacherInfo | None = None
-        self._channel = self._reconnect(time.monotonic() + timeout_s, "never connected")
+        self._channel: Channel | None = self._connector.open(time.monotonic() + timeout_s, "never connected")
         self._thread = threading.Thread(target=self._work, name="teacher-client", daemon=True)
         self._thread.start()
 
     def info(self) -> TeacherInfo:
         """What the server said in the last handshake."""
-        assert self._info is not None
-        return self._info
+        assert self._connector.info is not None
+        return self._connector.info
+
+    @property
+    def address(self) -> str:
+        """The replica that is asked now."""
+        return self._connector.address
 
     def ping(self) -> Future[None]:
         """Done when the server has answered."""
@@ -228,9 +146,25 @@ class TeacherClient:
         )
         return self._ask(request, _answers)
 
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        samples: int = 1,
+        k: int = 0,
+        temperature: float = 1.0,
+    ) -> TeacherDecoding:
+        """Token by token beside the caller, who chooses each token: `samples` responses to each prompt.
+
+        Each step gives the K likeliest entries; K = V is the whole distribution, K = 0 the hidden states in its place.
+        A session holds one decoding: a new one ends the one before.
+        """
+        return TeacherDecoding(self._ask, prompts, samples, max_new_tokens, k, temperature)
+
     def close(self) -> None:
         """End the session; what was not answered yet gets TeacherLost."""
-        self._closed.set()
+        self._connector.closed.set()
         self._jobs.put(None)
         self._thread.join(timeout=2.0)
         self._fail_waiting()
@@ -241,19 +175,24 @@ class TeacherClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: Request, make: Callable[[list[torch.Tensor]], T]) -> Future[T]:
+    def _ask(
+        self,
+        request: Request,
+        make: Callable[[list[torch.Tensor]], T],
+        replay: Callable[[], Request] | None = None,
+    ) -> Future[T]:
         future: Future[T] = Future()
         if request.kind in wire.GROUP_KINDS and not request.groups:
             raise ValueError(f"{request.kind}: no groups")
-        if self._closed.is_set():
-            future.set_exception(TeacherLost(_CLOSED))
+        if self._connector.closed.is_set():
+            future.set_exception(TeacherLost(CLOSED))
         else:
-            self._jobs.put(_Job(request, make, future))
+            self._jobs.put(_Job(request, make, future, replay))
         return future
 
     def _work(self) -> None:
         """The worker thread: one request at a time, a ping when there is none."""
-        while not self._closed.is_set():
+        while not self._connector.closed.is_set():
             try:
                 job = self._jobs.get(timeout=session.PING_S)
             except queue.Empty:
@@ -267,7 +206,7 @@ class TeacherClient:
             if job is None or not job.future.set_running_or_notify_cancel():
                 continue
             try:
-                job.future.set_result(job.make(self._persist(job.request)))
+                job.future.set_result(job.make(self._persist(job)))
             except Exception as error:
                 job.future.set_exception(error)
         self._channel = None
@@ -278,34 +217,39 @@ class TeacherClient:
             while True:
                 job = self._jobs.get_nowait()
                 if job is not None and job.future.set_running_or_notify_cancel():
-                    job.future.set_exception(TeacherLost(_CLOSED))
+                    job.future.set_exception(TeacherLost(CLOSED))
 
-    def _persist(self, request: Request) -> list[torch.Tensor]:
+    def _persist(self, job: _Job) -> list[torch.Tensor]:
         """Ask until there is an answer, over as many connections as it takes."""
         deadline = time.monotonic() + self._timeout_s
-        reason = "not connected"
+        reason, request = "not connected", job.request
         while True:
             if self._channel is None:
-                self._channel = self._reconnect(deadline, reason)
+                self._channel = self._connector.open(deadline, reason)
             try:
                 return self._exchange(self._channel, request, max(1.0, deadline - time.monotonic()))
+            except wire.StateLost as error:
+                if job.replay is None:
+                    raise TeacherRefused(str(error)) from error
+                request = job.replay()
             except TeacherRefused:
                 self._channel = None  # the server ends a session that it refuses
                 raise
             except RuntimeError as error:
                 self._channel = None
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error)
 
     def _exchange(self, channel: Channel, request: Request, timeout_s: float) -> list[torch.Tensor]:
         """One request and its reply."""
-        message = wire.encode_request(request)
-        self._check_size(message[0].tolist())
-        channel.send(message, timeout_s)
+        encoded = wire.encode_request(request)
+        self._check_size(encoded[0].tolist())
+        channel.send(encoded, timeout_s)
         words = channel.receive_header(timeout_s)
         if words[2] != 0:
             if not 2 <= words[4] <= wire.MAX_JSON_BYTES:
                 raise wire.WireError("malformed error reply")
-            raise TeacherRefused(wire.decode_json(channel.receive(words[4], torch.uint8, timeout_s)).get("error"))
+            message = str(wire.decode_json(channel.receive(words[4], torch.uint8, timeout_s)).get("error"))
+            raise wire.StateLost(message) if words[2] == wire.STATE_LOST else TeacherRefused(message)
         tensors = []
         for dtype, rows, columns in wire.reply_layout(words, self._max_reply_bytes):
             data = channel.receive(rows * columns * dtype.itemsize, torch.uint8, timeout_s)
@@ -321,62 +265,80 @@ class TeacherClient:
         except wire.WireError as error:
             raise TeacherRefused(str(error)) from error
 
-    def _reconnect(self, deadline: float, reason: str) -> Channel:
-        """Connect and shake hands, again and again until the deadline; TeacherRefused at once."""
-        while True:
-            if self._closed.is_set():
-                raise TeacherLost(_CLOSED)
-            try:
-                return self._connect()
-            except TeacherRefused:
-                raise
-            except (RuntimeError, OSError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
-            if time.monotonic() + RETRY_S > deadline:
-                raise TeacherLost(f"no teacher at {self._address} for {self._timeout_s:.0f} s: {reason}")
-            time.sleep(RETRY_S)
 
-    def _connect(self) -> Channel:
-        host, port = resolve(self._address)
-        # Knock first: TCPStore would print warnings for as long as nobody listens.
-        socket.create_connection((host, port), timeout=session.CONNECT_S).close()
-        store = session.c10d.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=session.CONNECT_S))
-        name, nonce = session.new_nonce(), session.new_nonce()
-        number = store.add(session.COUNTER, 1)
-        hello = {"session": name, "nonce": nonce, "version": wire.VERSION}
-        session.put(store, session.announcement(number), hello)
-        challenge = session.take(store, session.key(name, "challenge"))
-        if challenge.get("version") != wire.VERSION:
-            raise TeacherRefused(f"the teacher speaks protocol version {challenge.get('version')}, not {wire.VERSION}")
-        theirs = str(challenge.get("nonce"))
-        if not session.same(session.proof(self._secret, "server", name, theirs, nonce), challenge.get("proof")):
-            session.put(store, session.key(name, "answer"), {"proof": None})  # so that the server does not wait
-            raise TeacherRefused("the teacher has another secret (GRPO_KD_TEACHER_SECRET)")
-        mine = session.proof(self._secret, "client", name, theirs, nonce)
-        session.put(store, session.key(name, "answer"), {"proof": mine, **self._expected})
-        verdict = session.take(store, session.key(name, "verdict"))
-        if "error" in verdict:
-            raise (RuntimeError if verdict.get("retry") else TeacherRefused)(verdict["error"])
-        self._info = _info(verdict["info"])
-        group = session.form_group(store, name, session.CLIENT, session.local_address(host, port))
-        return Channel(group, session.SERVER)
+class TeacherDecoding:
+    """Responses that grow by one token a step. `first` is the distribution before any token."""
 
+    def __init__(
+        self,
+        ask: Callable[[Request, Callable[[list[torch.Tensor]], Any], Callable[[], Request] | None], Future[Any]],
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        max_new_tokens: int,
+        k: int,
+        temperature: float,
+    ) -> None:
+        self._ask = ask
+        self._prompts = [tuple(prompt) for prompt in prompts]
+        self._samples, self._max_new, self._k, self._temperature = samples, max_new_tokens, k, temperature
+        self._handle = secrets.randbits(62) + 1
+        self._tokens: list[list[int]] = [[] for _ in range(len(self._prompts) * samples)]
+        self._step = 0
+        everyone = tuple(range(len(self._tokens)))
+        self.first: Future[TeacherNext] = ask(self._opening(everyone, 0), self._make(everyone), None)
 
-def resolve(address: str) -> tuple[str, int]:
-    """(host, port) of `host:port`, or of the file at this path."""
-    text = address
-    host, colon, port = text.rpartition(":")
-    if not (colon and port.isdigit()):
-        text = Path(address).read_text(encoding="utf-8").strip()
-        host, colon, port = text.rpartition(":")
-    if not (host and port.isdigit()):
-        raise ValueError(f"teacher.address = {address!r}: neither host:port nor a file that holds it")
-    return socket.gethostbyname(host), int(port)
+    def next(self, rows: Sequence[int], tokens: Sequence[int]) -> Future[TeacherNext]:
+        """The distribution after `tokens[i]` was chosen for response `rows[i]`; rows ascend.
 
+        A row that is left out is finished and must not come back.
+        """
+        kept, step = tuple(rows), self._step
+        chosen = tuple(tokens)
+        for row, token in zip(kept, chosen, strict=True):
+            if len(self._tokens[row]) != step:
+                raise ValueError(f"response {row} was left out of an earlier step")
+            self._tokens[row].append(token)
+        self._step += 1
+        request = Request(
+            "next", temperature=self._temperature, k=self._k, extras=kept + chosen, handle=self._handle, step=step
+        )
+        return self._ask(request, self._make(kept), lambda: self._opening(kept, step + 1))
 
-def _info(value: dict[str, Any]) -> TeacherInfo:
-    known = {field.name: value[field.name] for field in fields(TeacherInfo)}
-    return TeacherInfo(**{**known, "eos_ids": tuple(known["eos_ids"])})
+    def close(self) -> Future[None]:
+        """Give the server's memory back; a new decoding or the end of the session does that too."""
+        return self._ask(Request("release", handle=self._handle), lambda _: None, None)
+
+    def _opening(self, rows: tuple[int, ...], step: int) -> Request:
+        """The request that starts this decoding, or brings it back to where `rows` have `step` tokens."""
+        alive = set(rows)
+        groups = []
+        for n, prompt in enumerate(self._prompts):
+            first = n * self._samples
+            mine = range(first, first + self._samples)
+            responses = tuple(tuple(self._tokens[b][:step]) if b in alive else () for b in mine)
+            groups.append(Group(prompt, responses, first))
+        return Request(
+            "open",
+            tuple(groups),
+            self._temperature,
+            k=self._k,
+            samples=self._samples,
+            max_new_tokens=self._max_new,
+            extras=rows,
+            handle=self._handle,
+            step=step,
+        )
+
+    def _make(self, rows: tuple[int, ...]) -> Callable[[list[torch.Tensor]], TeacherNext]:
+        rows_A = torch.tensor(rows, dtype=torch.int64)
+        nothing = torch.zeros(len(rows), 0)
+
+        def make(tensors: list[torch.Tensor]) -> TeacherNext:
+            if self._k == 0:
+                return TeacherNext(rows_A, nothing, nothing.long(), nothing.sum(1), tensors[0])
+            return TeacherNext(rows_A, tensors[0], tensors[1], tensors[2][:, 0], nothing)
+
+        return make
 
 
 def _in_order(groups: Sequence[Group]) -> tuple[tuple[Group, ...], torch.Tensor]:

@@ -6,6 +6,7 @@ While nothing is asked, rank 0 broadcasts an empty message, so that no collectiv
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -24,6 +25,8 @@ from inference.wire import Request
 
 logger = logging.getLogger("teacher")
 
+MERGED = ("score", "topk", "gather", "hidden")
+"""Kinds whose waiting requests are answered together."""
 KEEP_ALIVE_S = 10.0
 LOG_S = 60.0
 _STOP, _IDLE, _WORK = 0, 1, 2
@@ -95,7 +98,7 @@ class Engine:
         left = []
         tokens = 0
         for item in self._held:
-            size = sum(group.input_tokens for group in item[0].groups)
+            size = _cost(item[0])
             if not batch or (_mergeable(batch[0][0], item[0]) and tokens + size <= self._merge_tokens):
                 batch.append(item)
                 tokens += size
@@ -112,10 +115,14 @@ class Engine:
         _broadcast(_WORK, payload.numel())
         dist.broadcast(header, 0)
         dist.broadcast(payload, 0)
-        tensors = self._scorer.run(merged)
+        try:
+            tensors = self._scorer.run(merged)
+        except wire.StateLost as error:
+            batch[0][1].set_exception(error)
+            return
         self._load.busy_s += time.monotonic() - start
         self._load.requests += len(batch)
-        self._load.tokens += sum(group.input_tokens for group in merged.groups)
+        self._load.tokens += _cost(merged)
         if len(batch) == 1:
             batch[0][1].set_result(tensors)
             return
@@ -150,18 +157,26 @@ def follow(scorer: Scorer) -> None:
             header, payload = torch.zeros(wire.HEADER_WORDS, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
             dist.broadcast(header, 0)
             dist.broadcast(payload, 0)
-            scorer.run(wire.decode_request(header.tolist(), payload, _TRUSTED))
+            with contextlib.suppress(wire.StateLost):  # every rank comes to the same answer
+                scorer.run(wire.decode_request(header.tolist(), payload, _TRUSTED))
 
 
 def _broadcast(operation: int, size: int = 0) -> None:
     dist.broadcast(torch.tensor([operation, size], dtype=torch.int64), 0)
 
 
+def _cost(request: Request) -> int:
+    """Tokens that go through the model."""
+    if request.kind == "next":
+        return len(request.extras) // 2
+    return sum(group.input_tokens for group in request.groups)
+
+
 def _mergeable(first: Request, other: Request) -> bool:
     """Whether two requests can be one: the same question of different groups."""
     # hidden states do not depend on the temperature
     return (
-        first.kind == other.kind != "generate"
+        first.kind == other.kind in MERGED
         and first.k == other.k
         and (first.kind == "hidden" or first.temperature == other.temperature)
     )

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from inference.attention import DecodePlan, PackedPlan, PrefillPlan
-from inference.packing import Group, PackedRow, pack, pack_row
+from inference.attention import PackedPlan
+from inference.decoding import Decoding, Decodings
+from inference.packing import Group, PackedRow, pack
 from inference.teacher import Teacher
 from inference.wire import Request
 
@@ -25,15 +26,27 @@ BLOCK_COLUMNS = 8192
 class Scorer:
     """Runs requests on this rank's part of the teacher."""
 
-    def __init__(self, teacher: Teacher, *, max_batch_tokens: int, logit_chunk: int) -> None:
+    def __init__(
+        self, teacher: Teacher, *, max_batch_tokens: int, logit_chunk: int, max_cache_tokens: int = 65536
+    ) -> None:
         self.teacher = teacher
         self.max_batch_tokens = max_batch_tokens
         self.chunk = logit_chunk
+        self.decodings = Decodings(teacher, max_batch_tokens=max_batch_tokens, max_cache_tokens=max_cache_tokens)
 
     def run(self, request: Request) -> list[torch.Tensor]:
-        """The reply's tensors, complete on every rank; first dimension S (generate: see `generate`)."""
+        """The reply's tensors, complete on every rank; first dimension S (generate: see `generate`; open, next: A).
+
+        StateLost on every rank, before anything is computed, where a `next` goes on from a decoding that is not held.
+        """
         if request.kind == "generate":
             return list(self.generate(request))
+        if request.kind == "release":
+            self.decodings.release(request)
+            return []
+        if request.kind in ("open", "next"):
+            hidden = self.decodings.open(request) if request.kind == "open" else self.decodings.next(request)
+            return [t.cpu() for t in (self._topk(hidden, request) if request.k else [hidden])]
         if request.kind == "hidden":
             return self._assemble(request.groups, lambda _, hidden, __: [hidden])
         if request.kind == "topk":
@@ -155,20 +168,15 @@ class Scorer:
         return lengths, torch.tensor([token for answer in ordered for token in answer], dtype=torch.int64)
 
     def _decode(self, prompts: list[Group], request: Request, answers: dict[int, list[int]]) -> None:
-        """Prefill these prompts and decode `samples` answers to each, into `answers`."""
-        teacher, samples = self.teacher, request.samples
-        row: PackedRow = pack_row(prompts).to(teacher.device)
-        prefill = PrefillPlan(row)
-        hidden = teacher.forward(row.tokens_T, row.positions_T, prefill)
-        last_N = torch.tensor(row.group_lengths, device=teacher.device).cumsum(0) - 1
-        hidden = hidden[last_N].repeat_interleave(samples, 0)
+        """Decode `samples` answers to each of these prompts, into `answers`."""
+        samples = request.samples
         numbers = [g.first_response * samples + i for g in prompts for i in range(samples)]
         for b in numbers:
             answers[b] = []
         streams = [torch.Generator().manual_seed(request.seed * 1_000_003 + b & (1 << 63) - 1) for b in numbers]
         active = list(range(len(numbers)))
-        plan = DecodePlan(prefill.cache, samples, request.max_new_tokens)
-        ends = set(request.extras)
+        decoding = Decoding(self.teacher, prompts, samples, request.max_new_tokens)
+        hidden, ends = decoding.first_BH, set(request.extras)
         for step in range(request.max_new_tokens):
             tokens = self._choose(hidden, request.temperature, [streams[a] for a in active]).tolist()
             for a, token in zip(active, tokens, strict=True):
@@ -177,9 +185,7 @@ class Scorer:
             if not left or step + 1 == request.max_new_tokens:
                 return
             active = [a for a, _ in left]
-            positions = plan.advance(torch.tensor(active, device=teacher.device))
-            tokens_A = torch.tensor([token for _, token in left], device=teacher.device)
-            hidden = teacher.forward(tokens_A, positions, plan)
+            hidden = decoding.step(active, [token for _, token in left])
 
     def _choose(self, hidden_AH: torch.Tensor, temperature: float, streams: list[torch.Generator]) -> torch.Tensor:
         """The next token of each response, int64 [A].

@@ -170,7 +170,12 @@ def run_rank(
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     teacher = Teacher(Path(config.path), config.dtype, device=device)
-    scorer = Scorer(teacher, max_batch_tokens=config.max_batch_tokens, logit_chunk=config.logit_chunk)
+    scorer = Scorer(
+        teacher,
+        max_batch_tokens=config.max_batch_tokens,
+        logit_chunk=config.logit_chunk,
+        max_cache_tokens=config.max_cache_tokens,
+    )
     if rank != 0:
         follow(scorer)
         return 0

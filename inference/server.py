@@ -6,6 +6,7 @@ session alone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -84,6 +85,7 @@ class Server:
             rows=config.max_request_rows,
             vocab_size=info.vocab_size,
             max_positions=info.max_positions,
+            cache_tokens=config.max_cache_tokens,
         )
 
     @property
@@ -148,13 +150,15 @@ class Server:
             finally:
                 self._handshakes.release()
             logger.info("session %d opened", number)
-            self._serve(Channel(group, session.CLIENT), limits)
+            self._serve(number, Channel(group, session.CLIENT), limits)
         except (RuntimeError, ValueError) as error:
             logger.info("session %d ended: %s", number, _line(error))
         finally:
             if opened:
                 with self._lock:
                     self._sessions -= 1
+                with contextlib.suppress(RuntimeError):  # a stopping server frees everything anyway
+                    self._engine.submit(wire.Request("release", owner=number))
             if name:
                 with self._lock:
                     self._ended.append((time.monotonic() + session.CONNECT_S, name))
@@ -202,14 +206,16 @@ class Server:
             return f"temperature {temperature!s:.64} is not within [0.001, 1000]"
         return None
 
-    def _serve(self, channel: Channel, limits: wire.Limits) -> None:
+    def _serve(self, number: int, channel: Channel, limits: wire.Limits) -> None:
         """Requests, one after the other, until the client leaves or breaks a rule."""
         while not self._closing.is_set():
             words = channel.receive(wire.HEADER_WORDS, torch.int64, session.IDLE_S)
             with self._lock:
                 self._busy += 1
             try:
-                channel.send(self._answer(channel, wire.check_header(words), limits), REPLY_S)
+                channel.send(self._answer(number, channel, wire.check_header(words), limits), REPLY_S)
+            except wire.StateLost as error:
+                channel.send(wire.encode_reply([], error=str(error), status=wire.STATE_LOST), REPLY_S)
             except wire.WireError as error:
                 # A peer that still waits to send its payload does not listen; ours check the limits beforehand.
                 channel.send(wire.encode_reply([], error=str(error)), REFUSAL_S)
@@ -218,7 +224,7 @@ class Server:
                 with self._lock:
                     self._busy -= 1
 
-    def _answer(self, channel: Channel, words: list[int], limits: wire.Limits) -> list[torch.Tensor]:
+    def _answer(self, number: int, channel: Channel, words: list[int], limits: wire.Limits) -> list[torch.Tensor]:
         """Read the rest of a request and wait for the engine's answer."""
         size = wire.request_payload_size(words, limits)
         request = wire.decode_request(words, channel.receive(size, torch.int64, session.CONNECT_S * 4), limits)
@@ -226,7 +232,7 @@ class Server:
             return wire.encode_reply([])
         if request.kind == "info":
             return wire.encode_reply([wire.encode_json(vars(self._info))])
-        future: Future[list[torch.Tensor]] = self._engine.submit(request)
+        future: Future[list[torch.Tensor]] = self._engine.submit(replace(request, owner=number))
         return wire.encode_reply(future.result())
 
     def _forget(self) -> None:

@@ -32,22 +32,22 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._files: dict[str, Any] = {}
         self.file_of: dict[str, Path] = {}
         for file in safetensors_files(path):
-            handle = safe_open(str(file), framework="pt")
-            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                self._files[name] = handle
-                self.file_of[name] = file
+            with safe_open(str(file), framework="pt") as handle:
+                self.file_of |= dict.fromkeys(handle.keys(), file)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self.file_of
 
     def slice(self, name: str) -> Any:
-        """A lazy slice of one tensor: indexing it reads only that part."""
-        if name not in self._files:
+        """A lazy slice of one tensor: indexing it reads only that part.
+
+        Each has a mapping of its own: what was read counts as this process's memory until the mapping goes.
+        """
+        if name not in self:
             raise ValueError(f"{self._path}: no tensor {name!r} in its safetensors")
-        return self._files[name].get_slice(name)
+        return safe_open(str(self.file_of[name]), framework="pt").get_slice(name)
 
     def prefix(self, family: Family) -> str:
         """What stands before the family's tensor names in this checkpoint."""

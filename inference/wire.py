@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,9 +25,12 @@ HEADER_WORDS = 16
 MAX_JSON_BYTES = 65536
 MAX_TOP_K = 4096
 
-KINDS = {"ping": 1, "info": 2, "score": 3, "topk": 4, "gather": 5, "hidden": 6, "generate": 7}
+_NAMES = ("ping", "info", "score", "topk", "gather", "hidden", "generate", "open", "next", "release")
+KINDS = {name: number for number, name in enumerate(_NAMES, start=1)}
 KIND_NAMES = {number: name for name, number in KINDS.items()}
-GROUP_KINDS = ("score", "topk", "gather", "hidden", "generate")
+GROUP_KINDS = ("score", "topk", "gather", "hidden", "generate", "open")
+OK, REFUSED, STATE_LOST = 0, 1, 2
+"""Status of a reply. Refused ends the session."""
 
 DTYPE_CODES: dict[int, torch.dtype] = {1: torch.float32, 2: torch.bfloat16, 3: torch.int64, 4: torch.uint8}
 CODE_OF = {dtype: code for code, dtype in DTYPE_CODES.items()}
@@ -35,6 +39,10 @@ MAX_REPLY_TENSORS = 4
 
 class WireError(ValueError):
     """The peer sent something that this protocol does not allow. Its session ends."""
+
+
+class StateLost(RuntimeError):
+    """The server does not hold the decoding that a `next` goes on with: the client opens it again."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Limits:
     """Longest prompt plus response, in tokens."""
     temperature: float | None = None
     """The temperature agreed on in the handshake. None: any."""
+    cache_tokens: int = 1 << 60
+    """Tokens that one decoding may hold."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +70,22 @@ class Request:
     temperature: float = 1.0
     """Softmax temperature. generate: 0 is greedy."""
     k: int = 0
-    """topk: entries kept. gather: ids named for each response token."""
+    """topk, open, next: entries kept (open, next: 0 asks for hidden states). gather: ids for each response token."""
     samples: int = 0
-    """generate: responses to each prompt."""
+    """generate, open: responses to each prompt."""
     max_new_tokens: int = 0
-    """generate: longest response."""
+    """generate, open: longest response."""
     seed: int = 0
     """generate: seed of the request; each response has a stream of its own."""
     extras: tuple[int, ...] = field(default=(), repr=False)
-    """gather: the named ids, [S, K] flattened. generate: the ids that end a response."""
+    """gather: the named ids, [S, K] flattened. generate: the ids that end a response. open: the A responses that grow,
+    ascending. next: those, then the A tokens that were chosen for them."""
+    handle: int = 0
+    """open, next, release: the client's name for its decoding."""
+    owner: int = 0
+    """open, next, release: the session's number, filled in by the server."""
+    step: int = 0
+    """open: tokens that the growing responses have. next: those that they had before this one."""
 
     @property
     def response_tokens(self) -> int:
@@ -102,6 +119,7 @@ def encode_request(request: Request) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = sum(map(len, prompts)) + sum(map(len, responses))
     header = [MAGIC, VERSION, KINDS[request.kind], len(prompts), len(responses), tokens, len(request.extras)]
     header += [_bits(request.temperature), request.k, request.samples, request.max_new_tokens, request.seed]
+    header += [request.handle, request.owner, request.step]
     header += [0] * (HEADER_WORDS - len(header))
     return torch.tensor(header, dtype=torch.int64), torch.tensor(payload, dtype=torch.int64)
 
@@ -123,8 +141,10 @@ def request_payload_size(words: Sequence[int], limits: Limits) -> int:
         raise WireError(f"unknown request kind {words[2]}")
     groups, rows, tokens, extras = words[3:7]
     if kind not in GROUP_KINDS:
-        _bounds("payload of a request without groups", groups + rows + tokens + extras, 0, 0)
-        return 0
+        for name, count in (("groups", groups), ("responses", rows), ("tokens", tokens)):
+            _bounds(f"{name} of a {kind} request", count, 0, 0)
+        _bounds("extra values", extras, 0, 2 * limits.rows if kind == "next" else 0)
+        return extras
     _bounds("groups", groups, 1, limits.rows)
     _bounds("responses (teacher.max_request_rows)", rows, 0, limits.rows)
     _bounds("tokens (teacher.max_request_tokens)", tokens, 1, limits.tokens)
@@ -135,10 +155,14 @@ def request_payload_size(words: Sequence[int], limits: Limits) -> int:
 def decode_request(words: Sequence[int], payload: torch.Tensor, limits: Limits) -> Request:
     """The request in a header and its payload; WireError if any field is out of bounds."""
     kind = KIND_NAMES[words[2]]
-    if kind not in GROUP_KINDS:
-        return Request(kind)
-    group_count, rows, tokens, extra_count = words[3:7]
     temperature, (k, samples, max_new, seed) = _float(words[7]), words[8:12]
+    handle, owner, step = words[12:15]
+    if kind not in GROUP_KINDS:
+        request = Request(kind, (), temperature, k, 0, 0, 0, tuple(payload.tolist()), handle, owner, step)
+        if kind == "next":
+            _check_next(request, limits)
+        return request
+    group_count, rows, tokens, extra_count = words[3:7]
     parts = torch.split(payload, [group_count, group_count, rows, tokens, extra_count])
     prompt_lengths, per_group, response_lengths = (part.tolist() for part in parts[:3])
     ids = parts[3]
@@ -153,25 +177,83 @@ def decode_request(words: Sequence[int], payload: torch.Tensor, limits: Limits) 
     _bounds("token id", int(ids.min()), 0, limits.vocab_size - 1)
     _bounds("token id", int(ids.max()), 0, limits.vocab_size - 1)
     groups = _groups(ids.tolist(), prompt_lengths, per_group, response_lengths)
-    longest = max(len(g.prompt) + max(map(len, g.responses), default=0) for g in groups)
-    _bounds("prompt and response together", longest + (max_new if kind == "generate" else 0), 1, limits.max_positions)
+    longest = max(len(g.prompt) + max(map(len, g.responses if kind != "open" else ()), default=0) for g in groups)
+    _bounds(
+        "prompt and response together",
+        longest + (max_new if kind in ("generate", "open") else 0),
+        1,
+        limits.max_positions,
+    )
     extras = parts[4].tolist()
-    if extras:
+    if extras and kind != "open":
         _bounds("id among the extra values", min(extras), 0, limits.vocab_size - 1)
         _bounds("id among the extra values", max(extras), 0, limits.vocab_size - 1)
-    request = Request(kind, groups, temperature, k, samples, max_new, seed, tuple(extras))
+    request = Request(kind, groups, temperature, k, samples, max_new, seed, tuple(extras), handle, owner, step)
     _check_settings(request, limits)
     return request
 
 
-def _check_settings(request: Request, limits: Limits) -> None:
-    """Bounds of the settings, which depend on the kind."""
+def _check_temperature(request: Request, limits: Limits) -> None:
     low = 0.0 if request.kind == "generate" else 1e-3
     if not (math.isfinite(request.temperature) and low <= request.temperature <= 1e3):
         raise WireError(f"temperature = {request.temperature}: must be within [{low}, 1000]")
     agreed = limits.temperature
     if agreed is not None and request.kind not in ("generate", "hidden") and request.temperature != agreed:
         raise WireError(f"temperature = {request.temperature}, but the handshake agreed on {agreed}")
+
+
+def _check_next(request: Request, limits: Limits) -> None:
+    """Bounds of a decode step; whether the rows fit the decoding is for the ranks to say."""
+    _check_temperature(request, limits)
+    _bounds("k", request.k, 0, min(MAX_TOP_K, limits.vocab_size))
+    rows, tokens = rows_and_tokens(request)
+    _bounds("rows and tokens", len(tokens), max(1, len(rows)), len(rows))
+    _check_rows(rows, limits.rows)
+    _bounds("token id", min(tokens), 0, limits.vocab_size - 1)
+    _bounds("token id", max(tokens), 0, limits.vocab_size - 1)
+
+
+def _check_open(request: Request, limits: Limits) -> None:
+    """The growing responses have `step` tokens, the others none (they have ended); every prompt has `samples`."""
+    _bounds("k", request.k, 0, min(MAX_TOP_K, limits.vocab_size))
+    _bounds("samples", request.samples, 1, limits.rows)
+    _bounds("max_new_tokens", request.max_new_tokens, 1, limits.max_positions)
+    _bounds("step", request.step, 0, request.max_new_tokens)
+    _bounds("growing responses", len(request.extras), 1, request.rows)
+    _check_rows(request.extras, request.rows)
+    growing = set(request.extras)
+    for group in request.groups:
+        _bounds("responses of a group", len(group.responses), request.samples, request.samples)
+        for b, response in enumerate(group.responses, start=group.first_response):
+            length = request.step if b in growing else 0
+            _bounds(f"tokens of response {b}", len(response), length, length)
+    _bounds("tokens to hold (teacher.max_cache_tokens)", cache_tokens(request), 1, limits.cache_tokens)
+
+
+def _check_rows(rows: Sequence[int], count: int) -> None:
+    _bounds("response number", rows[0], 0, count - 1)
+    _bounds("response number", rows[-1], 0, count - 1)
+    if any(b <= a for a, b in pairwise(rows)):
+        raise WireError("response numbers must ascend")
+
+
+def rows_and_tokens(request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The two halves of a `next`."""
+    count = len(request.extras) // 2
+    return request.extras[:count], request.extras[count:]
+
+
+def cache_tokens(request: Request) -> int:
+    """Tokens whose keys and values an `open` asks the server to hold."""
+    return sum(len(group.prompt) for group in request.groups) + request.rows * request.max_new_tokens
+
+
+def _check_settings(request: Request, limits: Limits) -> None:
+    """Bounds of the settings, which depend on the kind."""
+    _check_temperature(request, limits)
+    if request.kind == "open":
+        _check_open(request, limits)
+        return
     if request.kind == "topk":
         _bounds("k", request.k, 1, min(MAX_TOP_K, limits.vocab_size))
     if request.kind == "gather":
@@ -211,16 +293,18 @@ def _groups(
     return tuple(groups)
 
 
-def encode_reply(tensors: Sequence[torch.Tensor], error: str | None = None) -> list[torch.Tensor]:
+def encode_reply(
+    tensors: Sequence[torch.Tensor], error: str | None = None, status: int = REFUSED
+) -> list[torch.Tensor]:
     """Header and payloads (uint8) of a reply. Header: magic, version, status, count, then (dtype, rows, columns) each.
 
-    Status 0 is fine. Otherwise the one payload is a message in JSON bytes: 1 ends the session.
+    With an `error` the one payload is a message in JSON bytes.
     """
     if error is not None:
         body = encode_json({"error": error[:4000]})
-        header = [MAGIC, VERSION, 1, 0, body.numel()]
+        header = [MAGIC, VERSION, status, 0, body.numel()]
         return [_header(header), body]
-    header = [MAGIC, VERSION, 0, len(tensors)]
+    header = [MAGIC, VERSION, OK, len(tensors)]
     payloads = []
     for tensor in tensors:
         matrix = tensor if tensor.dim() == 2 else tensor[:, None]

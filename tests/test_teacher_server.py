@@ -27,10 +27,9 @@ from inference.launch import LocalTeacher, start_local_teacher
 from inference.output_layer import load_output_layer
 from inference.packing import Group, groups_of
 from tests.teacher_models import VOCAB, build, reference_logits, save_tokenizer
+from tests.teacher_servers import SECRET, SERVER, commands_with, serve, wait_until_gone
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVER = ROOT / "inference" / "serve_teacher.py"
-SECRET = "a secret for tests"
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12], [13, 14]]
 RESPONSES = [[20, 21, 22], [], [23], [24, 2], [30], [31, 32, 33, 34], [40, 41], [42]]
 GROUPS = groups_of(PROMPTS, RESPONSES, 2)
@@ -261,27 +260,6 @@ def test_the_secret_is_nowhere_to_be_read(teacher: LocalTeacher) -> None:
         assert teacher.secret not in arguments
 
 
-def commands_with(text: str) -> dict[int, str]:
-    """Processes whose command line holds `text`."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if text in command:
-                found[int(entry.name)] = command
-    return found
-
-
-def wait_until_gone(text: str, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while commands_with(text):
-        assert time.monotonic() < deadline, f"still running: {commands_with(text)}"
-        time.sleep(0.1)
-
-
 OWNER_SCRIPT = """
 import sys, time; sys.path[0] = {root!r}
 from pathlib import Path
@@ -307,23 +285,9 @@ def test_no_process_is_left_when_the_owner_is_killed(model: tuple[Any, Path], tm
     wait_until_gone(mark)
 
 
-def serve(model_dir: Path, address_file: Path, *flags: str) -> subprocess.Popen[bytes]:
-    """A server started by hand, ready to be asked."""
-    command = [sys.executable, str(SERVER), "--path", str(model_dir), "--tensor_parallel", "1", *flags]
-    process = subprocess.Popen(
-        [*command, "--address_file", str(address_file)], env={**os.environ, "GRPO_KD_TEACHER_SECRET": SECRET}
-    )
-    deadline = time.monotonic() + 60
-    while not address_file.is_file():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
-
-
 def test_a_restarted_server_is_found_again_and_sigterm_exits_0(model: tuple[Any, Path], tmp_path: Path) -> None:
     address_file = tmp_path / "teacher.address"
-    first = serve(model[1], address_file)
+    first = serve(model[1], address_file, tmp_path / "log")
     client = TeacherClient(str(address_file), secret=SECRET, tokenizer_fingerprint=None, timeout_s=60)
     before = client.score(GROUPS).result(30)
     first.kill()
@@ -331,7 +295,7 @@ def test_a_restarted_server_is_found_again_and_sigterm_exits_0(model: tuple[Any,
     address_file.unlink()
     asked = client.score(GROUPS)
     assert not asked.done()
-    second = serve(model[1], address_file)
+    second = serve(model[1], address_file, tmp_path / "log")
     assert torch.equal(asked.result(60).logprobs_S, before.logprobs_S)
     second.send_signal(signal.SIGTERM)
     assert second.wait(15) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,25 @@ REQUESTS = {
     "topk": Request("topk", GROUPS, k=5),
     "gather": Request("gather", GROUPS, k=2, extras=(1, 2, 3, 4, 5, 6, 7, 8)),
     "generate": Request("generate", (Group((1, 2), ()),), 0.0, samples=2, max_new_tokens=9, seed=-3, extras=(98, 99)),
+    "open": Request(
+        "open",
+        (Group((1, 2), ((3, 4), (), (5, 6)), 0), Group((7,), ((8, 9), (), ()), 3)),
+        k=7,
+        samples=3,
+        max_new_tokens=9,
+        extras=(0, 2, 3),
+        handle=1 << 61,
+        owner=4,
+        step=2,
+    ),
+    "next": Request("next", k=7, extras=(0, 3, 10, 99), handle=1 << 61, owner=4, step=2),
+    "release": Request("release", handle=5),
     "ping": Request("ping"),
     "info": Request("info"),
 }
 # Header words: 0 magic, 1 version, 2 kind, 3 groups, 4 rows, 5 tokens, 6 extras, 7 temperature, 8 k, 9 samples,
-# 10 max_new_tokens, 11 seed. Payload of GROUPS: 2 prompt lengths, 2 counts, 4 response lengths, 8 ids.
+# 10 max_new_tokens, 11 seed, 12 handle, 13 owner, 14 step.
+# Payload of GROUPS: 2 prompt lengths, 2 counts, 4 response lengths, 8 ids.
 
 
 def receive(header: torch.Tensor, payload: torch.Tensor, limits: Limits = LIMITS) -> Request:
@@ -123,6 +138,35 @@ def test_the_agreed_temperature_is_the_only_one() -> None:
 def test_settings_out_of_bounds(request_: Request, message: str) -> None:
     with pytest.raises(WireError, match=message):
         receive(*wire.encode_request(request_))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("next", {"extras": ()}, "rows and tokens"),
+        ("next", {"extras": (0, 1, 2)}, "rows and tokens"),
+        ("next", {"extras": (3, 0, 10, 10)}, "ascend"),
+        ("next", {"extras": (0, 50, 10, 10)}, "response number: 50"),
+        ("next", {"extras": (-1, 3, 10, 10)}, "response number: -1"),
+        ("next", {"extras": (0, 3, 10, 100)}, "token id: 100"),
+        ("next", {"k": 101}, "k: 101"),
+        ("next", {"temperature": math.nan}, "temperature"),
+        ("open", {"extras": ()}, "growing responses: 0"),
+        ("open", {"extras": (0, 2, 6)}, "response number: 6"),
+        ("open", {"extras": (0, 2)}, "tokens of response 3: 2"),
+        ("open", {"extras": (0, 1, 2, 3)}, "tokens of response 1: 0"),
+        ("open", {"step": 1}, "tokens of response 0: 2"),
+        ("open", {"step": 10}, "step: 10"),
+        ("open", {"samples": 2}, "responses of a group: 3"),
+        ("open", {"max_new_tokens": 63}, "together: 65"),
+        ("open", {"max_new_tokens": 60}, "max_cache_tokens"),
+        ("open", {"temperature": math.inf}, "temperature"),
+    ],
+)
+def test_decode_steps_out_of_bounds(kind: str, changes: dict[str, Any], message: str) -> None:
+    limits = dataclasses.replace(LIMITS, cache_tokens=200)
+    with pytest.raises(WireError, match=message):
+        receive(*wire.encode_request(dataclasses.replace(REQUESTS[kind], **changes)), limits)
 
 
 def test_a_reply_survives_the_wire() -> None:

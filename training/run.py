@@ -150,8 +150,9 @@ def _start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
     critic = Critic(config, Path(config.student.path), total_steps=total) if config.algo == "ppo" else None
     fingerprint = tokenizer_fingerprint(config.student.path) if setup.facts.same_tokenizer else None
     client = TeacherClient(
-        address, secret=secret, tokenizer_fingerprint=fingerprint, timeout_s=config.teacher.timeout_s
-    )
+        address, secret=secret, tokenizer_fingerprint=fingerprint, timeout_s=config.teacher.timeout_s,
+        prefer=distributed.rank(),
+    )  # fmt: skip
     link = TeacherLink(client, setup.facts, output_VD)
     stack.callback(link.close)
     return link, Models(actor, reference, critic, link)
