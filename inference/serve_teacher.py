@@ -2,10 +2,12 @@
 
     GRPO_KD_TEACHER_SECRET=... python inference/serve_teacher.py --config configs/RUN.yaml [--teacher.port 29400]
     GRPO_KD_TEACHER_SECRET=... python inference/serve_teacher.py --path DIR --tensor_parallel 2 --address_file FILE
+    python inference/serve_teacher.py --path DIR --tensor_parallel 2 --doctor
 
 Takes the `teacher` section of a run's configuration, or its fields as flags. Started plainly it starts the other
 tensor-parallel ranks itself; under torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) it is one of them. SIGTERM
-and Ctrl-C finish what was asked and exit 0. The secret is read from the environment only.
+and Ctrl-C finish what was asked and exit 0. The secret is read from the environment only. `--doctor` prints placement,
+memory, a self-test and speed, and exits 0 if all is well; `--doctor_reference` also compares with transformers.
 """
 
 from __future__ import annotations
@@ -57,12 +59,16 @@ def parse(argv: Sequence[str]) -> tuple[TeacherConfig, argparse.Namespace]:
     own.add_argument("--config", type=Path)
     own.add_argument("--address_file", type=Path)
     own.add_argument("--exit_with_stdin", action="store_true")
+    own.add_argument("--doctor", action="store_true")
+    own.add_argument("--doctor_reference", action="store_true")
     options, rest = own.parse_known_args(argv)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(description=__doc__, default_env=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of a run; its `teacher` section is read")
     parser.add_argument("--address_file", help="file that gets host:port once the server is ready")
     parser.add_argument("--exit_with_stdin", action="store_true", help="exit when standard input ends")
+    parser.add_argument("--doctor", action="store_true", help="examine the teacher, print what was found, exit")
+    parser.add_argument("--doctor_reference", action="store_true", help="the same, against transformers' numbers too")
     parser.add_class_arguments(TeacherConfig, as_group=False)
     rest = _section(options.config) + [re.sub(r"^--teacher\.", "--", argument) for argument in rest]
     parsed = vars(parser.parse_args(rest))
@@ -83,6 +89,10 @@ def _section(file: Path | None) -> list[str]:
         fail(f"--config {file}: {' '.join(str(error).split())}")
 
 
+def _examined(options: argparse.Namespace) -> bool:
+    return options.doctor or options.doctor_reference
+
+
 def check(config: TeacherConfig) -> None:
     """What can be told before anything is loaded."""
     if config.path == DEMO:
@@ -100,11 +110,12 @@ def main(argv: Sequence[str]) -> int:
     if options.exit_with_stdin or spawned:
         _exit_with_stdin()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
         check(config)
         secret = os.environ.pop(SECRET, "")
         rank = int(os.environ[RANK if spawned else "RANK"]) if spawned or torchrun else 0
-        if rank == 0 and not secret:
+        if rank == 0 and not secret and not _examined(options):
             raise ValueError(f"{SECRET} is not set; clients must prove that they know it")
         if torchrun and int(os.environ["WORLD_SIZE"]) != config.tensor_parallel:
             raise ValueError(
@@ -176,6 +187,12 @@ def run_rank(
         logit_chunk=config.logit_chunk,
         max_cache_tokens=config.max_cache_tokens,
     )
+    if _examined(options):
+        from inference.doctor import examine
+
+        stopping.set()  # a rank that ends now has finished
+        passed = examine(config, scorer, reference=options.doctor_reference)
+        return 0 if passed or rank != 0 else 1
     if rank != 0:
         follow(scorer)
         return 0

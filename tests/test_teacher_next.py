@@ -115,7 +115,7 @@ def test_a_decoding_survives_its_server_and_replicas_take_over(
 ) -> None:
     files = [tmp_path / f"{name}.address" for name in "ab"]
     log = tmp_path / "log"
-    servers: list[subprocess.Popen[bytes]] = [
+    servers = [
         serve(model[1], files[0], log, wait=False),
         serve(model[1], files[1], log),
     ]
