@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from inference.output_layer import load_output_layer
+from tests.runs import free_port
 from tests.teacher_models import BUILDERS, VOCAB, build, reference_logits
 from tests.teacher_ranks import GROUPS, IDS, PROMPTS
 
@@ -21,38 +23,52 @@ LABELS = torch.tensor([token for group in GROUPS for response in group.responses
 TOLERANCE = 1e-4
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
     root = tmp_path_factory.mktemp("models")
     return {kind: (build(kind, root / kind), root / kind) for kind in BUILDERS}
 
 
-def run_ranks(size: int, jobs: list[str], out: Path) -> dict[str, torch.Tensor]:
+def run_ranks(size: int, jobs: list[str], out: Path, timeout: float = 180) -> dict[str, torch.Tensor]:
     """Rank 0's answers."""
     port = free_port()
     command = [sys.executable, str(SCRIPT)]
-    ranks = [subprocess.Popen([*command, str(r), str(size), str(port), str(out), *jobs]) for r in range(size)]
+    ranks = [subprocess.Popen([*command, str(r), str(size), port, str(out), *jobs]) for r in range(size)]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * size
+        assert [rank.wait(timeout=timeout) for rank in ranks] == [0] * size
     finally:
         for rank in ranks:
             rank.kill()
     return load_file(out)
 
 
+Run = Callable[[int], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def run(models: dict[str, tuple[Any, Path]], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What so many ranks said of all models; each size is started once."""
+
+    @cache
+    def run(size: int) -> dict[str, torch.Tensor]:
+        jobs = [f"{kind}={path}" for kind, (_, path) in models.items()]
+        if size < 4:
+            jobs.append(f"llama-bfloat16={models['llama'][1]}")
+        return run_ranks(size, jobs, tmp_path_factory.mktemp("ranks") / "answers.safetensors")
+
+    return run
+
+
 @pytest.fixture(scope="module", params=[1, 2])
-def answers(
-    request: pytest.FixtureRequest, models: dict[str, tuple[Any, Path]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, torch.Tensor]:
-    """What 1 or 2 ranks said."""
-    jobs = [f"{kind}={path}" for kind, (_, path) in models.items()]
-    jobs.append(f"llama-bfloat16={models['llama'][1]}")
-    return run_ranks(request.param, jobs, tmp_path_factory.mktemp("ranks") / "answers.safetensors")
+def answers(request: pytest.FixtureRequest, run: Run) -> dict[str, torch.Tensor]:
+    """Every request, on 1 and 2 ranks."""
+    return run(request.param)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def scores(request: pytest.FixtureRequest, run: Run) -> dict[str, torch.Tensor]:
+    """Scores and hidden states, also on more ranks than KV heads."""
+    return run(request.param)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -61,29 +77,22 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
-@pytest.mark.parametrize("packing", ["packed", "whole"])
+@pytest.mark.parametrize("request_", ["packed/score", "whole/score", "whole/plain"])
 def test_log_probabilities(
-    models: dict[str, tuple[Any, Path]], answers: dict[str, torch.Tensor], kind: str, packing: str
+    models: dict[str, tuple[Any, Path]], scores: dict[str, torch.Tensor], kind: str, request_: str
 ) -> None:
-    reference = logits(models[kind][0])
-    for request, temperature in (("score", 1.0), ("cooler", 0.5)) if packing == "whole" else (("score", 1.0),):
-        expected = (reference / temperature).log_softmax(-1)[torch.arange(len(LABELS)), LABELS]
-        got = answers[f"{kind}/{packing}/{request}/0"]
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+    expected = logits(models[kind][0]).log_softmax(-1)[torch.arange(len(LABELS)), LABELS]
+    got = scores[f"{kind}/{request_}/0"]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_more_ranks_than_kv_heads(models: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
-    kinds = ["llama", "gemma3"]
-    answers = run_ranks(4, [f"{kind}={models[kind][1]}" for kind in kinds], tmp_path / "answers.safetensors")
-    for kind in kinds:
-        expected = logits(models[kind][0]).log_softmax(-1)
-        labelled = expected[torch.arange(len(LABELS)), LABELS]
-        for packing in ("packed", "whole"):
-            torch.testing.assert_close(answers[f"{kind}/{packing}/score/0"], labelled, rtol=0, atol=TOLERANCE)
-        hidden = answers[f"{kind}/packed/hidden/0"]
-        got = (hidden @ load_output_layer(models[kind][1]).T).log_softmax(-1)
-        torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_the_temperature_divides_the_logits(
+    models: dict[str, tuple[Any, Path]], answers: dict[str, torch.Tensor], kind: str
+) -> None:
+    expected = (logits(models[kind][0]) / 0.5).log_softmax(-1)[torch.arange(len(LABELS)), LABELS]
+    torch.testing.assert_close(answers[f"{kind}/whole/cooler/0"], expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -105,12 +114,12 @@ def test_top_k_and_gather(models: dict[str, tuple[Any, Path]], answers: dict[str
 
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_hidden_states_give_the_same_distribution(
-    models: dict[str, tuple[Any, Path]], answers: dict[str, torch.Tensor], kind: str
+    models: dict[str, tuple[Any, Path]], scores: dict[str, torch.Tensor], kind: str
 ) -> None:
     model, path = models[kind]
     layer = load_output_layer(path)
     assert layer.shape == (VOCAB, 48)
-    got = (answers[f"{kind}/packed/hidden/0"] @ layer.T).log_softmax(-1)
+    got = (scores[f"{kind}/packed/hidden/0"] @ layer.T).log_softmax(-1)
     torch.testing.assert_close(got, logits(model).log_softmax(-1), rtol=0, atol=TOLERANCE)
 
 
