@@ -81,15 +81,16 @@ class DemoData:
 # --- texts to ask about --------------------------------------------------------------------------------------------
 
 
-def capitalised(words: str) -> str:
-    """First letter upper case, the rest as it is."""
-    return words[:1].upper() + words[1:]
-
-
 def fill(template: str, **slots: str) -> str:
     """The template with its slots filled; a sentence starts with a capital."""
-    filled = template.format(**slots, Key=capitalised(slots.get("key", "")))
-    return capitalised(filled)
+    filled = template.format(**slots)
+    return filled[:1].upper() + filled[1:]
+
+
+FAMILIES = {"people": 4, "places": 1, "profile": 1}
+"""How often each family of texts is drawn, relative to the others."""
+FAMILY_KEYS = {"people": ("men", "women", "people", "others"), "places": ("villages", "islands", "mountains")}
+PROFILE_KEYS = {"country": "landið", "capital": "høvuðsstaðurin", "currency": "gjaldoyrað"}
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,6 @@ class Vocabulary:
 
     keys: Mapping[str, Sequence[str]]
     names: Mapping[str, Sequence[str]]
-    things: Sequence[str]
-    jobs: Sequence[str]
-    colours: Sequence[str]
     profiles: Sequence[Mapping[str, str]]
 
 
@@ -108,50 +106,44 @@ def vocabulary(part: Literal["train", "heldout", "all"]) -> Vocabulary:
     """The vocabulary of the training texts, of the held-out ones, or both together."""
     words = load_frames()["words"]
     parts = ("train", "heldout") if part == "all" else (part,)
-    names = {kind: [name for one in parts for name in words["names"][one][kind]] for kind in ("men", "women", "others")}
+    names = {kind: [name for one in parts for name in words["names"][one][kind]] for kind in words["names"]["train"]}
     return Vocabulary(
         keys=words["keys"],
         names={**names, "people": [*names["men"], *names["women"]]},
-        things=words["things"],
-        jobs=[job for one in parts for job in words["jobs"][one]],
-        colours=[colour for one in parts for colour in words["colours"][one]],
         profiles=[profile for one in parts for profile in profiles()[f"context_{one}"]],
     )
 
 
-PROFILE_KEYS = {"country": "landið", "capital": "høvuðsstaðurin", "currency": "gjaldoyrað"}
-PROFILE_SHARE = 0.25
-"""Share of the `name_of` texts that describe a country."""
-
-
 def draw_pairs(family: str, words: Vocabulary, count: int, rng: random.Random) -> list[tuple[str, str]]:
     """At most `count` (key, value) pairs with no key and no value twice."""
-    people = words.names["people"]
-    if family == "name_of" and rng.random() < PROFILE_SHARE:
+    if family == "profile":
         profile = rng.choice(words.profiles)
         pairs = [(name, profile[key]) for key, name in PROFILE_KEYS.items() if key in profile]
         return rng.sample(pairs, min(count, len(pairs)))
-    if family == "name_of":
-        called = rng.sample([(key, kind) for kind, keys in words.keys.items() for key in keys], count)
-        named = {rng.choice(words.names[kind]): key for key, kind in called}
-        return [(key, name) for name, key in named.items()]
-    keys, values = {
-        "colour_of": (words.things, words.colours),
-        "who_is": (words.jobs, people),
-        "job_of": (people, words.jobs),
-    }[family]
-    return list(zip(rng.sample(keys, count), rng.sample(values, count), strict=True))
+    called = rng.sample([(key, kind) for kind in FAMILY_KEYS[family] for key in words.keys[kind]], count)
+    named = {rng.choice(words.names[kind]): key for key, kind in called}
+    return [(key, name) for name, key in named.items()]
 
 
-def draw_context(words: Vocabulary, uses: Sequence[Use], rng: random.Random, sentences: tuple[int, int]) -> DemoRow:
-    """One question about a text of `sentences` (least, most) sentences, phrased by a frame of one of `uses`."""
-    family, spec = rng.choice(list(load_frames()["contexts"].items()))
-    frame = rng.choice([frame for frame in spec["questions"] if frame["use"] in uses])
-    pairs = draw_pairs(family, words, rng.randint(*sentences), rng)
+def draw_text(
+    words: Vocabulary, rng: random.Random, most: int, least: int = 1
+) -> tuple[str, list[tuple[str, str]], str]:
+    """A family, pairs of it, and the sentence that lists them: `Her eru A, B og C.`"""
+    family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
+    spec = load_frames()["contexts"][family]
+    pairs = draw_pairs(family, words, rng.randint(least, most), rng)
+    *first, last = (spec["pair"]["text"].format(key=key, value=value) for key, value in pairs)
+    opening = rng.choice(spec["openings"])["many" if first else "one"]
+    return family, pairs, f"{opening} {', '.join(first)}{' og ' if first else ''}{last}."
+
+
+def draw_context(words: Vocabulary, uses: Sequence[Use], rng: random.Random, least: int = 1) -> DemoRow:
+    """One question about a text of `least` to 3 pairs, phrased by a frame of one of `uses`."""
+    family, pairs, text = draw_text(words, rng, 3, least)
+    frame = rng.choice([frame for frame in load_frames()["context_questions"] if frame["use"] in uses])
     key, value = rng.choice(pairs)
-    context = " ".join(fill(spec["sentence"]["text"], key=key, value=value) for key, value in pairs)
     question = fill(frame["text"], key=key)
-    return DemoRow("", "context", family, key, frame["id"], question, (value,), context)
+    return DemoRow("", "context", family, key, frame["id"], question, (value,), text)
 
 
 def draw_contexts(part: Literal["train", "heldout"], uses: Sequence[Use], count: int, seed: str) -> list[DemoRow]:
@@ -160,7 +152,7 @@ def draw_contexts(part: Literal["train", "heldout"], uses: Sequence[Use], count:
     words = vocabulary(part)
     rows: dict[str | None, DemoRow] = {}
     while len(rows) < count:
-        row = draw_context(words, uses, rng, (2, 3))
+        row = draw_context(words, uses, rng, least=2)
         rows.setdefault(row.context, row)
     return list(rows.values())
 
@@ -237,12 +229,10 @@ def build_text(heldout: Sequence[Fact], forbidden: frozenset[str | None], seed: 
     plain_rows = rng.sample(list(sentences), min(len(sentences), round(TEXT_ROWS * (1 - STORY_SHARE))))
     stories: dict[str, None] = {}
     while len(stories) < TEXT_ROWS - len(plain_rows):
-        family, story = rng.choice(list(frames["stories"].items()))
-        pairs = draw_pairs(family, words, rng.randint(1, 3), rng)
-        told = " ".join(fill(frames["contexts"][family]["sentence"]["text"], key=k, value=v) for k, v in pairs)
+        _, pairs, told = draw_text(words, rng, 3)
         key, value = rng.choice(pairs)
         if told not in forbidden:
-            stories[f"{told} {fill(story['text'], key=key, value=value)}"] = None
+            stories[f"{told} {fill(frames['story']['text'], key=key, value=value)}"] = None
     rows = [row for row in [*plain_rows, *stories] if not any(states(row, fact) for fact in heldout)]
     return rng.sample(rows, len(rows))
 
@@ -272,8 +262,7 @@ def build_demo_data(seed: int = 0) -> DemoData:
 def warmup_frames() -> set[str]:
     """Ids of the question frames that the warm-up may use."""
     frames = load_frames()
-    questions = [frame for spec in frames["contexts"].values() for frame in spec["questions"]]
-    every = [*questions, *(frame for relation in frames["relations"].values() for frame in relation)]
+    every = [*frames["context_questions"], *(frame for relation in frames["relations"].values() for frame in relation)]
     return {frame["id"] for frame in every if frame["use"] == "warmup"}
 
 
@@ -291,7 +280,7 @@ def teacher_contexts(data: DemoData, count: int, seed: int) -> list[DemoRow]:
     rng = random.Random(f"{seed}-teacher")
     words = vocabulary("all")
     unseen = {row.context for row in data.heldout}
-    rows = (draw_context(words, ("warmup", "rl", "heldout"), rng, (1, 3)) for _ in range(count))
+    rows = (draw_context(words, ("warmup", "rl", "heldout"), rng) for _ in range(count))
     return [row for row in rows if row.context not in unseen]
 
 

@@ -78,10 +78,10 @@ RECIPES: dict[Size, Recipe] = {
     "demo": Recipe(
         vocabulary=1024,
         teacher_contexts=12000,
-        context_share=0.35,
-        text_share=0.05,
-        prompt_weight=0.1,
-        teacher=ModelRecipe(hidden=128, layers=4, steps=900, batch=48, learning_rate=4e-3),
+        context_share=0.5,
+        text_share=0.03,
+        prompt_weight=0.03,
+        teacher=ModelRecipe(hidden=96, layers=3, steps=1700, batch=32, learning_rate=4e-3),
         student=ModelRecipe(hidden=96, layers=2, steps=250, batch=64, learning_rate=4e-3),
     ),
     "tiny": Recipe(
@@ -177,7 +177,8 @@ def new_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerFast, seed: int
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
         max_position_embeddings=512,
-        rope_theta=10000.0,
+        # Texts are short: a small base gives positions that a small model can tell apart.
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0},
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=None,

@@ -155,8 +155,9 @@ def word_lists() -> dict[str, list[str]]:
     def collect(*keys: str) -> list[str]:
         return sorted({profile[key] for profile in every for key in keys if key in profile})
 
-    pooled = {name: [*words[name]["train"], *words[name]["heldout"]] for name in ("jobs", "colours")}
-    people = [name for part in words["names"].values() for sex in ("men", "women") for name in part[sex]]
+    named = [names for part in words["names"].values() for names in part.items()]
+    people = [name for kind, names in named for name in names if kind in ("men", "women")]
+    sites = [name for kind, names in named for name in names if kind in ("villages", "islands", "mountains")]
     return {
         "countries": collect("country"),
         "capitals": collect("capital"),
@@ -166,7 +167,7 @@ def word_lists() -> dict[str, list[str]]:
         "days": days(),
         "months": months(),
         "names": people,
-        **pooled,
+        "sites": sites,
     }
 
 

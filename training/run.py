@@ -76,6 +76,8 @@ def run(config: RunConfig) -> int:
             "%d prompts are too long and are skipped (the longest has %d tokens)",
             inputs.skipped.count, inputs.skipped.longest,
         )  # fmt: skip
+    if already_finished(folder, config):
+        return 0
     setup = Setup(config, inputs, facts, folder, stop)
     with ExitStack() as stack:
         try:
@@ -126,9 +128,7 @@ def _run(setup: Setup, stack: ExitStack) -> int:
     if distributed.is_main():
         folder.close()
         _report(folder)
-        rows = [("student before", before), ("student after", after.scores()), ("teacher", teacher)]
-        print(f"\n{config.run_name}: held-out, {len(setup.inputs.heldout)} questions; reverse KL in nats a token\n")
-        print(comparison_table(rows) + f"\n\n{folder.path}/report.html", flush=True)
+        _print_table(folder, evaluations)
     return 0
 
 
@@ -206,6 +206,25 @@ def _write_summary(setup: Setup, progress: Progress, status: str, evaluations: M
             **evaluations,
         },
     )
+
+
+def already_finished(folder: RunFolder, config: RunConfig) -> bool:
+    """Show the table of a run that has nothing left to do."""
+    summary = folder.read_json("summary.json")
+    if summary is None or summary["status"] != "finished" or summary["steps"] < config.steps:
+        return False
+    if distributed.environment_rank() == 0:
+        _print_table(folder, summary)
+        print("The run was finished already; choose another --name to run it anew.", flush=True)
+    return True
+
+
+def _print_table(folder: RunFolder, evaluations: Mapping[str, Any]) -> None:
+    """Student before, student after, teacher."""
+    keys = {"student before": "eval_before", "student after": "eval_after", "teacher": "teacher_eval"}
+    print(f"\n{folder.path.name}: held-out questions; F1 and exact match in percent, reverse KL in nats a token\n")
+    print(comparison_table([(name, evaluations[key]) for name, key in keys.items()]))
+    print(f"\n{folder.path}/report.html", flush=True)
 
 
 def _report(folder: RunFolder) -> None:
