@@ -79,6 +79,8 @@ class Server:
         self._busy = 0
         self._ended: list[tuple[float, str]] = []
         """(when, session): whose keys are deleted then. Not at once: a refused client still has to read why."""
+        self._stores: list[Any] = []
+        """Connections to the store that no handshake uses just now."""
         self._handshakes = threading.BoundedSemaphore(HANDSHAKES)
         self._limits = wire.Limits(
             tokens=config.max_request_tokens,
@@ -137,16 +139,15 @@ class Server:
         opened = False
         try:
             try:
-                store = self._store.clone()
-                store.set_timeout(timedelta(seconds=session.CONNECT_S))
-                hello = session.take(store, session.announcement(number))
-                store.delete_key(session.announcement(number))
-                if not session.NAME.fullmatch(str(hello.get("session"))):
-                    raise wire.WireError("malformed session name")
-                name = hello["session"]
-                limits = self._handshake(store, name, hello)
-                opened = True
-                group = session.form_group(store, name, session.SERVER, self._config.interface)
+                store = self._borrow_store()
+                try:
+                    name, limits = self._enter(store, number)
+                    opened = True
+                    group = session.form_group(store, name, session.SERVER, self._config.interface)
+                except wire.WireError:
+                    self._stores.append(store)
+                    raise
+                self._stores.append(store)  # after a RuntimeError it may be in the middle of a wait: not used again
             finally:
                 self._handshakes.release()
             logger.info("session %d opened", number)
@@ -160,8 +161,36 @@ class Server:
                 with contextlib.suppress(RuntimeError):  # a stopping server frees everything anyway
                     self._engine.submit(wire.Request("release", owner=number))
             if name:
-                with self._lock:
-                    self._ended.append((time.monotonic() + session.CONNECT_S, name))
+                self._leave(name)
+
+    def _borrow_store(self) -> Any:
+        """A connection to the store of one's own: a wait holds it until the answer comes."""
+        try:
+            return self._stores.pop()
+        except IndexError:
+            store = self._store.clone()
+            store.set_timeout(timedelta(seconds=session.CONNECT_S))
+            return store
+
+    def _enter(self, store: Any, number: int) -> tuple[str, wire.Limits]:
+        """Read an announcement and shake hands; the session's name and limits."""
+        try:
+            hello = session.take(store, session.announcement(number))
+        finally:
+            store.delete_key(session.announcement(number))
+        name = str(hello.get("session"))
+        if not session.NAME.fullmatch(name):
+            raise wire.WireError("malformed session name")
+        try:
+            return name, self._handshake(store, name, hello)
+        except (RuntimeError, ValueError):
+            self._leave(name)
+            raise
+
+    def _leave(self, name: str) -> None:
+        """Have a session's keys deleted later."""
+        with self._lock:
+            self._ended.append((time.monotonic() + session.CONNECT_S, name))
 
     def _handshake(self, store: Any, name: str, hello: dict[str, Any]) -> wire.Limits:
         """Prove the secret to each other and compare what must agree. A refusal is written, then raised."""
