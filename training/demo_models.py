@@ -277,7 +277,7 @@ def build_student(
 
 def fingerprint(size: Size, seed: int) -> str:
     """Twelve hex digits of everything that the result depends on, threads excepted."""
-    files = [demo_data.__file__, demo_world.__file__, __file__, demo_world.FRAMES_FILE]
+    files = [str(file) for file in (demo_data.__file__, demo_world.__file__, __file__, demo_world.FRAMES_FILE)]
     packages = ["babel", "countryinfo", "tokenizers", "torch", "transformers"]
     parts = [f"{size} {seed} {DataConfig().template} {DataConfig().context_template}"]
     parts += [f"{package} {version(package)}" for package in packages]

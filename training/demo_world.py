@@ -19,7 +19,7 @@ import yaml
 from babel import Locale
 from babel.languages import get_official_languages
 from babel.numbers import get_territory_currencies
-from countryinfo import CountryInfo  # type: ignore[import-untyped]
+from countryinfo import CountryInfo
 
 FRAMES_FILE = Path(__file__).resolve().parent.parent / "configs" / "demo" / "frames.yaml"
 
@@ -100,7 +100,7 @@ def capital_of(code: str) -> str | None:
     fixes = load_frames()["capital_fixes"]
     if code in fixes:
         return str(fixes[code])
-    english = CountryInfo(code).capital()
+    english = str(CountryInfo(code).capital())
     return plain(faroese_cities().get(english, english))
 
 
@@ -115,7 +115,7 @@ def country_profile(code: str) -> dict[str, str]:
 
     A country with several official languages or legal tenders gets none of them, so each question has one answer.
     """
-    info = CountryInfo(code).info()
+    info: dict[str, Any] = dict(CountryInfo(code).info())
     tenders = get_territory_currencies(code, start_date=TENDER_DATE, end_date=TENDER_DATE)
     languages = get_official_languages(code, de_facto=True)
     region = REGIONS.get(info.get("intermediateregion") or info["subregion"])
