@@ -32,8 +32,7 @@ pytestmark = [
 def groups_of_text(tokenizer: Any) -> list[tuple[list[int], list[list[int]]]]:
     """Sentences as prompts, each with the next three as responses, until TOKENS response tokens."""
     with TEXT.open() as lines:
-        sentences = (next(iter(json.loads(line).values())) for line in lines)
-        ids = (tokenizer(s)["input_ids"] for s in sentences if isinstance(s, str))
+        ids = (tokenizer(json.loads(line)["text"])["input_ids"] for line in lines)
         texts = (i for i in ids if len(i) > 5)
         groups: list[tuple[list[int], list[list[int]]]] = []
         while sum(len(r) for _, responses in groups for r in responses) < TOKENS:

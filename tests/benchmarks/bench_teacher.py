@@ -172,8 +172,10 @@ def main() -> int:
         one, two = (parallel_seconds(Path(folder), size, options) for size in (1, 2))
         good = one / two >= PARALLEL_GOAL
         passed.append(good)
-        print(f"400/32, 8 heads: 1 rank x {options.threads} threads {one:.2f} s, 2 ranks x {options.threads // 2} "
-              f"{two:.2f} s: {one / two:.2f} of its speed, goal {PARALLEL_GOAL} {'PASS' if good else 'FAIL'}")  # fmt: skip
+        print(
+            f"400/32, 8 heads: 1 rank x {options.threads} threads {one:.2f} s, 2 ranks x {options.threads // 2} "
+            f"{two:.2f} s: {one / two:.2f} of its speed, goal {PARALLEL_GOAL} {'PASS' if good else 'FAIL'}"
+        )
     return 0 if all(passed) else 1
 
 
