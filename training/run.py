@@ -96,10 +96,10 @@ def _run(setup: Setup, stack: ExitStack) -> int:
     start_distributed()
     link, models = _start_models(setup, stack)
     progress = resume(models, folder) or Progress(kl_coef=config.ppo.kl_penalty)
-    if distributed.is_main() and progress.step == 0:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write_config(dump_config(as_dict(config)))
-        folder.forget_after(0)
+    if progress.step == 0:
+        if distributed.is_main():
+            folder.start_afresh(dump_config(as_dict(config)))
+        distributed.barrier()
     before = _evaluation_once(
         setup, "before", lambda: evaluate_student(models.actor, link, setup.inputs.heldout, config)
     )

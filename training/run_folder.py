@@ -48,9 +48,12 @@ class RunFolder:
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def write_config(self, text: str) -> None:
-        """The resolved configuration, before step 0."""
-        write_atomically(self.path / "config.yaml", text)
+    def start_afresh(self, config: str) -> None:
+        """Write the resolved configuration and drop what a run left here that never reached a checkpoint."""
+        write_atomically(self.path / "config.yaml", config)
+        self.forget_after(0)
+        for stale in [*(self.path / "eval").glob("*.json"), self.path / "summary.json"]:
+            stale.unlink(missing_ok=True)
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """One more line in metrics.jsonl or samples.jsonl."""

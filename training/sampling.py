@@ -84,7 +84,8 @@ def sample(
     """
     group, longest = config.group_size, config.max_new_tokens
     batch = len(prompts) * group
-    row = pack_row([Group(prompt=tuple(p), responses=()) for p in prompts])
+    device = next(policy.parameters()).device  # the model's work is done there, the bookkeeping on the CPU
+    row = pack_row([Group(prompt=tuple(p), responses=()) for p in prompts]).to(device)
     prefill = PrefillPlan(row)
     hidden = policy.hidden(row.tokens_T, row.positions_T, prefill)
     last = torch.cumsum(prefill.cache.lengths_N, 0) - 1
@@ -108,10 +109,10 @@ def sample(
                 kept, chosen = logprobs, logprobs.argmax(-1)
             else:
                 kept = truncate(logprobs, top_k=config.top_k, top_p=config.top_p)
-                chosen = draw(kept, uniform_BR[active, t])
-            tokens[active, t] = chosen
-            full[active, t] = logprobs.gather(-1, chosen[:, None])[:, 0]
-            drawn_from[active, t] = kept.gather(-1, chosen[:, None])[:, 0]
+                chosen = draw(kept, uniform_BR[active, t].to(device))
+            full[active, t] = logprobs.gather(-1, chosen[:, None])[:, 0].cpu()
+            drawn_from[active, t] = kept.gather(-1, chosen[:, None])[:, 0].cpu()
+            tokens[active, t] = chosen = chosen.cpu()
             lengths[active] += 1
             ended = torch.isin(chosen, ends)
             finished[active[ended]] = True
@@ -122,8 +123,8 @@ def sample(
             break
         # A rank that has finished keeps step with the others on one dummy response; nothing of it is kept.
         rows = active if len(active) else torch.zeros(1, dtype=torch.int64)
-        positions = plan.advance(rows)
-        hidden = policy.hidden(tokens[rows, t], positions, plan)
+        positions = plan.advance(rows.to(device))
+        hidden = policy.hidden(tokens[rows, t].to(device), positions, plan)
         logits = policy.logits(hidden)
     used = int(lengths.max()) if batch else 0
     responses = tuple(tuple(tokens[b, : int(lengths[b])].tolist()) for b in range(batch))

@@ -98,8 +98,7 @@ def fit(config: RunConfig, examples: Sequence[Group], heldout: Sequence[Prompt])
     folder = RunFolder(Path(config.runs_dir) / (config.name or "sft"))
     actor = Actor(config, config.student.path, total_steps=config.sft.steps, learning_rate=config.sft.learning_rate)
     if distributed.is_main():
-        folder.write_config(dump_config(as_dict(config)))
-        folder.forget_after(0)
+        folder.start_afresh(dump_config(as_dict(config)))
     bar = tqdm(range(config.sft.steps), desc="stage 1", unit="step", disable=not distributed.is_main())
     for step in bar:
         chosen = positions_of_step(step, config.sft.batch, len(examples), config.seed)
