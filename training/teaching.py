@@ -75,8 +75,9 @@ class TeacherLink:
         future = self._client.score(rollout.groups())
 
         def wait() -> TeacherView:
-            logprobs_S = future.result().logprobs_S
-            return TeacherView(_to_batch(logprobs_S, rollout), None, len(logprobs_S))
+            score = future.result()
+            logprobs_BR = score.padded(score.logprobs_S, rollout.behavior_logprobs_BR.shape[1])
+            return TeacherView(logprobs_BR, None, len(score.logprobs_S))
 
         return wait
 
@@ -84,10 +85,12 @@ class TeacherLink:
         future = self._client.hidden(rollout.groups())
 
         def wait() -> TeacherView:
-            hidden_SD = future.result().hidden_SH
+            states = future.result()
+            hidden_SD = states.hidden_SH
             labels_S = torch.tensor([t for r in rollout.responses for t in r], dtype=torch.int64)
             logprobs_S = chosen_logprobs(hidden_SD, output_VD, labels_S)
-            return TeacherView(_to_batch(logprobs_S, rollout), hidden_SD, len(logprobs_S))
+            logprobs_BR = states.padded(logprobs_S, rollout.behavior_logprobs_BR.shape[1])
+            return TeacherView(logprobs_BR, hidden_SD, len(logprobs_S))
 
         return wait
 
@@ -153,10 +156,3 @@ def chosen_logprobs(
         for hidden, labels in zip(hidden_SD.split(chunk), labels_S.split(chunk), strict=True)
     ]
     return torch.cat(pieces).cpu() if pieces else torch.zeros(0)
-
-
-def _to_batch(values_S: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-    """Values in batch order [S] as [B, R]; padding is zero."""
-    out_BR = torch.zeros(rollout.behavior_logprobs_BR.shape, dtype=values_S.dtype)
-    out_BR[rollout.mask_BR] = values_S
-    return out_BR
