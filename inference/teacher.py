@@ -121,8 +121,12 @@ class GroupedCoreAttention(torch.nn.Module):
 
 def rotate(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
     """Rotary embedding (arXiv 2104.09864) in Hugging Face's layout: the two halves of a head are the pairs."""
-    first, second = x_THD.chunk(2, -1)
-    return x_THD * cos_T1D + torch.cat((-second, first), -1) * sin_T1D
+    (first, second), (low, high) = x_THD.chunk(2, -1), sin_T1D.chunk(2, -1)
+    out = x_THD * cos_T1D
+    half = first.shape[-1]
+    out[..., :half].addcmul_(second, low, value=-1)
+    out[..., half:].addcmul_(first, high)
+    return out
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
