@@ -86,13 +86,14 @@ def test_a_real_teachers_heads_are_checked(capsys: pytest.CaptureFixture[str], t
         ('{"answers": ["x"]}\n', ":1: key 'question' is missing"),
     ],
 )
+@pytest.mark.parametrize("key", ["data.prompts", "data.warmup", "data.heldout"])
 def test_malformed_jsonl_names_file_and_line(
-    content: str, part: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    key: str, content: str, part: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(content)
-    message = refused(capsys, "--data.prompts", str(path))
-    assert message.startswith("error: data.prompts: ")
+    message = refused(capsys, f"--{key}", str(path))
+    assert message.startswith(f"error: {key}: ")
     assert f"{path}" in message
     assert part in message
 

@@ -53,7 +53,8 @@ def check_files(config: RunConfig) -> None:
         )
     else:
         check_teacher(Path(config.teacher.path), config.teacher.tensor_parallel)
-    for key, path in (("data.prompts", config.data.prompts), ("data.heldout", config.data.heldout)):
+    data = config.data
+    for key, path in (("data.prompts", data.prompts), ("data.warmup", data.warmup), ("data.heldout", data.heldout)):
         if path != DEMO:
             _named(key, lambda p=path: read_questions(p, answers=False))
     if config.data.text not in (None, DEMO):
