@@ -98,3 +98,19 @@ def test_no_file_hides_a_standard_module() -> None:
     for room in ("training", "inference", "eval", "rewards", "configs"):
         for path in (ROOT / room).glob("*.py"):
             assert path.stem == "__init__" or path.stem not in sys.stdlib_module_names, path
+
+
+def test_the_demo_is_built_only_for_what_is_read() -> None:
+    from training.demo import uses_demo
+
+    mine = RunConfig(
+        student=replace(RunConfig().student, path="/s"),
+        teacher=replace(RunConfig().teacher, path="/t"),
+        data=replace(RunConfig().data, prompts="p", heldout="h", text="t"),
+    )
+    assert not uses_demo(mine, stage=2)  # data.warmup is still `demo`, but stage 2 without L_BC does not read it
+    assert uses_demo(replace(mine, loss=replace(mine.loss, bc_coef=0.1)), stage=2)
+    assert uses_demo(mine, stage=1)
+    no_text = replace(mine, reward="teacher_logprob", data=replace(mine.data, text="demo"))
+    assert not uses_demo(no_text, stage=2)
+    assert uses_demo(replace(no_text, reward="minillm"), stage=2)

@@ -26,25 +26,32 @@ WARMUP_SOURCES = (
 """Files that the warmed-up student depends on; a change in one builds it anew."""
 
 
-def uses_demo(config: RunConfig) -> bool:
-    """Whether any part of the run is the embedded demo."""
+def uses_demo(config: RunConfig, *, stage: int) -> bool:
+    """Whether any part that stage 1 or 2 reads is the embedded demo."""
     data = config.data
-    return DEMO in (config.student.path, config.teacher.path, data.prompts, data.warmup, data.heldout, data.text)
+    if stage == 1:
+        read = [config.student.path, data.warmup, data.heldout]
+        read += [config.teacher.path] if config.sft.answers == "teacher" else []
+    else:
+        read = [config.student.path, config.teacher.path, data.prompts, data.heldout]
+        read += [data.text or ""] if config.pt_coef > 0 else []
+        read += [data.warmup] if config.loss.bc_coef > 0 else []
+    return DEMO in read
 
 
-def resolve_demo(config: RunConfig, *, warm_student: bool) -> RunConfig:
-    """Replace `demo` by paths, building what is not cached yet. `warm_student`: the student after stage 1, not before.
+def resolve_demo(config: RunConfig, *, stage: int) -> RunConfig:
+    """Replace `demo` by paths, building what is not cached yet. In stage 2 the demo's student is the warmed-up one.
 
     Processes that start together build once; the others wait.
     """
-    if not uses_demo(config):
+    if not uses_demo(config, stage=stage):
         return config
     from training.demo_models import ensure_demo
 
     cache = Path(config.cache_dir)
     built = ensure_demo(cache, threads=config.threads, size=config.demo_size)
     student = built.student_base
-    if warm_student and config.student.path == DEMO:
+    if stage == 2 and config.student.path == DEMO:
         student = _warmed_up(config, built.student_base.parent)
     return with_paths(
         config, student=str(student), teacher=str(built.teacher), prompts=str(built.rl), warmup=str(built.warmup),

@@ -62,7 +62,7 @@ def run(config: RunConfig) -> int:
         check_files(config)
         check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
         set_threads(config)
-        config = resolve_demo(config, warm_student=True)
+        config = resolve_demo(config, stage=2)
         facts = teacher_facts(Path(config.teacher.path), config.student.path)
         single_step_coef(config, facts.same_tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(config.student.path)

@@ -60,7 +60,7 @@ def run(config: RunConfig) -> int:
         config = with_model_directories(config)
         check_files(config)
         set_threads(config)
-        config = resolve_demo(config, warm_student=False)
+        config = resolve_demo(config, stage=1)
         tokenizer = AutoTokenizer.from_pretrained(config.student.path)
         room, data = room_for_prompt(config), config.data
         own_answers = config.sft.answers == "data"
