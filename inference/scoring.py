@@ -94,12 +94,12 @@ class Scorer:
         return out
 
     def _logsumexp(self, logits_SV: torch.Tensor) -> torch.Tensor:
-        """float32 [S] over the whole vocabulary: the shifted sum of each rank, added up."""
+        """float32 [S] over the whole vocabulary: the shifted sum of each rank, added up. Overwrites the logits."""
         # A rank may hold nothing but padding: it offers minus infinity and adds zero.
         empty = logits_SV.new_full((logits_SV.shape[0],), -torch.inf)
         peak = logits_SV.amax(-1) if logits_SV.shape[1] else empty
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        total = (logits_SV - peak[:, None]).exp_().sum(-1)
+        total = logits_SV.sub_(peak[:, None]).exp_().sum(-1)
         dist.all_reduce(total)
         return total.log_() + peak
 

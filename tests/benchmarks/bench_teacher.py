@@ -129,13 +129,13 @@ def ranks_main(options: argparse.Namespace) -> None:
 def parallel_seconds(model: Path, size: int, options: argparse.Namespace) -> float:
     port = free_port()
     command = [sys.executable, str(Path(__file__).resolve()), "--model", str(model), "--size", str(size)]
-    command += ["--port", str(port), "--threads", str(options.threads // size), "--rounds", str(options.rounds)]
+    command += ["--port", str(port), "--threads", str(max(1, options.threads // size)), "--rounds", str(options.rounds)]
     command += ["--prompts", str(options.prompts)]
     ranks = [
         subprocess.Popen(
             [*command, "--rank", str(rank)],
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": str(options.threads // size)},
+            env={**os.environ, "OMP_NUM_THREADS": str(max(1, options.threads // size))},
         )
         for rank in range(size)
     ]
