@@ -37,44 +37,74 @@ class AttentionPlan(Protocol):
         ...
 
 
+class _Block:
+    """Queries of a row, padded to [N, L], with the keys that they may see, padded to [N, M]; run as one batch."""
+
+    def __init__(self, row: PackedRow, queries: list[list[int]], keys: list[list[int]]) -> None:
+        device = row.tokens_T.device
+        self.query_NL, self.valid_NL = _padded(queries, device)
+        self.key_NM, key_valid_NM = _padded(keys, device)
+        i_seg, j_seg = row.segments_T[self.query_NL][:, :, None], row.segments_T[self.key_NM][:, None, :]
+        self._seen_NLM = ((j_seg == 0) | (j_seg == i_seg)) & key_valid_NM[:, None, :]
+        self._distance_NLM = row.positions_T[self.query_NL][:, :, None] - row.positions_T[self.key_NM][:, None, :]
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """bool [N, 1, L, M], true where query i may see key j."""
+        if window not in self._masks:
+            allowed = self._seen_NLM & (self._distance_NLM >= 0)
+            if window is not None:
+                allowed &= self._distance_NLM < window
+            # A padded query sees everything (its output is dropped): an all-masked softmax row would be NaN.
+            self._masks[window] = (allowed | ~self.valid_NL[:, :, None])[:, None]
+        return self._masks[window]
+
+
+def _padded(lists: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices as int64 [N, L] and which of them are real, bool [N, L].
+
+    A padded slot repeats the first index of its own list: nothing of it is kept, so no gradient reaches that token
+    through it, and a NaN stays in its group (softmax weight 0 times NaN is NaN).
+    """
+    longest = max(len(one) for one in lists)
+    index = torch.tensor([one + [one[0]] * (longest - len(one)) for one in lists], dtype=torch.int64, device=device)
+    lengths = torch.tensor([len(one) for one in lists], device=device)
+    return index, torch.arange(longest, device=device)[None, :] < lengths[:, None]
+
+
+def _parts(row: PackedRow) -> list[tuple[list[int], list[list[int]]]]:
+    """Row indices of each group's prompt, and of each of its responses that has inputs."""
+    segments, start, parts = row.segments_T.tolist(), 0, []
+    for length in row.group_lengths:
+        members: dict[int, list[int]] = {}
+        for i in range(start, start + length):
+            members.setdefault(segments[i], []).append(i)
+        parts.append((members.pop(0), list(members.values())))
+        start += length
+    return parts
+
+
 class PackedPlan:
     """Attention within each group of a packed row: the prompt is causal, a response sees the prompt and itself.
 
-    The groups of a row are padded to the longest and run as one batch. Only attention is padded, nothing else.
+    Either each group is one padded block, in which responses are masked from each other; or, where the responses'
+    copies of their prompt's keys would be fewer than the row's tokens, prompts are one block and responses another,
+    so that no work is done between responses. Only attention is padded, nothing else.
     """
 
     def __init__(self, row: PackedRow) -> None:
-        device = row.tokens_T.device
-        count, longest = len(row.group_lengths), max(row.group_lengths)
-        lengths = torch.tensor(row.group_lengths, device=device)
-        starts = torch.cumsum(lengths, 0) - lengths
-        column = torch.arange(longest, device=device)
-        self._valid_NL = column[None, :] < lengths[:, None]
-        # A padded slot points at its own group's first token: its output is dropped, so no gradient reaches that token
-        # through it, and a NaN stays in its group (softmax weight 0 times NaN is NaN).
-        self._gather_NL = starts[:, None] + torch.where(self._valid_NL, column[None, :], 0)
-        self._whole = count == 1
-        self._positions_NL = row.positions_T[self._gather_NL]
-        self._segments_NL = torch.where(self._valid_NL, row.segments_T[self._gather_NL], -1)
-        self._masks: dict[int | None, torch.Tensor] = {}
-
-    def _mask(self, window: int | None) -> torch.Tensor:
-        """bool [N, 1, L, L], true where query i may see key j."""
-        if window not in self._masks:
-            i_pos, j_pos = self._positions_NL[:, :, None], self._positions_NL[:, None, :]
-            i_seg, j_seg = self._segments_NL[:, :, None], self._segments_NL[:, None, :]
-            allowed = (j_pos <= i_pos) & ((j_seg == 0) | (j_seg == i_seg)) & (j_seg >= 0)
-            if window is not None:
-                allowed &= i_pos - j_pos < window
-            # Every query sees something, itself at least: an all-masked softmax row would be NaN.
-            allowed |= torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)
-            self._masks[window] = allowed[:, None]
-        return self._masks[window]
-
-    def _pad(self, tensor_THD: torch.Tensor) -> torch.Tensor:
-        """[T, H, D] as [N, H, L, D]."""
-        padded = tensor_THD[None] if self._whole else tensor_THD[self._gather_NL]
-        return padded.transpose(1, 2)
+        parts = _parts(row)
+        copies = sum(len(prompt) * len(responses) for prompt, responses in parts)
+        if 0 < copies <= len(row.tokens_T):
+            prompts = [prompt for prompt, _ in parts]
+            queries = [response for _, responses in parts for response in responses]
+            keys = [[*prompt, *response] for prompt, responses in parts for response in responses]
+            self._blocks = [_Block(row, prompts, prompts), _Block(row, queries, keys)]
+        else:
+            groups = [[*prompt, *(i for response in responses for i in response)] for prompt, responses in parts]
+            self._blocks = [_Block(row, groups, groups)]
+        order = torch.cat([block.query_NL[block.valid_NL] for block in self._blocks])
+        self._place_T = torch.argsort(order)
 
     def attend(
         self,
@@ -87,17 +117,20 @@ class PackedPlan:
         window: int | None = None,
     ) -> torch.Tensor:
         """See `AttentionPlan.attend`."""
-        query, key, value = self._pad(query_THD), self._pad(key_TKD), self._pad(value_TKD)
-        self._keep(layer, key, value)
-        repeat = query.shape[1] // key.shape[1]
-        if repeat > 1:
-            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self._mask(window), scale=scale)
-        out = out.transpose(1, 2)
-        return out[0] if self._whole else out[self._valid_NL]
+        repeat = query_THD.shape[1] // key_TKD.shape[1]
+        outputs = []
+        for block in self._blocks:
+            query = query_THD[block.query_NL].transpose(1, 2)
+            key, value = key_TKD[block.key_NM].transpose(1, 2), value_TKD[block.key_NM].transpose(1, 2)
+            self._keep(layer, key, value)
+            if repeat > 1:
+                key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=block.mask(window), scale=scale)
+            outputs.append(out.transpose(1, 2)[block.valid_NL])
+        return torch.cat(outputs)[self._place_T]
 
     def _keep(self, layer: int, key_NKLD: torch.Tensor, value_NKLD: torch.Tensor) -> None:
-        """Nothing to keep; `PrefillPlan` does."""
+        """Nothing to keep; `PrefillPlan` does (its rows have no responses, so one block)."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,22 @@ from inference.attention import DecodePlan, PackedPlan, PrefillPlan, register_wi
 from inference.packing import Group, groups_of, pack, pack_row, scatter_responses
 from tests.student_models import FAMILIES, build, plain_logprobs
 
-PROMPTS = [(1, 2, 3, 4, 5, 6), (7, 8), (9,)]
+PROMPTS = [(1, 2, 3, 4, 5, 6), (7, 8), (9,), tuple(range(20, 32))]
 RESPONSES = [
     [(9, 10, 11, 12, 13), (14,), ()],
     [(20, 21, 22), (1, 2, 3, 4, 5, 6, 7), (3, 4)],
     [(5, 5), (6,), (7, 8, 9, 10)],
+    [(11, 12), (13, 14), (15, 16)],
 ]
 FLAT = [r for group in RESPONSES for r in group]
+
+
+def test_both_layouts_of_attention_are_put_to_the_test() -> None:
+    groups = groups_of(PROMPTS, FLAT, 3)
+    blocks = {budget: [len(PackedPlan(row)._blocks) for row in pack(groups, budget)] for budget in (1000, 12)}
+    # All in one row: the long prompt's copies outweigh the row. Rows of their own: the short prompts are split.
+    assert blocks[1000] == [1]
+    assert set(blocks[12]) == {1, 2}
 
 
 def test_a_row_holds_each_prompt_once_and_no_last_response_token() -> None:
