@@ -21,7 +21,10 @@ from inference.checks import check_teacher
 
 SECRET = "GRPO_KD_TEACHER_SECRET"
 _SERVER = Path(__file__).resolve().parent / "serve_teacher.py"
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
+_LAUNCHER = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK",
+    "CROSS_SIZE",
+)  # fmt: skip
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GRPO_KD_TEACHER_", "OMPI_", "PMI_", "PMIX_", "GROUP_", "ROLE_")
 _NOT_FLAGS = ("address",)
 
@@ -82,7 +85,7 @@ def start_local_teacher(
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
-            env={**_environment(), SECRET: secret, "OMP_NUM_THREADS": str(config.threads)},
+            env={**launcherless_environment(), SECRET: secret, "OMP_NUM_THREADS": str(config.threads)},
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -96,7 +99,7 @@ def start_local_teacher(
     return LocalTeacher(process, address, secret, log)
 
 
-def _environment() -> dict[str, str]:
+def launcherless_environment() -> dict[str, str]:
     """The environment without what a launcher (deepspeed, torchrun, mpirun) left for the owner's own ranks."""
     return {
         name: value

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from configs.schema import DEMO, RunConfig
+from inference.launch import launcherless_environment
 from training.cli import DEMO_CONFIGS, ROOT, fail
 from training.preflight import with_paths
 
-LAUNCHER_VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK",
-    "CROSS_SIZE", "GROUP_RANK",
-)  # fmt: skip
 WARMUP_SOURCES = (
     "training/sft.py",
     "training/actor.py",
@@ -76,8 +72,7 @@ def _warmed_up(config: RunConfig, demo: Path) -> Path:
             "--cache_dir", config.cache_dir, "--demo_size", config.demo_size, "--sft.output", str(target),
             "--runs_dir", str(demo / "warmup-runs"), "--name", key,
         ]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-        done = subprocess.run(command, env=environment, check=False)
+        done = subprocess.run(command, env=launcherless_environment(), check=False)
         if done.returncode != 0 or not target.is_dir():
             fail(f"the demo's stage 1 ended with exit code {done.returncode}; its messages are above")
     return target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -126,9 +125,3 @@ def score_answers(prompts: Sequence[Prompt], predictions: Sequence[str], reverse
         questions=len(answers),
         answers=answers,
     )
-
-
-def evaluation_from_json(text: str) -> dict[str, float]:
-    """The three numbers of a saved evaluation."""
-    saved = json.loads(text)
-    return {key: float(saved[key]) for key in ("f1", "exact_match", "reverse_kl")}
