@@ -15,9 +15,10 @@ from inference.packing import Group, PackedRow, pack, scatter_responses
 from rewards.lpt_reward import lpt_loss
 from training import distributed
 from training.deepspeed_engine import Engine, in_step, replace_directory
+from training.distillation import ReverseKL, WholeDistribution
 from training.experience import Experience, Prompt, Rollout
 from training.losses import kl_loss, policy_loss, token_weights
-from training.policy import Policy, load_policy
+from training.policy import Policy, TokenTerm, load_policy
 from training.sampling import prompt_generator, sample
 
 
@@ -99,14 +100,15 @@ class Actor:
         index_BR = batch_order(rollout.lengths_B, rollout.behavior_logprobs_BR.shape[1])
         outputs = []
         for row, _ in in_step(rows):
-            out = self.policy(
-                row.to(self.engine.device),
-                teacher_hidden_SD=teacher_hidden_SD[index_BR[row.response_S, row.offset_S]].to(self.engine.device),
-                teacher_output_VD=self._teacher_output_VD,
-            )
-            assert out.teacher_kl_S is not None
-            outputs.append(out.teacher_kl_S.cpu())
+            term = self._teacher_term(teacher_hidden_SD, index_BR[row.response_S, row.offset_S])
+            out = self.policy(row.to(self.engine.device), terms={"teacher": term})
+            outputs.append(out.terms["teacher"].cpu())
         return scatter_responses(rows, outputs[: len(rows)], *rollout.behavior_logprobs_BR.shape)
+
+    def _teacher_term(self, hidden_SD: torch.Tensor, index_S: torch.Tensor) -> TokenTerm:
+        """KL(student || teacher) at the response tokens `index_S` of the batch."""
+        assert self._teacher_output_VD is not None
+        return ReverseKL(WholeDistribution(hidden_SD[index_S].to(self.engine.device), self._teacher_output_VD))
 
     def update(self, batches: Sequence[UpdateInput], step: int) -> dict[str, float]:
         """One optimizer step for each mini-batch. Metrics are over all ranks. Collective."""
@@ -168,12 +170,8 @@ class Actor:
         config, device = self._config.loss, self.engine.device
         at = (row.response_S, row.offset_S)
         hidden = experience.teacher_hidden_SD
-        out = self.engine.engine(
-            row.to(device),
-            temperature=self._config.sampling.temperature,
-            teacher_hidden_SD=None if hidden is None else hidden[index_BR[at]].to(device),
-            teacher_output_VD=self._teacher_output_VD if hidden is not None else None,
-        )
+        terms = {} if hidden is None else {"single_step": self._teacher_term(hidden, index_BR[at])}
+        out = self.engine.engine(row.to(device), temperature=self._config.sampling.temperature, terms=terms)
         weights_S = weights_BR[at].to(device) * used
         behavior_S = experience.rollout.behavior_logprobs_BR[at].to(device)
         policy_term, clipped_S = policy_loss(
@@ -192,8 +190,8 @@ class Actor:
                 kl_term = kl_loss(out.logprobs_S, reference_S, weights_S, estimator=config.kl_estimator)
                 total = total + config.kl_coef * kl_term
                 sums.add("loss/kl", kl_term.detach())
-        if out.teacher_kl_S is not None:
-            single = out.teacher_kl_S.sum() * mean
+        if "single_step" in out.terms:
+            single = out.terms["single_step"].sum() * mean
             total = total + single_step_coef * single
             sums.add("loss/single_step", single.detach())
         with torch.no_grad():

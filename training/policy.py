@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.attention import AttentionPlan, PackedPlan, register_with_transformers
 from inference.packing import PackedRow
-from training.losses import reverse_kl
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+TokenTerm = Callable[[torch.Tensor, slice], torch.Tensor]
+"""From the policy's vocabulary logits [C, V] (the model's type, temperature 1) at some of a row's S response tokens,
+and the slice of S that they are, to one number for each, float32 [C]. training/distillation.py has them."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class TokenOutputs:
     """float32 [S] log pi(token | before), nats, at the temperature asked for."""
     entropy_S: torch.Tensor
     """float32 [S] entropy of that distribution, nats; no gradient."""
-    teacher_kl_S: torch.Tensor | None
-    """float32 [S] exact KL(pi || p_T) at the state before the token, or None without a teacher view."""
+    terms: Mapping[str, torch.Tensor]
+    """float32 [S] what each `TokenTerm` asked for says of the state before the token."""
 
 
 class Policy(nn.Module):
@@ -59,54 +64,32 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings()(hidden_SD)
 
     def forward(
-        self,
-        row: PackedRow,
-        *,
-        temperature: float = 1.0,
-        teacher_hidden_SD: torch.Tensor | None = None,
-        teacher_output_VD: torch.Tensor | None = None,
+        self, row: PackedRow, *, temperature: float = 1.0, terms: Mapping[str, TokenTerm] | None = None
     ) -> TokenOutputs:
-        """Log-probabilities of the row's response tokens; with a teacher view, the exact KL to it as well.
-
-        The KL compares both models at the sampling temperature's plain softmax (temperature 1), because that is the
-        policy that is distilled.
-        """
+        """Log-probabilities of the row's response tokens at `temperature`, and `terms` of their distributions."""
+        terms = terms or {}
         hidden = self.hidden(row.tokens_T, row.positions_T, PackedPlan(row))[row.predict_S]
         pieces = []
         for start in range(0, max(len(hidden), 1), self.logit_chunk):
             piece = slice(start, start + self.logit_chunk)
-            teacher = None if teacher_hidden_SD is None else teacher_hidden_SD[piece]
-            arguments = (hidden[piece], row.labels_S[piece], temperature, teacher, teacher_output_VD)
+            arguments = (hidden[piece], row.labels_S[piece], temperature, piece, terms)
             if torch.is_grad_enabled() and len(hidden) > self.logit_chunk:
                 pieces.append(checkpoint(self._chunk, *arguments, use_reentrant=False))
             else:
                 pieces.append(self._chunk(*arguments))
-        logprobs, entropy, kl = zip(*pieces, strict=True)
-        return TokenOutputs(
-            logprobs_S=torch.cat(logprobs),
-            entropy_S=torch.cat(entropy),
-            teacher_kl_S=torch.cat(kl) if teacher_hidden_SD is not None else None,
-        )
+        logprobs, entropy, *values = (torch.cat(part) for part in zip(*pieces, strict=True))
+        return TokenOutputs(logprobs, entropy, dict(zip(terms, values, strict=True)))
 
     def _chunk(
-        self,
-        hidden_SD: torch.Tensor,
-        labels_S: torch.Tensor,
-        temperature: float,
-        teacher_hidden_SD: torch.Tensor | None,
-        teacher_output_VD: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, hidden_SD: torch.Tensor, labels_S: torch.Tensor, temperature: float, piece: slice,
+        terms: Mapping[str, TokenTerm],
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         logits = self.logits(hidden_SD)
         logprobs_SV = (logits.float() / temperature).log_softmax(-1)
         with torch.no_grad():
             entropy = -(logprobs_SV.exp() * logprobs_SV).sum(-1)
         chosen = logprobs_SV.gather(-1, labels_S[:, None])[:, 0]
-        if teacher_hidden_SD is None or teacher_output_VD is None:
-            return chosen, entropy, torch.empty(0)
-        teacher_logits = teacher_hidden_SD.to(teacher_output_VD.dtype) @ teacher_output_VD.T
-        # Vocabularies of the same tokenizer may be padded differently (trap 26): compare the entries that both have.
-        shared = min(logits.shape[-1], teacher_logits.shape[-1])
-        return chosen, entropy, reverse_kl(logits[:, :shared], teacher_logits[:, :shared])
+        return chosen, entropy, *(term(logits, piece) for term in terms.values())
 
 
 def load_policy(path: str | Path, dtype: str, *, gradient_checkpointing: bool = False) -> Policy:
