@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from training.losses import reverse_kl
+from training.losses import generalized_jsd, reverse_kl, sampled_cross_entropy, tail_reverse_kl
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,53 @@ class ReverseKL:
     def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
         """Nats, float32 [C]."""
         return reverse_kl(*shared_vocabulary(logits_SV, self.other.logits(piece)))
+
+
+@dataclass(frozen=True)
+class GeneralizedJSD:
+    """GKD's divergence to the teacher (arXiv 2306.13649, eq. 1)."""
+
+    teacher: WholeDistribution
+    """p_T."""
+    beta: float
+    """0: forward KL, 1: reverse KL."""
+
+    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
+        """Nats, float32 [C]."""
+        return generalized_jsd(*shared_vocabulary(logits_SV, self.teacher.logits(piece)), self.beta)
+
+
+@dataclass(frozen=True)
+class SampledCrossEntropy:
+    """Gemma 3's distillation: cross-entropy on teacher tokens sampled at each position."""
+
+    teacher: WholeDistribution
+    """p_T."""
+    count: int
+    """K tokens, drawn without replacement by Gumbel top-k (arXiv 1903.06059); all where the vocabulary has fewer."""
+    seed: int
+    """Of this row's draws: recomputing a chunk in the backward pass draws the same tokens."""
+
+    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
+        """Nats, float32 [C]."""
+        policy, teacher = shared_vocabulary(logits_SV, self.teacher.logits(piece))
+        logprobs = teacher.float().log_softmax(-1)
+        generator = torch.Generator(logprobs.device).manual_seed(self.seed + piece.start)
+        uniform = torch.rand(logprobs.shape, generator=generator, device=logprobs.device)
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        ids = (logprobs + gumbel).topk(min(self.count, logprobs.shape[-1]), -1).indices
+        return sampled_cross_entropy(policy, ids, logprobs.gather(-1, ids))
+
+
+@dataclass(frozen=True)
+class TailReverseKL:
+    """KL(pi || p_T) from K teacher entries and the mass of the rest: for a teacher whose hidden states are not sent."""
+
+    ids_SK: torch.Tensor
+    """int64 [S, K] vocabulary entries."""
+    logprobs_SK: torch.Tensor
+    """float32 [S, K] their teacher log-probabilities."""
+
+    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
+        """Nats, float32 [C]: at most the exact KL."""
+        return tail_reverse_kl(logits_SV, self.ids_SK[piece], self.logprobs_SK[piece])

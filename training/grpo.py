@@ -19,11 +19,14 @@ def grpo_advantages(reward: RewardOutput, lengths_B: torch.Tensor, group_size: i
     mask_BR = length_mask(lengths_B, reward.rewards_BR.shape[1])
     if reward.returns_BR is not None:
         advantages_BR = group_token_advantage(
-            reward.returns_BR, lengths_B, group_size, scale=config.scale, epsilon=config.epsilon
-        )
+            reward.returns_BR, lengths_B, group_size, scale=config.scale, epsilon=config.epsilon,
+            baseline=config.baseline,
+        )  # fmt: skip
     else:
         scores_B = reward.rewards_BR.sum(1)
-        advantage_B = group_scores_advantage(scores_B, group_size, scale=config.scale, epsilon=config.epsilon)
+        advantage_B = group_scores_advantage(
+            scores_B, group_size, scale=config.scale, epsilon=config.epsilon, baseline=config.baseline
+        )
         advantages_BR = torch.where(mask_BR, advantage_B[:, None], 0.0)
     if config.scale == "batch":
         count, total, squares = distributed.sum_over_ranks(masked_sums(advantages_BR, mask_BR)).tolist()

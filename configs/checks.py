@@ -1,0 +1,165 @@
+"""Checks that the values of a configuration alone decide. A check never changes a value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+
+def require(condition: bool, key: str, value: object, mend: str) -> None:
+    """Raise a ValueError that names the key, the value and the mend unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{key} = {value!r}: {mend}")
+
+
+def _at_least(config: object, prefix: str, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{prefix}{name}", value, f"must be at least {least:g}")
+
+
+def _above_zero(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{prefix}{name}", value, "must be above 0")
+
+
+def validate(config: RunConfig) -> None:
+    """Check everything that the values alone decide. Raises ValueError naming key, value and mend."""
+    sampling, loss = config.sampling, config.loss
+    _at_least(config, "", 1, "steps", "prompts_per_step")
+    _at_least(sampling, "sampling.", 1, "group_size", "max_new_tokens")
+    _at_least(sampling, "sampling.", 0, "top_k")
+    _above_zero(sampling, "sampling.", "temperature", "top_p")
+    require(sampling.top_p <= 1, "sampling.top_p", sampling.top_p, "is a share of the probability mass: at most 1")
+    require(
+        config.algo != "grpo" or sampling.group_size >= 2,
+        "sampling.group_size",
+        sampling.group_size,
+        "GRPO compares the responses of a group, so it needs at least 2 (4 to 16 are usual), or use --algo ppo",
+    )
+    _validate_mixing(config)
+    _at_least(config.teacher, "teacher.", 1, "tensor_parallel", "threads", "max_batch_tokens", "logit_chunk")
+    _above_zero(config.teacher, "teacher.", "timeout_s")
+    _above_zero(config.actor, "actor.", "learning_rate", "max_grad_norm")
+    _above_zero(config.critic, "critic.", "learning_rate")
+    _at_least(config.actor, "actor.", 1, "micro_batch_tokens", "updates_per_rollout")
+    _at_least(config.data, "data.", 2, "max_prompt_tokens", "text_block_tokens")
+    for key in ("template", "context_template"):
+        value = getattr(config.data, key)
+        require("{question}" in value, f"data.{key}", value, "must contain {question}")
+    require(
+        "{context}" in config.data.context_template,
+        "data.context_template",
+        config.data.context_template,
+        "must contain {context}",
+    )
+    require(0 < loss.clip_low < 1, "loss.clip_low", loss.clip_low, "must lie between 0 and 1")
+    _above_zero(loss, "loss.", "clip_high")
+    _at_least(loss, "loss.", 0, "policy_coef", "kl_coef", "bc_coef")
+    for key in ("pt_coef", "single_step_coef"):
+        value = getattr(loss, key)
+        require(value is None or value >= 0, f"loss.{key}", value, "must be at least 0")
+    require(
+        loss.importance_cap is None or loss.importance_cap >= 1,
+        "loss.importance_cap",
+        loss.importance_cap,
+        "cuts weights whose mean is 1, so it must be at least 1 (2 is usual)",
+    )
+    for key in ("policy", "kl", "pt", "bc", "single_step"):
+        schedule = getattr(loss, f"{key}_schedule")
+        _at_least(schedule, f"loss.{key}_schedule.", 0, "final")
+        require(
+            schedule.steps is None or schedule.steps >= 1,
+            f"loss.{key}_schedule.steps",
+            schedule.steps,
+            "must be at least 1",
+        )
+    _at_least(loss, "loss.", 0, "gradient_shares_every")
+    _validate_around(config)
+    require(
+        not loss.pt_coef or config.data.text is not None,
+        "loss.pt_coef",
+        loss.pt_coef,
+        "needs raw text: set data.text to a JSONL file with a `text` in each row",
+    )
+    _at_least(loss, "loss.", 1, "pt_batch", "bc_batch")
+    require(
+        config.prompts_per_step % config.actor.updates_per_rollout == 0,
+        "prompts_per_step",
+        config.prompts_per_step,
+        f"must be a multiple of actor.updates_per_rollout ({config.actor.updates_per_rollout})",
+    )
+    _at_least(config.sft, "sft.", 1, "steps", "batch")
+    _above_zero(config.sft, "sft.", "learning_rate")
+    _at_least(config.eval, "eval.", 1, "batch", "kl_samples")
+    _at_least(config.checkpoint, "checkpoint.", 1, "every", "keep", "samples_every")
+    require(
+        config.name is None or ("/" not in config.name and config.name not in ("", ".", "..")),
+        "name",
+        config.name,
+        "must be a plain folder name; choose the parent with runs_dir",
+    )
+
+
+def _validate_mixing(config: RunConfig) -> None:
+    """Truncation and the teacher's share in sampling."""
+    sampling = config.sampling
+    for key in ("min_p", "teacher_mix"):
+        value = getattr(sampling, key)
+        require(0 <= value < 1, f"sampling.{key}", value, "must be at least 0 and below 1")
+    require(
+        sampling.teacher_mix == 0 or (sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0),
+        "sampling.teacher_mix",
+        sampling.teacher_mix,
+        "a mixture is sampled from whole: leave sampling.top_k, top_p and min_p out",
+    )
+    require(
+        sampling.teacher_mix == 0 or sampling.temperature == 1,
+        "sampling.temperature",
+        sampling.temperature,
+        "sampling.teacher_mix mixes the two models' distributions at temperature 1",
+    )
+
+
+def _validate_around(config: RunConfig) -> None:
+    """Reference, phases, recipes."""
+    reference, distill = config.reference, config.distill
+    _at_least(reference, "reference.", 1, "every")
+    require(0 <= reference.decay < 1, "reference.decay", reference.decay, "must be at least 0 and below 1")
+    require(
+        reference.kl_limit is None or reference.kl_limit > 0,
+        "reference.kl_limit",
+        reference.kl_limit,
+        "must be above 0",
+    )
+    _at_least(config.student.adapter, "student.adapter.", 0, "rank")
+    _above_zero(config.student.adapter, "student.adapter.", "alpha")
+    require(
+        not config.student.adapter.four_bit or config.student.adapter.rank > 0,
+        "student.adapter.four_bit",
+        config.student.adapter.four_bit,
+        "4-bit weights are frozen: set student.adapter.rank (16 is usual), which is what is trained then",
+    )
+    _at_least(config.phases, "phases.", 0, "every")
+    _at_least(config.phases, "phases.", 1, "steps")
+    _at_least(config.grpo, "grpo.", 1, "resample_rounds")
+    _at_least(distill, "distill.", 1, "sampled_tokens")
+    _at_least(distill, "distill.", 0, "answer_temperature")
+    for key in ("jsd_beta", "bond_forward", "warp_rate"):
+        value = getattr(distill, key)
+        require(0 <= value <= 1, f"distill.{key}", value, "must lie between 0 and 1")
+    require(
+        config.recipe != "bond" or config.algo == "grpo",
+        "algo",
+        config.algo,
+        "recipe bond ranks the responses of a group: use --algo grpo",
+    )
+    require(
+        config.recipe != "bond" or config.sampling.teacher_mix == 0,
+        "sampling.teacher_mix",
+        config.sampling.teacher_mix,
+        "recipe bond ranks the student's own responses: set it to 0",
+    )

@@ -1,0 +1,200 @@
+"""Settings of learning: sampling, optimisation, rewards, advantages, losses. configs/schema.py puts them into a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the student answers."""
+
+    group_size: int = 8
+    """G: responses to each prompt. GRPO needs at least 2."""
+    max_new_tokens: int = 64
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Softmax temperature of sampling and of every policy log-probability."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Sample within this probability mass. 1: all."""
+    min_p: float = 0.0
+    """Leave out tokens that are less likely than this share of the likeliest (arXiv 2407.01082). 0: none."""
+    teacher_mix: float = 0.0
+    """alpha: share of the teacher in what is sampled from (MiniLLM, arXiv 2306.08543, section 2.2). 0: student only."""
+    mix_by: Literal["token", "response"] = "token"
+    """Mix at each token (equal tokenizers), or let the teacher write a response whole (any tokenizers)."""
+    mix_weight: Literal["token", "sequence"] = "token"
+    """Importance weight of mixed samples: pi/q of the token (the paper's approximation, less variance), or of the
+    whole response (exact)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig:
+    """Optimisation of the student with DeepSpeed."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay of the learning rate from the end of warm-up to the last step."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moment decay rates."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    offload: bool = False
+    """Keep the optimizer state in CPU memory (GPU runs, ZeRO 1 to 3)."""
+    hybrid_engine: bool = True
+    """Use DeepSpeed's hybrid engine, natively where no injected kernel exists."""
+    micro_batch_tokens: int = 8192
+    """Packed tokens in one forward and backward pass; a longer single group is run by itself."""
+    updates_per_rollout: int = 1
+    """Optimizer steps on one batch of samples; the prompts are dealt into that many mini-batches."""
+    max_skipped: int = 10
+    """Updates in a row that may be skipped for a non-finite loss or score before the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """From log-probabilities to token rewards (DESIGN: docs/algorithms.md)."""
+
+    length_alpha: float = 1.0
+    """teacher_logprob: the sum over a response is divided by T**alpha. 1: mean of a token, 0: plain sum."""
+    length_normalize: bool = True
+    """minillm: the long part is the mean, not the sum, of the rewards that follow."""
+    gamma: float = 1.0
+    """minillm: discount of the long part, in powers relative to the token."""
+    exact_match_weight: float = 0.0
+    """Weight of an extra part: 1 where the answer equals one of the data's answers. Needs answers in the prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """Group-relative advantages (arXiv 2402.03300)."""
+
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a score is compared with: the mean of its group, or of the others in it (RLOO, arXiv 2402.14740)."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """What centred scores are divided by: the standard deviation of the group, of the batch, or nothing."""
+    epsilon: float = 1e-4
+    """Added to the standard deviation."""
+    no_signal: Literal["keep", "skip", "resample"] = "keep"
+    """A group whose scores are all equal: keep it (it counts in the denominators), leave it out, or answer other
+    prompts in its place (DAPO's dynamic sampling, arXiv 2503.14476)."""
+    resample_rounds: int = 2
+    """Most rounds of sampling in place of such groups in a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Generalised advantage estimation (arXiv 1506.02438) and PPO's extras."""
+
+    gamma: float = 1.0
+    """Discount a token."""
+    gae_lambda: float = 0.95
+    """Lambda of GAE."""
+    kl_penalty: float = 0.02
+    """Coefficient of -(log pi_b - log pi_ref) in the reward: the fixed one, or the first of the adaptive one."""
+    kl_target: float | None = None
+    """Nats a token that the adaptive controller aims at. None: fixed coefficient."""
+    kl_horizon: int = 1000
+    """Responses over which the adaptive controller reacts."""
+    value_clip: float = 0.2
+    """Values move at most this far from their old ones in one update."""
+    whiten: bool = True
+    """Centre and scale the advantages over all tokens of the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Course of a weight over the run: its value times a factor that goes from 1 to `final`."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """Constant: the factor stays 1."""
+    final: float = 0.0
+    """Factor at the end."""
+    steps: int | None = None
+    """RL steps until the end is reached. None: those of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """L = L_policy + beta L_KL + lambda_PT L_PT + lambda_BC L_BC + lambda_1 L_single.
+
+    The critic's L_value has an engine and an optimizer of its own, so it needs no weight here."""
+
+    clip_low: float = 0.2
+    """Lower clip of the importance ratio: 1 - clip_low."""
+    clip_high: float = 0.2
+    """Upper clip of the importance ratio: 1 + clip_high."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens (DAPO), over tokens then responses (GRPO), or a sum over a constant length (Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or of the whole sequence (GSPO)."""
+    policy_coef: float = 1.0
+    """Weight of L_policy."""
+    kl_coef: float = 0.0
+    """beta, weight of the KL to the reference in the loss."""
+    kl_estimator: Literal["k2", "k3", "full"] = "k3"
+    """That KL as a loss: from the sampled token (k2, k3), or exact over the vocabulary (full). k1 has no gradient in
+    expectation as a loss; it is PPO's penalty in the reward."""
+    importance_cap: float | None = None
+    """Truncated importance weights between the training forward and what sampling recorded: min(pi_old/pi_b, cap).
+    The ratio is then taken to the training forward's pi_old. None: the ratio is taken to pi_b directly."""
+    pt_coef: float | None = None
+    """lambda_PT, weight of the language-model loss on raw text. None: 0.1 with reward minillm, else 0."""
+    pt_batch: int = 8
+    """L_PT sequences a step, over all ranks."""
+    bc_coef: float = 0.0
+    """lambda_BC, weight of behaviour cloning on the warm-up answers."""
+    bc_batch: int = 8
+    """L_BC examples a step, over all ranks."""
+    single_step_coef: float | None = None
+    """lambda_1, weight of MiniLLM's exact single-step KL. None: 1 with minillm and equal tokenizers, else 0."""
+    policy_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Course of policy_coef over the run."""
+    kl_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Course of kl_coef."""
+    pt_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Course of pt_coef."""
+    bc_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Course of bc_coef."""
+    single_step_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Course of single_step_coef."""
+    gradient_shares_every: int = 0
+    """Steps between measurements of each term's gradient norm (costs one more backward pass a term). 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """The baselines beside reinforcement learning (`--recipe`)."""
+
+    answer_temperature: float = 0.0
+    """seqkd, sampled_ce: temperature of the teacher's answers. 0: greedy."""
+    sampled_tokens: int = 256
+    """sampled_ce: teacher tokens sampled at each position (Gemma 3, arXiv 2503.19786, section 3)."""
+    jsd_beta: float = 0.5
+    """gkd: generalised Jensen-Shannon divergence (arXiv 2306.13649, eq. 1) from forward KL (0) to reverse KL (1)."""
+    bond_forward: float = 0.5
+    """bond: weight of imitating the best of N (forward KL) against the quantile reward (backward KL), arXiv
+    2407.14622."""
+    warp_rate: float = 0.5
+    """warp: place of the exported student between the start of the run (0) and its end (1) (arXiv
+    2406.16768, eq. 5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """Alternating phases: supervised steps on the warm-up answers between stretches of reinforcement learning."""
+
+    every: int = 0
+    """RL steps between supervised phases. 0: none."""
+    steps: int = 10
+    """Optimizer steps of a supervised phase."""
