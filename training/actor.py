@@ -57,6 +57,8 @@ class Actor:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         policy = load_policy(path, config.student.dtype, gradient_checkpointing=config.student.gradient_checkpointing)
         self.end_tokens = end_tokens(policy, self.tokenizer)
+        if config.actor.zero_stage == 3:
+            policy.agree = lambda chunks: int(distributed.max_over_ranks(chunks))
         self.engine = Engine(
             policy, config.actor, peak_learning_rate=learning_rate, zero_stage=config.actor.zero_stage,
             dtype=config.student.dtype, hybrid=config.actor.hybrid_engine, total_steps=total_steps,

@@ -145,10 +145,11 @@ def in_step(rows: Sequence[PackedRow]) -> list[tuple[PackedRow, float]]:
     """The rows with weight 1, then as many of weight 0 as the rank with most rows has more.
 
     Under ZeRO 3 every pass is a collective: ranks with unequal numbers of passes would wait for each other for ever.
-    A rank without rows runs a row of one token.
+    A spare row is one prompt token without a response: it costs next to nothing, and it reads no tensor of the batch,
+    of which a rank may have none (all its groups dropped).
     """
     missing = int(distributed.max_over_ranks(len(rows))) - len(rows)
-    spare = rows[-1] if rows else pack_row([Group(prompt=(0,), responses=((0,),))])
+    spare = pack_row([Group(prompt=(0,), responses=())])
     return [(row, 1.0) for row in rows] + [(spare, 0.0)] * missing
 
 

@@ -39,13 +39,15 @@ class Policy(nn.Module):
     """Wraps the model so that one `forward` gives everything a loss needs, and no [T, V] float32 tensor is alive.
 
     `logit_chunk` tokens have their vocabulary logits alive at a time; with more than one chunk each is recomputed in
-    the backward pass.
+    the backward pass. `agree` turns this rank's number of chunks into all ranks' (the largest): under ZeRO 3 each call
+    of the output layer is a collective, so ranks with unequal numbers of response tokens would wait for each other.
     """
 
     def __init__(self, model: Any, *, logit_chunk: int = 1024) -> None:
         super().__init__()
         self.model: Any = model
         self.logit_chunk = logit_chunk
+        self.agree: Callable[[int], int] = int
 
     @property
     def config(self) -> Any:
@@ -69,11 +71,11 @@ class Policy(nn.Module):
         """Log-probabilities of the row's response tokens at `temperature`, and `terms` of their distributions."""
         terms = terms or {}
         hidden = self.hidden(row.tokens_T, row.positions_T, PackedPlan(row))[row.predict_S]
-        pieces = []
-        for start in range(0, max(len(hidden), 1), self.logit_chunk):
-            piece = slice(start, start + self.logit_chunk)
+        count, pieces = self.agree(-(-max(len(hidden), 1) // self.logit_chunk)), []
+        for i in range(count):
+            piece = slice(len(hidden) * i // count, len(hidden) * (i + 1) // count)
             arguments = (hidden[piece], row.labels_S[piece], temperature, piece, terms)
-            if torch.is_grad_enabled() and len(hidden) > self.logit_chunk:
+            if torch.is_grad_enabled() and count > 1:
                 pieces.append(checkpoint(self._chunk, *arguments, use_reentrant=False))
             else:
                 pieces.append(self._chunk(*arguments))

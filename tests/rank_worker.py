@@ -1,0 +1,172 @@
+"""One rank of a small trainer for tests: real process group, real DeepSpeed, real actor and critic; JSON from rank 0.
+
+python tests/rank_worker.py JOBS.json OUT.json   (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set)
+
+Every job cuts the same fixed batch otherwise: among ranks, into packed rows, into DeepSpeed's partitions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+import torch
+
+from configs.schema import ActorConfig, CriticConfig, LossConfig, RunConfig, SamplingConfig, StudentConfig
+from inference.packing import Group
+from training import distributed
+from training.actor import Actor, Reference, UpdateInput
+from training.critic import Critic
+from training.deepspeed_engine import Engine, start_distributed
+from training.experience import Experience, Prompt, Rollout
+
+VOCAB, TEACHER_HIDDEN, GROUP = 50, 12, 3
+PROMPTS = [(3, 4, 5, 6, 7, 8, 9), (10,), (11, 12), tuple(range(5, 33)), (9, 8, 7)]
+LENGTHS = [(4, 1, 0), (6, 2, 2), (1, 1, 1), (3, 9, 5), (0, 7, 2)]
+TEXT = [(1, 2, 3, 4, 5), (6, 7), (8, 9, 10, 11, 12, 13, 14, 15)]
+CLONING = [((1, 2, 3), (4, 5, 6, 2)), ((7,), (2,)), ((8, 9), (10, 2))]
+
+
+def main(jobs: list[dict[str, Any]], out: Path) -> None:
+    """Run all jobs in one process group; rank 0 writes name -> result."""
+    torch.set_num_threads(1)
+    start_distributed()
+    results = {}
+    for job in jobs:
+        print(job["name"], flush=True)
+        results[job["name"]] = {"update": update, "lively": sample_and_update}[job["what"]](job)
+    distributed.barrier()
+    if distributed.is_main():
+        out.write_text(json.dumps(results))
+
+
+def run_config(job: dict[str, Any]) -> RunConfig:
+    """Every term of the loss is on."""
+    return RunConfig(
+        student=StudentConfig(path=job["model"], gradient_checkpointing=job.get("checkpointing", False)),
+        sampling=SamplingConfig(group_size=GROUP, max_new_tokens=9, temperature=0.7),
+        actor=ActorConfig(
+            zero_stage=job["zero"], micro_batch_tokens=job["budget"], max_grad_norm=0.5, learning_rate=1e-3
+        ),
+        critic=CriticConfig(zero_stage=job["zero"], learning_rate=1e-2),
+        loss=LossConfig(
+            kl_coef=0.1, pt_coef=0.2, bc_coef=0.3, aggregation=job["aggregation"], ratio=job["ratio"], clip_high=0.1
+        ),
+    )  # fmt: skip
+
+
+def whole_batch(config: RunConfig) -> Experience:
+    """The same five prompts with their responses on every rank, in the same order; three responses are empty."""
+    random = torch.Generator().manual_seed(3)
+    lengths = [n for group in LENGTHS for n in group]
+    responses = [tuple(torch.randint(3, VOCAB, (n,), generator=random).tolist()) for n in lengths]
+    shape = (len(responses), max(lengths))
+    prompts = [Prompt(n, "", tokens, (), "") for n, tokens in enumerate(PROMPTS)]
+    rollout = Rollout(
+        prompts, GROUP, responses, torch.ones(len(responses), dtype=torch.bool), torch.zeros(shape), torch.zeros(shape),
+        [""] * len(responses),
+    )  # fmt: skip
+    logprobs_BR = Reference(config, config.student.path, torch.device("cpu")).logprobs(rollout)
+
+    def near(centre: torch.Tensor, spread: float) -> torch.Tensor:
+        return torch.where(rollout.mask_BR, centre + spread * torch.randn(shape, generator=random), 0.0)
+
+    behavior_BR = near(logprobs_BR, 0.15)  # some ratios are clipped, most are not
+    rollout = Rollout(
+        prompts, GROUP, responses, rollout.finished_B, behavior_BR, behavior_BR, rollout.texts
+    )  # fmt: skip
+    return Experience(
+        rollout,
+        advantages_BR=near(torch.zeros(shape), 1.0),
+        reference_logprobs_BR=near(logprobs_BR, 0.3),
+        teacher_hidden_SD=torch.randn(sum(lengths), TEACHER_HIDDEN, generator=random),
+        values_BR=near(torch.zeros(shape), 0.3),
+        returns_BR=near(torch.zeros(shape), 1.0),
+    )
+
+
+def teacher_output() -> torch.Tensor:
+    """[V, D] output layer of a teacher that exists only as this matrix."""
+    return torch.randn(VOCAB, TEACHER_HIDDEN, generator=torch.Generator().manual_seed(4))
+
+
+def my_share(items: Sequence[Any], mini: int) -> list[Any]:
+    """Texts and examples: the first mini-batch is dealt round, all of the second is the last rank's."""
+    rank, world = distributed.rank(), distributed.world_size()
+    return [x for i, x in enumerate(items) if (i % world if mini == 0 else world - 1) == rank]
+
+
+def mini_batches(job: dict[str, Any], whole: Experience) -> list[UpdateInput]:
+    """This rank's part of each optimizer step; job["deal"][mini][rank] lists prompts."""
+    text = [Group(t[:1], (t[1:],)) for t in TEXT]
+    cloning = [Group(prompt, (answer,)) for prompt, answer in CLONING]
+    return [
+        UpdateInput(
+            experience=whole.select(by_rank[distributed.rank()]),
+            text=my_share(text, mini),
+            cloning=my_share(cloning, mini),
+            single_step_coef=0.5,
+        )
+        for mini, by_rank in enumerate(job["deal"])
+    ]
+
+
+def update(job: dict[str, Any]) -> dict[str, Any]:
+    """Two mini-batches: metrics of the actor and of the critic, and the parameters that came out."""
+    config = run_config(job)
+    batches = mini_batches(job, whole_batch(config))
+    torch.manual_seed(0)
+    actor = Actor(
+        config, job["model"], total_steps=2, learning_rate=config.actor.learning_rate,
+        teacher_output_VD=teacher_output(),
+    )  # fmt: skip
+    actor.policy.logit_chunk = job.get("logit_chunk", 1024)
+    steps = [actor.update([batch], step) for step, batch in enumerate(batches)]
+    state = flat_state(actor.engine)
+    del actor
+    torch.manual_seed(0)
+    critic = Critic(config, Path(job["model"]), total_steps=2)
+    # The first mini-batch moves the value head away from zero; the second reaches the backbone.
+    experiences = [b.experience for b in batches if b.experience is not None]
+    critic_steps = [critic.update([experience], step) for step, experience in enumerate(experiences)]
+    return {"actor": steps, "critic": critic_steps, "state": state, "critic_state": flat_state(critic.engine)}
+
+
+def flat_state(engine: Engine) -> list[float]:
+    """All parameters one after the other; empty but on rank 0. Collective."""
+    state = engine.full_state_dict()
+    return [] if state is None else torch.cat([state[name].flatten() for name in sorted(state)]).tolist()
+
+
+def sample_and_update(job: dict[str, Any]) -> dict[str, Any]:
+    """Sampling, the exact KL to the teacher and an update, where one rank's responses end at their first token."""
+    config = run_config(job)
+    rank = distributed.rank()
+    actor = Actor(
+        config, job["model"], total_steps=1, learning_rate=1e-3, teacher_output_VD=teacher_output()
+    )  # fmt: skip
+    actor.end_tokens = tuple(range(VOCAB)) if rank == job["silent"] else ()
+    prompts = [Prompt(n, "", tokens, (), "") for n, tokens in enumerate(job["prompts"][rank])]
+    rollout = actor.sample(prompts, step=0)
+    total = int(rollout.lengths_B.sum())
+    hidden_SD = torch.randn(total, TEACHER_HIDDEN, generator=torch.Generator().manual_seed(rank))
+    kl_BR = actor.teacher_kl(rollout, hidden_SD)
+    experience = Experience(rollout, rollout.mask_BR.float(), rollout.behavior_logprobs_BR, hidden_SD)
+    metrics = actor.update([UpdateInput(experience, my_share([Group((1,), ((2, 3),))], 1), [], 1.0)], step=0)
+    lengths = distributed.gather_strings([json.dumps(rollout.lengths_B.tolist())])
+    least_kl = -distributed.max_over_ranks(-float(kl_BR[rollout.mask_BR].min()))
+    return {"lengths": [json.loads(text) for text in lengths], "metrics": metrics, "least_kl": least_kl}
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may hang at exit
