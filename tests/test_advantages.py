@@ -20,11 +20,20 @@ def test_group_scores_by_hand() -> None:
     assert unscaled.tolist() == pytest.approx([-1, 0, 1])
 
 
-def test_equal_scores_give_exactly_zero() -> None:
-    got = group_scores_advantage(torch.full((8,), 0.1), 8, scale="group", epsilon=0.0)
-    assert torch.nan_to_num(got, nan=9.0).tolist() == [0.0] * 8 or got.isnan().all()
-    with_epsilon = group_scores_advantage(torch.full((8,), 0.1), 8, scale="group", epsilon=1e-4)
-    assert with_epsilon.tolist() == [0.0] * 8
+@pytest.mark.parametrize("epsilon", [0.0, 1e-4])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_equal_scores_give_exactly_zero(scale: str, baseline: str, epsilon: float) -> None:
+    """0.1 is not a float: the mean of three differs from each in the last bit."""
+    scores = torch.tensor([0.1, 0.1, 0.1, 1.0, 2.0, 3.0])
+    got = group_scores_advantage(scores, 3, scale=scale, epsilon=epsilon, baseline=baseline)
+    assert got[:3].tolist() == [0.0] * 3
+    assert got[3:].abs().tolist() != [0.0] * 3
+    returns, lengths = torch.full((6, 7), 0.1), torch.tensor([7, 3, 5, 1, 2, 1])
+    returns[3] = 2.0
+    tokens = group_token_advantage(returns, lengths, 3, scale=scale, epsilon=epsilon, baseline=baseline)
+    assert tokens[:3].abs().max() == 0.0
+    assert tokens[3, 0] > 0.0
 
 
 def test_token_advantages_use_real_tokens_only() -> None:

@@ -38,6 +38,16 @@ def test_clipping_by_hand() -> None:
     assert clipped.tolist() == [True, False, False, True]
 
 
+def test_no_gradient_flows_through_an_advantage() -> None:
+    """Trap 4: a reverse-KL advantage is made of the policy's own log-probabilities, and counts as a number."""
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    loss, _ = policy_loss(
+        logprobs, logprobs.detach(), -logprobs, torch.ones(2), torch.zeros(2, dtype=torch.int64), **ONE
+    )
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert gradient.tolist() == [-1.0, -2.0]
+
+
 def test_sequence_ratio_is_the_geometric_mean() -> None:
     log_ratio = torch.tensor([0.1, 0.3, -0.2])
     loss, _ = policy_loss(

@@ -21,14 +21,14 @@ def group_scores_advantage(
     """
     groups_NG = scores_B.view(-1, group_size)
     centred_NG = groups_NG - groups_NG.mean(1, keepdim=True)
-    # The mean of equal numbers may differ from them in the last bit, which a tiny deviation would blow up.
-    centred_NG = torch.where((groups_NG == groups_NG[:, :1]).all(1, keepdim=True), 0.0, centred_NG)
     if scale == "group":
         centred_NG = centred_NG / (groups_NG.std(1, keepdim=True, correction=1) + epsilon)
     if baseline == "leave_one_out":
         centred_NG = centred_NG * (group_size / (group_size - 1))
     elif baseline != "mean":
         raise ValueError(f"grpo.baseline = {baseline!r}: use mean or leave_one_out")
+    # The mean of equal numbers may differ from them in the last bit, which a tiny deviation would blow up.
+    centred_NG = torch.where((groups_NG == groups_NG[:, :1]).all(1, keepdim=True), 0.0, centred_NG)
     return centred_NG.reshape(-1)
 
 
@@ -39,8 +39,8 @@ def group_token_advantage(
     """GRPO with a reward for each token: returns centred and scaled over all tokens of the group.
 
     Statistics are over real tokens only. With `baseline` `leave_one_out` a token is compared with the mean over the
-    tokens of the other responses of its group. `scale` as in `group_scores_advantage`. Returns float32 [B, R], 0 on
-    padding.
+    tokens of the other responses of its group. `scale` as in `group_scores_advantage`; a group whose returns are all
+    equal gives exactly 0. Returns float32 [B, R], 0 on padding.
     """
     batch, longest = returns_BR.shape
     mask_BR = length_mask(lengths_B, longest)
@@ -60,7 +60,9 @@ def group_token_advantage(
         centred_NT = torch.where(mask_BR, returns_BR - others_B1 / left_B1, 0.0).view(mask_NT.shape)
     elif baseline != "mean":
         raise ValueError(f"grpo.baseline = {baseline!r}: use mean or leave_one_out")
-    centred_NT = centred_NT / (std_N + epsilon)
+    highest_N = returns_NT.masked_fill(~mask_NT, -torch.inf).amax(1, keepdim=True)
+    lowest_N = returns_NT.masked_fill(~mask_NT, torch.inf).amin(1, keepdim=True)
+    centred_NT = torch.where(lowest_N >= highest_N, 0.0, centred_NT / (std_N + epsilon))
     return centred_NT.reshape(batch, longest)
 
 
@@ -104,9 +106,10 @@ def quantile_rewards(scores_B: torch.Tensor, group_size: int) -> torch.Tensor:
     """log of the share of the group whose score is at most the response's own, float32 [B] (BOND).
 
     With reward log p_<=(y), maximising E[r] - 1/(N - 1) KL(pi || pi_ref) gives the distribution of the best of N
-    (arXiv 2407.14622, eq. 8). The share is estimated from the group, the response itself included, so it is at
-    least 1 / G.
+    (arXiv 2407.14622, section 3.2) where no single score has much mass. Its correction for ties, which is between 0
+    and log(N) / (N - 1) and constant without them, is left out as in the paper. The share is estimated from the
+    group, the response itself included, so it is at least 1 / G.
     """
     groups_NG = scores_B.view(-1, group_size)
     at_most_NG = (groups_NG[:, None, :] <= groups_NG[:, :, None]).sum(-1)
-    return torch.log(at_most_NG.float() / group_size).reshape(-1)
+    return torch.log(at_most_NG.to(scores_B.dtype) / group_size).reshape(-1)

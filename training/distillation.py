@@ -6,11 +6,12 @@ by chunk. Every one compares plain softmaxes (temperature 1), because that is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from training.losses import generalized_jsd, reverse_kl, sampled_cross_entropy, tail_reverse_kl
+from training.losses import at_least_float32, generalized_jsd, reverse_kl, sampled_cross_entropy, tail_reverse_kl
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class WholeDistribution:
     def logits(self, piece: slice) -> torch.Tensor:
         """[C, V] logits of some of the tokens."""
         return self.hidden_SD[piece].to(self.output_VD) @ self.output_VD.T
+
+    def select(self, tokens: Sequence[int]) -> WholeDistribution:
+        """That of some of the tokens."""
+        return WholeDistribution(self.hidden_SD[list(tokens)], self.output_VD)
 
 
 def shared_vocabulary(policy_SV: torch.Tensor, other_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +78,7 @@ class SampledCrossEntropy:
     def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
         """Nats, float32 [C]."""
         policy, teacher = shared_vocabulary(logits_SV, self.teacher.logits(piece))
-        logprobs = teacher.float().log_softmax(-1)
+        logprobs = at_least_float32(teacher).log_softmax(-1)
         generator = torch.Generator(logprobs.device).manual_seed(self.seed + piece.start)
         uniform = torch.rand(logprobs.shape, generator=generator, device=logprobs.device)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))

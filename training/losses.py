@@ -11,6 +11,11 @@ import math
 import torch
 
 
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """bfloat16 logits are reduced in float32 (trap 10); float64, which tests use, stays."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def token_weights(
     lengths_B: torch.Tensor, longest: int, *, aggregation: str, tokens: float, responses: float, constant: float
 ) -> torch.Tensor:
@@ -60,6 +65,7 @@ def policy_loss(
         counts = log_ratio_S.new_zeros(count).index_add(0, inverse_S, torch.ones_like(log_ratio_S))
         log_ratio_S = (sums / counts)[inverse_S]
     ratio_S = log_ratio_S.exp()
+    advantages_S = advantages_S.detach()
     clipped_S = ratio_S.clamp(1.0 - clip_low, 1.0 + clip_high)
     plain, bounded = ratio_S * advantages_S, clipped_S * advantages_S
     if importance_S is not None:
@@ -101,8 +107,8 @@ def reverse_kl(policy_logits_SV: torch.Tensor, teacher_logits_SV: torch.Tensor) 
     Logits of the same vocabulary entries, any dtype; reduced in float32. MiniLLM's single-step part (arXiv
     2306.08543, eq. 3) is this, differentiated through the policy's logits.
     """
-    policy = policy_logits_SV.float().log_softmax(-1)
-    teacher = teacher_logits_SV.float().log_softmax(-1)
+    policy = at_least_float32(policy_logits_SV).log_softmax(-1)
+    teacher = at_least_float32(teacher_logits_SV).log_softmax(-1)
     return (policy.exp() * (policy - teacher)).sum(-1)
 
 
@@ -121,8 +127,8 @@ def generalized_jsd(policy_logits_SV: torch.Tensor, teacher_logits_SV: torch.Ten
         return forward_kl(policy_logits_SV, teacher_logits_SV)
     if beta == 1.0:
         return reverse_kl(policy_logits_SV, teacher_logits_SV)
-    policy = policy_logits_SV.float().log_softmax(-1)
-    teacher = teacher_logits_SV.float().log_softmax(-1)
+    policy = at_least_float32(policy_logits_SV).log_softmax(-1)
+    teacher = at_least_float32(teacher_logits_SV).log_softmax(-1)
     mixture = torch.logaddexp(teacher + math.log(beta), policy + math.log(1.0 - beta))
     to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
     return beta * to_teacher + (1.0 - beta) * (policy.exp() * (policy - mixture)).sum(-1)
@@ -136,8 +142,8 @@ def sampled_cross_entropy(
     The teacher's probabilities are set to zero elsewhere and renormalised over the K; the student's are of the whole
     vocabulary, so that mass which it puts elsewhere costs it. int64 ids, nats; float32 result.
     """
-    target_SK = teacher_logprobs_SK.float().softmax(-1)
-    policy_SK = policy_logits_SV.float().log_softmax(-1).gather(-1, ids_SK)
+    target_SK = at_least_float32(teacher_logprobs_SK).softmax(-1)
+    policy_SK = at_least_float32(policy_logits_SV).log_softmax(-1).gather(-1, ids_SK)
     return -(target_SK * policy_SK).sum(-1)
 
 
@@ -149,12 +155,14 @@ def tail_reverse_kl(
     A lower bound of the exact KL (the log-sum inequality), never negative, and with a gradient on the tail's mass, so
     that the support is not drained (trap 12). `teacher_logprobs_SK` are of the whole softmax, not renormalised.
     """
-    policy_SV = policy_logits_SV.float().log_softmax(-1)
-    policy_SK = policy_SV.gather(-1, ids_SK)
-    kept = (policy_SK.exp() * (policy_SK - teacher_logprobs_SK.float())).sum(-1)
+    policy_SV = at_least_float32(policy_logits_SV).log_softmax(-1)
+    policy_SK, teacher_SK = policy_SV.gather(-1, ids_SK), at_least_float32(teacher_logprobs_SK)
+    kept = (policy_SK.exp() * (policy_SK - teacher_SK)).sum(-1)
     # The tail's own log-sum-exp: 1 minus the kept mass would round to zero where it matters.
     rest_S = policy_SV.scatter(-1, ids_SK, -torch.inf).logsumexp(-1)
-    teacher_rest_S = torch.log1p(-teacher_logprobs_SK.float().exp().sum(-1).clamp(max=1 - 1e-7))
+    # Rounding may leave the teacher's tail nothing, or less than nothing; at least one unit in the last place is its.
+    most = 1.0 - torch.finfo(teacher_SK.dtype).eps
+    teacher_rest_S = torch.log1p(-teacher_SK.exp().sum(-1).clamp(max=most))
     tail = torch.where(rest_S > -torch.inf, rest_S.exp() * (rest_S.clamp(min=-1e30) - teacher_rest_S), 0.0)
     return kept + tail
 
