@@ -106,8 +106,8 @@ def my_share(items: Sequence[Any], mini: int) -> list[Any]:
 
 def mini_batches(job: dict[str, Any], whole: Experience) -> list[UpdateInput]:
     """This rank's part of each optimizer step; job["deal"][mini][rank] lists prompts."""
-    text = [Group(t[:1], (t[1:],)) for t in TEXT]
-    cloning = [Group(prompt, (answer,)) for prompt, answer in CLONING]
+    text = [] if job.get("bare") else [Group(t[:1], (t[1:],)) for t in TEXT]
+    cloning = [] if job.get("bare") else [Group(prompt, (answer,)) for prompt, answer in CLONING]
     return [
         UpdateInput(
             experience=whole.select(by_rank[distributed.rank()]),

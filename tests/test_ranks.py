@@ -66,7 +66,7 @@ def job(name: str, world: int, zero: int, budget: int, model: Path, **more: Any)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gemma 3: windows alternate with global attention, and the output layer is the embedding (one tensor, used twice)."""
+    """Gemma 3: windows alternate with global attention, and one tensor is embedding and output layer."""
     directory = save("gemma3", tmp_path_factory.mktemp("student"))
     save_tokenizer(directory)
     return directory
@@ -83,6 +83,7 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         job("zero 1, two groups a row", 1, 1, 30, model),
         job("zero 2, logits in chunks of 2", 1, 2, 45, model, logit_chunk=2),
         job("zero 3, activations recomputed", 1, 3, 1, model, checkpointing=True),
+        *(job(f"nothing, zero {zero}", 1, zero, ALL, model, deal=[[[]], [[]]], bare=True) for zero in range(4)),
     ]
     return run_ranks(1, jobs, tmp_path_factory.mktemp("one"), 150)
 
@@ -143,6 +144,15 @@ def test_more_ranks(world: int, model: Path, expected: dict[str, Any], tmp_path:
     for each in jobs:
         reference = "second" if each["ratio"] == "sequence" else "first"
         assert_same(expected[reference], results[each["name"]], expected["start"], f"{world} ranks, {each['name']}")
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_of_which_no_group_is_left_changes_nothing(zero: int, expected: dict[str, Any]) -> None:
+    """Every group was dropped for a non-finite score, and there is no text: skipped, not a crash."""
+    found = expected[f"nothing, zero {zero}"]
+    assert [step["skipped"] for step in found["actor"]] == [1.0, 1.0]
+    assert found["state"] == expected["start"]["state"]
+    assert found["critic_state"] == expected["start"]["critic_state"]
 
 
 @pytest.mark.timeout(120)

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ class Engine:
             peak=peak_learning_rate, schedule=config.schedule, warmup=config.warmup_steps, total=total_steps
         )
         self.zero_stage = zero_stage
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._frozen = len(self._trained) < len(list(module.parameters()))
         optimizer = torch.optim.AdamW(
-            module.parameters(), lr=peak_learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            self._trained, lr=peak_learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         # The hybrid engine's injected kernels replace the layers that grouped attention needs, exist for few models
         # and for none on CPU. Without policies it stays native for every model.
@@ -89,13 +92,18 @@ class Engine:
         """The wrapped module; under ZeRO 3 its parameters are gathered as it runs."""
         return self.engine.module
 
-    def update(self, jobs: Sequence[Callable[[], torch.Tensor]], step: int) -> tuple[float, float, bool]:
+    def update(
+        self, jobs: Sequence[Callable[[], dict[str, torch.Tensor]]], step: int, *, rate_factor: float = 1.0
+    ) -> tuple[float, float, bool]:
         """One optimizer step on the sum of the jobs' losses over all ranks.
 
-        Each job runs one forward pass and returns its loss; all ranks give the same number of jobs. Returns
-        (gradient norm before clipping, learning rate, applied). A non-finite gradient is skipped on every rank.
+        Each job runs one forward pass and returns its terms, which are added up; all ranks give the same number of jobs. Returns
+        (gradient norm before clipping, learning rate, applied). A non-finite gradient is skipped on every rank, and so
+        is a step without a job (every group was dropped): DeepSpeed cannot step on no gradient.
         """
-        rate = learning_rate(step, **self._schedule)  # type: ignore[arg-type]
+        rate = rate_factor * learning_rate(step, **self._schedule)  # type: ignore[arg-type]
+        if not jobs:
+            return 0.0, rate, False
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self.module.train()
@@ -103,12 +111,13 @@ class Engine:
         scale = distributed.world_size()
         for i, job in enumerate(jobs):
             self.engine.set_gradient_accumulation_boundary(i == len(jobs) - 1)
-            self.engine.backward(job() * scale)
+            self.engine.backward(torch.stack([*job().values()]).sum() * scale)
         if self.zero_stage == 0:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
             if not torch.isfinite(torch.tensor(norm)):
                 self.engine.zero_grad()
+                self.module.eval()
                 return norm, rate, False
         with contextlib.redirect_stdout(None):
             self.engine.step()
@@ -117,28 +126,47 @@ class Engine:
         self.module.eval()
         return norm, rate, not bool(getattr(self.engine.optimizer, "overflow", False))
 
+    def gradient_norms(
+        self, make_jobs: Callable[[], Sequence[Callable[[], dict[str, torch.Tensor]]]], names: Sequence[str]
+    ) -> dict[str, float]:
+        """Norm of each named term's gradient over all ranks, at the cost of a pass a term. No gradient is kept.
+
+        Not under ZeRO 3, whose parameters are only whole within DeepSpeed's own backward pass. Collective.
+        """
+        self.module.train()
+        norms = {}
+        for name in names:
+            sums = [torch.zeros_like(p) for p in self._trained]
+            for job in make_jobs():
+                term = job().get(name)
+                if term is not None and term.requires_grad:
+                    for total, grad in zip(
+                        sums, torch.autograd.grad(term, self._trained, allow_unused=True), strict=True
+                    ):
+                        if grad is not None:
+                            total += grad
+            squares = sum(float(distributed.sum_over_ranks(total).float().square().sum()) for total in sums)
+            norms[name] = squares**0.5
+        self.module.eval()
+        return norms
+
+    def gathered(self, parameters: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
+        """A context in which these parameters are whole; with `write`, rank 0's changes are kept. Collective."""
+        if self.zero_stage < 3:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
+
     def save(self, directory: Path, tag: str) -> None:
-        """Write model and optimizer of all ranks into directory/tag. Collective."""
-        self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        """Write model and optimizer of all ranks into directory/tag; of the model, what is trained. Collective."""
+        self.engine.save_checkpoint(
+            str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=self._frozen
+        )
 
     def load(self, directory: Path, tag: str) -> None:
         """Read what `save` wrote. Collective."""
-        path, _ = self.engine.load_checkpoint(str(directory), tag=tag)
+        path, _ = self.engine.load_checkpoint(str(directory), tag=tag, load_module_strict=not self._frozen)
         if path is None:
             raise ValueError(f"checkpoint {directory / tag} cannot be read: delete it to go on from the one before")
-
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """All parameters on the CPU by name, on rank 0; None elsewhere. Collective under ZeRO 3."""
-        named = list(self.module.named_parameters())
-        state: dict[str, torch.Tensor] = {}
-        if self.zero_stage < 3:
-            state = {name: p.detach().cpu().clone() for name, p in named}
-        else:
-            for name, p in named:  # one at a time: the whole model need not fit on one card
-                with deepspeed.zero.GatheredParameters([p]):
-                    if distributed.is_main():
-                        state[name] = p.detach().cpu().clone()
-        return state if distributed.is_main() else None
 
 
 def in_step(rows: Sequence[PackedRow]) -> list[tuple[PackedRow, float]]:
