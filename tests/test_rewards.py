@@ -37,6 +37,19 @@ def test_teacher_logprob_sums_to_the_length_normalised_score(alpha: float, first
     assert out.rewards_BR[1, 1:].tolist() == [0.0, 0.0]
 
 
+def test_a_teacher_logprob_reward_does_not_depend_on_later_tokens() -> None:
+    # Running means of -1 -3 -5: -1, -2, -3; each token gets the change. A response cut short has the same first ones.
+    logprobs = torch.tensor([[-1.0, -3.0, -5.0], [-1.0, -3.0, 9.0]])
+    inputs = RewardInput(
+        lengths_B=torch.tensor([3, 2]), finished_B=torch.tensor([True, False]), behavior_logprobs_BR=logprobs,
+        teacher_logprobs_BR=logprobs, texts=["", ""], answers=[(), ()],
+    )  # fmt: skip
+    got = teacher_logprob_rewards(inputs, length_alpha=1.0)
+    assert got.rewards_BR[0].tolist() == pytest.approx([-1.0, -1.0, -1.0])
+    assert got.rewards_BR[1].tolist() == [-1.0, -1.0, 0.0]
+    assert teacher_logprob_rewards(inputs, length_alpha=0.0).rewards_BR.tolist() == [[-1.0, -3.0, -5.0], [-1, -3, 0]]
+
+
 def test_minillm_with_the_single_step_term_credits_what_follows() -> None:
     out = minillm_rewards(rollout(), gamma=1.0, length_normalize=True, single_step=True)
     # r = [0.5, 1, -3]: after token 0 the mean of (1, -3), after token 1 -3, after the last nothing.
