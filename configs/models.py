@@ -15,7 +15,7 @@ class AdapterConfig:
 
     rank: int = 0
     """Rank of the update of each matrix. 0: no adapter, every parameter is trained."""
-    alpha: float = 16.0
+    alpha: int = 16
     """The update is scaled by alpha / rank."""
     targets: str = "all-linear"
     """Modules that get one: `all-linear`, or names with commas between (q_proj,v_proj)."""

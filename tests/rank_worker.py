@@ -23,12 +23,15 @@ import torch
 from configs.schema import ActorConfig, CriticConfig, LossConfig, RunConfig, SamplingConfig, StudentConfig
 from inference.packing import Group
 from training import distributed
-from training.actor import Actor, Reference, UpdateInput
+from training.actor import Actor, UpdateInput
+from training.composite import LossWeights
 from training.critic import Critic
 from training.deepspeed_engine import Engine, start_distributed
 from training.experience import Experience, Prompt, Rollout
+from training.reference import FrozenCopy
 
 VOCAB, TEACHER_HIDDEN, GROUP = 50, 12, 3
+WEIGHTS = LossWeights(policy=1.0, kl=0.1, pt=0.2, bc=0.3, single_step=0.5)
 PROMPTS = [(3, 4, 5, 6, 7, 8, 9), (10,), (11, 12), tuple(range(5, 33)), (9, 8, 7)]
 LENGTHS = [(4, 1, 0), (6, 2, 2), (1, 1, 1), (3, 9, 5), (0, 7, 2)]
 TEXT = [(1, 2, 3, 4, 5), (6, 7), (8, 9, 10, 11, 12, 13, 14, 15)]
@@ -74,7 +77,7 @@ def whole_batch(config: RunConfig) -> Experience:
         prompts, GROUP, responses, torch.ones(len(responses), dtype=torch.bool), torch.zeros(shape), torch.zeros(shape),
         [""] * len(responses),
     )  # fmt: skip
-    logprobs_BR = Reference(config, config.student.path, torch.device("cpu")).logprobs(rollout)
+    logprobs_BR = FrozenCopy(config, config.student.path, torch.device("cpu")).logprobs(rollout)
 
     def near(centre: torch.Tensor, spread: float) -> torch.Tensor:
         return torch.where(rollout.mask_BR, centre + spread * torch.randn(shape, generator=random), 0.0)
@@ -113,7 +116,7 @@ def mini_batches(job: dict[str, Any], whole: Experience) -> list[UpdateInput]:
             experience=whole.select(by_rank[distributed.rank()]),
             text=my_share(text, mini),
             cloning=my_share(cloning, mini),
-            single_step_coef=0.5,
+            weights=WEIGHTS,
         )
         for mini, by_rank in enumerate(job["deal"])
     ]
@@ -160,7 +163,7 @@ def sample_and_update(job: dict[str, Any]) -> dict[str, Any]:
     hidden_SD = torch.randn(total, TEACHER_HIDDEN, generator=torch.Generator().manual_seed(rank))
     kl_BR = actor.teacher_kl(rollout, hidden_SD)
     experience = Experience(rollout, rollout.mask_BR.float(), rollout.behavior_logprobs_BR, hidden_SD)
-    metrics = actor.update([UpdateInput(experience, my_share([Group((1,), ((2, 3),))], 1), [], 1.0)], step=0)
+    metrics = actor.update([UpdateInput(experience, my_share([Group((1,), ((2, 3),))], 1), [], WEIGHTS)], step=0)
     lengths = distributed.gather_strings([json.dumps(rollout.lengths_B.tolist())])
     least_kl = -distributed.max_over_ranks(-float(kl_BR[rollout.mask_BR].min()))
     return {"lengths": [json.loads(text) for text in lengths], "metrics": metrics, "least_kl": least_kl}

@@ -10,7 +10,7 @@ import yaml
 
 from configs.schema import RunConfig, SamplingConfig, as_dict, validate
 from training.cli import DEMO_CONFIGS, dump_config, instantiate, load_config, make_parser
-from training.loop import single_step_coef
+from training.composite import single_step_coef
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "frames.yaml")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,14 @@ from configs.schema import RunConfig, SamplingConfig
 from inference.packing import Group, PackedRow, pack, scatter_responses
 from rewards.lpt_reward import lpt_loss
 from training import distributed
+from training.adapters import adapter_off, plain_parameters, save_plain
+from training.composite import LossWeights
 from training.deepspeed_engine import Engine, in_step, replace_directory
 from training.distillation import ReverseKL, WholeDistribution
 from training.experience import Experience, Prompt, Rollout
 from training.losses import kl_loss, policy_loss, token_weights
 from training.policy import Policy, TokenTerm, load_policy
-from training.sampling import prompt_generator, sample
+from training.sampling import Mixture, prompt_generator, sample
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class UpdateInput:
     """L_PT: raw text, the first token as the prompt and the rest as its response."""
     cloning: Sequence[Group]
     """L_BC: prompts with the answers to imitate."""
-    single_step_coef: float
-    """lambda_1 in force."""
+    weights: LossWeights
+    """Weight of each term in this step."""
 
 
 @dataclass
@@ -46,16 +49,24 @@ class _Sums:
         self.values[name] = self.values.get(name, 0.0) + float(value)
 
 
+Divergence = Callable[[WholeDistribution, RunConfig, int], TokenTerm]
+"""From the teacher's distribution at a row's response tokens to the term that compares the student with it."""
+
+
 class Actor:
     """Samples from the student, trains it, saves it. Methods marked collective are called by all ranks together."""
 
     def __init__(
         self, config: RunConfig, path: str | Path, *, total_steps: int, learning_rate: float,
-        teacher_output_VD: torch.Tensor | None = None,
+        teacher_output_VD: torch.Tensor | None = None, divergence: Divergence = lambda teacher, *_: ReverseKL(teacher),
     ) -> None:  # fmt: skip
         self._config = config
+        self._divergence = divergence
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        policy = load_policy(path, config.student.dtype, gradient_checkpointing=config.student.gradient_checkpointing)
+        policy = load_policy(
+            path, config.student.dtype, gradient_checkpointing=config.student.gradient_checkpointing,
+            adapter=config.student.adapter,
+        )  # fmt: skip
         self.end_tokens = end_tokens(policy, self.tokenizer)
         if config.actor.zero_stage == 3:
             policy.agree = lambda chunks: int(distributed.max_over_ranks(chunks))
@@ -75,7 +86,7 @@ class Actor:
 
     def sample(
         self, prompts: Sequence[Prompt], *, step: int, sampling: SamplingConfig | None = None, greedy: bool = False,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int], None] | None = None, mixture: Mixture | None = None,
     ) -> Rollout:  # fmt: skip
         """Answer this rank's prompts; seeds are (config.seed, step, prompt index). Collective under ZeRO 3."""
         sampling = sampling or self._config.sampling
@@ -83,8 +94,8 @@ class Actor:
         samples = sample(
             self.policy, [p.tokens for p in prompts], sampling, end_tokens=self.end_tokens, generators=generators,
             any_rank=distributed.any_rank if self.engine.zero_stage == 3 else None, on_step=on_step,
+            mixture=mixture,
         )  # fmt: skip
-        texts = self.tokenizer.batch_decode([list(r) for r in samples.responses], skip_special_tokens=True)
         return Rollout(
             prompts=list(prompts),
             group_size=sampling.group_size,
@@ -92,110 +103,168 @@ class Actor:
             finished_B=samples.finished_B,
             behavior_logprobs_BR=samples.full_logprobs_BR,
             sampled_logprobs_BR=samples.drawn_logprobs_BR,
-            texts=[t.strip() for t in texts],
+            texts=self.texts(samples.responses),
         )
+
+    def texts(self, responses: Sequence[tuple[int, ...]]) -> list[str]:
+        """Response texts, special symbols removed, stripped."""
+        return [
+            text.strip() for text in self.tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
+        ]
 
     @torch.no_grad()
     def teacher_kl(self, rollout: Rollout, teacher_hidden_SD: torch.Tensor) -> torch.Tensor:
         """Exact KL(student || teacher) at each response token's state, nats, float32 [B, R]. Temperature 1."""
-        rows = pack(rollout.groups(), self._config.actor.micro_batch_tokens)
         index_BR = batch_order(rollout.lengths_B, rollout.behavior_logprobs_BR.shape[1])
-        outputs = []
-        for row, _ in in_step(rows):
-            term = self._teacher_term(teacher_hidden_SD, index_BR[row.response_S, row.offset_S])
-            out = self.policy(row.to(self.engine.device), terms={"teacher": term})
-            outputs.append(out.terms["teacher"].cpu())
-        return scatter_responses(rows, outputs[: len(rows)], *rollout.behavior_logprobs_BR.shape)
 
-    def _teacher_term(self, hidden_SD: torch.Tensor, index_S: torch.Tensor) -> TokenTerm:
-        """KL(student || teacher) at the response tokens `index_S` of the batch."""
+        def one(row: PackedRow) -> torch.Tensor:
+            term = ReverseKL(self._teacher(teacher_hidden_SD, index_BR[row.response_S, row.offset_S]))
+            return self.policy(row.to(self.engine.device), terms={"teacher": term}).terms["teacher"]
+
+        return self._each_token(rollout, one)
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout, *, start_of_run: bool = False) -> torch.Tensor:
+        """log pi of the response tokens by the training forward, at the sampling temperature, float32 [B, R].
+
+        `start_of_run`: with the adapter switched off. Collective under ZeRO 3.
+        """
+        temperature = self._config.sampling.temperature
+
+        def one(row: PackedRow) -> torch.Tensor:
+            return self.policy(row.to(self.engine.device), temperature=temperature).logprobs_S
+
+        with adapter_off(self.policy.model) if start_of_run else nullcontext():
+            return self._each_token(rollout, one)
+
+    def _each_token(self, rollout: Rollout, one: Callable[[PackedRow], torch.Tensor]) -> torch.Tensor:
+        """A number for each response token, row by row, in step with the other ranks, float32 [B, R]."""
+        rows = in_step(pack(rollout.groups(), self._config.actor.micro_batch_tokens))
+        values = [one(row).cpu() for row, _ in rows]
+        real = [row for row, used in rows if used]
+        return scatter_responses(real, values[: len(real)], *rollout.behavior_logprobs_BR.shape)
+
+    def _teacher(self, hidden_SD: torch.Tensor, index_S: torch.Tensor) -> WholeDistribution:
+        """The teacher's distribution at the response tokens `index_S` of the batch."""
         assert self._teacher_output_VD is not None
-        return ReverseKL(WholeDistribution(hidden_SD[index_S].to(self.engine.device), self._teacher_output_VD))
+        return WholeDistribution(hidden_SD[index_S].to(self.engine.device), self._teacher_output_VD)
 
-    def update(self, batches: Sequence[UpdateInput], step: int) -> dict[str, float]:
-        """One optimizer step for each mini-batch. Metrics are over all ranks. Collective."""
+    def update(
+        self, batches: Sequence[UpdateInput], step: int, *, rate_factor: float = 1.0, shares: bool = False
+    ) -> dict[str, float]:
+        """One optimizer step for each mini-batch. Metrics are over all ranks. Collective.
+
+        `rate_factor` scales the learning rate. `shares`: measure each term's gradient on the first mini-batch as well.
+        """
         merged: dict[str, float] = {}
         for i, batch in enumerate(batches):
-            for key, value in self._optimizer_step(batch, step * len(batches) + i).items():
+            number = step * len(batches) + i
+            for key, value in self._optimizer_step(batch, number, rate_factor, shares and i == 0).items():
                 if key.startswith("mismatch/") and i > 0:
                     continue  # after the first optimizer step the policy is meant to differ
                 merged[key] = merged.get(key, 0.0) + value
-        shared = {"mismatch/mean", "mismatch/max", "skipped"}
-        return {k: v if k in shared else v / len(batches) for k, v in merged.items()}
+        whole = ("mismatch/", "skipped", "gradient/")
+        return {k: v if k.startswith(whole) else v / len(batches) for k, v in merged.items()}
 
-    def _optimizer_step(self, batch: UpdateInput, step: int) -> dict[str, float]:
+    def _optimizer_step(self, batch: UpdateInput, step: int, rate_factor: float, shares: bool) -> dict[str, float]:
         sums = _Sums({})
         counts = distributed.sum_metrics(_counts(batch))
-        budget = self._config.actor.micro_batch_tokens
-        jobs: list[Callable[[], torch.Tensor]] = []
-        if batch.experience is not None:
-            jobs += self._policy_jobs(batch.experience, batch.single_step_coef, counts, sums)
-        for name, groups, coef in (
-            ("pt", batch.text, self._config.pt_coef),
-            ("bc", batch.cloning, self._config.loss.bc_coef if batch.experience is not None else 1.0),
-        ):
-            if counts[name] > 0:
-                jobs += [
-                    partial(self._language_model_loss, row, used * coef, counts[name], f"loss/{name}", sums, used)
-                    for row, used in in_step(pack(groups, budget))
-                ]
-        norm, rate, applied = self.engine.update(jobs, step)
+        jobs = self._jobs(batch, counts, sums, step)
+        measured = self._gradient_shares(batch, counts, step) if shares else {}
+        norm, rate, applied = self.engine.update(jobs, step, rate_factor=rate_factor)
         biggest = sums.values.pop("mismatch/max", 0.0)
         metrics = distributed.sum_metrics(sums.values)
         if batch.experience is not None:
             metrics["mismatch/max"] = distributed.max_over_ranks(biggest)
-        return {**metrics, "grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
+        return {**metrics, **measured, "grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
+
+    def _jobs(
+        self, batch: UpdateInput, counts: dict[str, float], sums: _Sums, step: int
+    ) -> list[Callable[[], dict[str, torch.Tensor]]]:
+        """One job a packed row: a forward pass that returns the row's weighted terms by name."""
+        jobs: list[Callable[[], dict[str, torch.Tensor]]] = []
+        if batch.experience is not None:
+            jobs += self._policy_jobs(batch.experience, batch.weights, counts, sums, step)
+        for name, groups, coef in (("pt", batch.text, batch.weights.pt), ("bc", batch.cloning, batch.weights.bc)):
+            if counts[name] > 0 and coef > 0:
+                jobs += [
+                    partial(self._language_model_loss, row, used * coef, counts[name], name, sums, used)
+                    for row, used in in_step(pack(groups, self._config.actor.micro_batch_tokens))
+                ]
+        return jobs
+
+    def _gradient_shares(self, batch: UpdateInput, counts: dict[str, float], step: int) -> dict[str, float]:
+        """Norm of each weighted term's gradient by itself, and its share of their sum. Collective; not under ZeRO 3."""
+        norms = self.engine.gradient_norms(lambda: self._jobs(batch, counts, _Sums({}), step), list(TERMS))
+        total = max(sum(norms.values()), 1e-30)
+        shares = {f"gradient/{name}_share": norm / total for name, norm in norms.items()}
+        return {**{f"gradient/{name}": norm for name, norm in norms.items()}, **shares}
 
     def _policy_jobs(
-        self, experience: Experience, single_step_coef: float, counts: dict[str, float], sums: _Sums
-    ) -> list[Callable[[], torch.Tensor]]:
+        self, experience: Experience, weights: LossWeights, counts: dict[str, float], sums: _Sums, step: int
+    ) -> list[Callable[[], dict[str, torch.Tensor]]]:
         """One job a packed row: forward, and every term that is a sum over response tokens."""
         rollout = experience.rollout
         longest = rollout.behavior_logprobs_BR.shape[1]
-        loss = self._config.loss
         weights_BR = token_weights(
-            rollout.lengths_B, longest, aggregation=loss.aggregation, tokens=counts["tokens"],
+            rollout.lengths_B, longest, aggregation=self._config.loss.aggregation, tokens=counts["tokens"],
             responses=counts["responses"], constant=float(self._config.sampling.max_new_tokens),
         )  # fmt: skip
         index_BR = batch_order(rollout.lengths_B, longest)
         rows = in_step(pack(rollout.groups(), self._config.actor.micro_batch_tokens))
+        seed = self._config.seed * 1_000_003 + step * 1_009
         return [
-            partial(self._policy_loss, experience, row, used, weights_BR, index_BR, single_step_coef, counts, sums)
-            for row, used in rows
+            partial(self._policy_loss, experience, row, used, weights_BR, index_BR, weights, counts, sums, seed + i)
+            for i, (row, used) in enumerate(rows)
         ]
 
+    def _terms(
+        self, experience: Experience, index_S: torch.Tensor, weights: LossWeights, seed: int
+    ) -> dict[str, TokenTerm]:
+        """What the forward pass has to say of whole distributions."""
+        terms: dict[str, TokenTerm] = {}
+        if weights.single_step > 0 and experience.teacher_hidden_SD is not None:
+            terms["single_step"] = self._divergence(
+                self._teacher(experience.teacher_hidden_SD, index_S), self._config, seed
+            )
+        if weights.kl > 0 and experience.reference_states is not None:
+            states = experience.reference_states
+            hidden = states.hidden_SD[index_S].to(self.engine.device)
+            terms["kl"] = ReverseKL(WholeDistribution(hidden, states.output_VD.to(self.engine.device)))
+        return terms
+
     def _policy_loss(
-        self, experience: Experience, row: PackedRow, used: float, weights_BR: torch.Tensor,
-        index_BR: torch.Tensor, single_step_coef: float, counts: dict[str, float], sums: _Sums,
-    ) -> torch.Tensor:  # fmt: skip
-        """L_policy + beta L_KL + lambda_1 L_single of one packed row; weights hold the global denominators."""
+        self, experience: Experience, row: PackedRow, used: float, weights_BR: torch.Tensor, index_BR: torch.Tensor,
+        weights: LossWeights, counts: dict[str, float], sums: _Sums, seed: int,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """The weighted terms of one packed row; token weights hold the global denominators."""
         config, device = self._config.loss, self.engine.device
         at = (row.response_S, row.offset_S)
-        hidden = experience.teacher_hidden_SD
-        terms = {} if hidden is None else {"single_step": self._teacher_term(hidden, index_BR[at])}
+        terms = self._terms(experience, index_BR[at], weights, seed)
         out = self.engine.engine(row.to(device), temperature=self._config.sampling.temperature, terms=terms)
-        weights_S = weights_BR[at].to(device) * used
+        token_S = weights_BR[at].to(device) * used
+        importance_S = None if experience.importance_BR is None else experience.importance_BR[at].to(device)
+        if importance_S is not None:
+            token_S = token_S * importance_S
+        old_BR = experience.old_logprobs_BR
         behavior_S = experience.rollout.behavior_logprobs_BR[at].to(device)
-        policy_term, clipped_S = policy_loss(
-            out.logprobs_S, behavior_S, experience.advantages_BR[at].to(device), weights_S, row.response_S.to(device),
+        old_S = behavior_S if old_BR is None else old_BR[at].to(device)
+        loss, clipped_S = policy_loss(
+            out.logprobs_S, old_S, experience.advantages_BR[at].to(device), token_S, row.response_S.to(device),
             clip_low=config.clip_low, clip_high=config.clip_high, ratio=config.ratio,
         )  # fmt: skip
-        total = config.policy_coef * policy_term
-        sums.add("loss/policy", policy_term.detach())
+        parts = {"policy": loss}
         mean = used / max(counts["tokens"], 1.0)
         if experience.reference_logprobs_BR is not None:
             reference_S = experience.reference_logprobs_BR[at].to(device)
             with torch.no_grad():
                 k3 = torch.exp(reference_S - out.logprobs_S) - 1 + out.logprobs_S - reference_S
                 sums.add("kl/reference", k3.sum() * mean)
-            if config.kl_coef > 0:
-                kl_term = kl_loss(out.logprobs_S, reference_S, weights_S, estimator=config.kl_estimator)
-                total = total + config.kl_coef * kl_term
-                sums.add("loss/kl", kl_term.detach())
-        if "single_step" in out.terms:
-            single = out.terms["single_step"].sum() * mean
-            total = total + single_step_coef * single
-            sums.add("loss/single_step", single.detach())
+            if weights.kl > 0 and "kl" not in terms:
+                parts["kl"] = kl_loss(out.logprobs_S, reference_S, token_S, estimator=config.kl_estimator)
+        for name in terms:  # a mean over all tokens, whatever the aggregation of the policy term
+            value_S = out.terms[name] if importance_S is None else out.terms[name] * importance_S
+            parts[name] = value_S.sum() * mean
         with torch.no_grad():
             gap_S = (out.logprobs_S - behavior_S).abs()
             sums.add("entropy", out.entropy_S.sum() * mean)
@@ -203,54 +272,69 @@ class Actor:
             sums.add("mismatch/mean", gap_S.sum() * mean)
             if used and len(gap_S):
                 sums.values["mismatch/max"] = max(sums.values.get("mismatch/max", 0.0), float(gap_S.max()))
-            sums.add("loss/total", total)
-        return total
+        return self._weighted(parts, weights, sums)
+
+    def _weighted(self, parts: dict[str, torch.Tensor], weights: LossWeights, sums: _Sums) -> dict[str, torch.Tensor]:
+        """Each term times its weight; logs both."""
+        weighted = {name: value * getattr(weights, name) for name, value in parts.items()}
+        for name, value in parts.items():
+            sums.add(f"loss/{name}", value.detach())
+        sums.add("loss/total", sum(float(v.detach()) for v in weighted.values()))
+        return weighted
 
     def _language_model_loss(
         self, row: PackedRow, weight: float, tokens: float, name: str, sums: _Sums, used: float
-    ) -> torch.Tensor:
+    ) -> dict[str, torch.Tensor]:
         """Weighted cross-entropy of the row's response tokens: L_PT or L_BC."""
         out = self.engine.engine(row.to(self.engine.device))
         loss = lpt_loss(out.logprobs_S, tokens)
-        sums.add(name, loss.detach() * used)
+        sums.add(f"loss/{name}", loss.detach() * used)
         sums.add("loss/total", loss.detach() * weight)
-        return loss * weight
+        return {name: loss * weight}
+
+    def plain_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of every parameter as Hugging Face has it, adapters merged. Collective under ZeRO 3."""
+        return plain_parameters(self.policy.model, self.engine.gathered)
 
     def export(self, directory: Path) -> None:
         """Write the student as a Hugging Face model directory, replacing it in one move. Collective under ZeRO 3."""
-        state = self.engine.full_state_dict()
-        if state is not None:
-            named = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-            replace_directory(directory, partial(self._write_export, named))
+        state = {}
+        for name, value in self.plain_parameters():
+            if distributed.is_main():
+                state[name] = value.cpu().clone()
+        if distributed.is_main():
+            replace_directory(directory, partial(self._write_export, state))
         distributed.barrier()
+
+    @torch.no_grad()
+    def interpolate(self, start: str | Path, rate: float) -> None:
+        """Move the weights to start + rate * (now - start) (WARP, arXiv 2406.16768, eq. 5). Collective.
+
+        For the end of a run: the optimizer's own copies are not moved.
+        """
+        origin = dict(load_policy(start, self._config.student.dtype).model.named_parameters())
+        for name, parameter in self.policy.model.named_parameters():
+            with self.engine.gathered([parameter], write=True):
+                if name in origin:
+                    parameter.lerp_(origin[name].to(parameter), 1.0 - rate)
+                elif "lora_B" in name:
+                    parameter.mul_(rate)  # the adapter started at zero
 
     def _write_export(self, state: dict[str, torch.Tensor], directory: Path) -> None:
         model = self.policy.model
         implementation = model.config._attn_implementation
         # The exported directory must load without our attention function.
         model.config._attn_implementation = None
-        model.save_pretrained(directory, state_dict=state)
+        quantization = model.config.__dict__.pop("quantization_config", None)
+        save_plain(model, state, directory)
+        if quantization is not None:
+            model.config.quantization_config = quantization
         model.config._attn_implementation = implementation
         self.tokenizer.save_pretrained(directory)
 
 
-class Reference:
-    """A frozen copy of a policy, held by each rank."""
-
-    def __init__(self, config: RunConfig, path: str | Path, device: torch.device) -> None:
-        self._config = config
-        self._device = device
-        self._policy = load_policy(path, config.student.dtype).to(device).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def logprobs(self, rollout: Rollout) -> torch.Tensor:
-        """log pi_ref of the response tokens at the sampling temperature, float32 [B, R]; 0 on padding."""
-        rows = pack(rollout.groups(), self._config.actor.micro_batch_tokens)
-        values = [
-            self._policy(row.to(self._device), temperature=self._config.sampling.temperature).logprobs_S.cpu()
-            for row in rows
-        ]
-        return scatter_responses(rows, values, *rollout.behavior_logprobs_BR.shape)
+TERMS = ("policy", "kl", "pt", "bc", "single_step")
+"""Terms of the composite loss."""
 
 
 def batch_order(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:

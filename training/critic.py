@@ -11,20 +11,20 @@ import torch
 from torch import nn
 
 from configs.schema import RunConfig
-from inference.attention import PackedPlan
 from inference.packing import PackedRow, pack, scatter_responses
 from training import distributed
 from training.deepspeed_engine import Engine, in_step
 from training.experience import Experience, Rollout
 from training.losses import token_weights, value_loss
-from training.policy import load_policy
+from training.policy import load_policy, response_states
 
 
 class ValueModel(nn.Module):
     """A language model's backbone with one number a token in place of its output layer."""
 
-    def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
+    def __init__(self, backbone: nn.Module, hidden_size: int, *, grouped: bool = True) -> None:
         super().__init__()
+        self._grouped = grouped
         self.backbone = backbone
         # Zero start: the first advantages are the rewards themselves, not noise.
         self.head = nn.Linear(hidden_size, 1)
@@ -38,10 +38,7 @@ class ValueModel(nn.Module):
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """Values float32 [S]: V(prompt, tokens before t) for each response token t of the row."""
-        out = self.backbone(
-            input_ids=row.tokens_T[None], position_ids=row.positions_T[None], plan=PackedPlan(row), use_cache=False
-        )
-        return self.head(out.last_hidden_state[0][row.predict_S]).float()[:, 0]
+        return self.head(response_states(self.backbone, row, grouped=self._grouped)).float()[:, 0]
 
 
 class Critic:
@@ -52,8 +49,8 @@ class Critic:
         policy = load_policy(config.critic.path or student_path, config.student.dtype)
         hidden_size = policy.config.get_text_config().hidden_size
         self.engine = Engine(
-            ValueModel(policy.model.base_model, hidden_size).to(policy.model.dtype), config.actor,
-            peak_learning_rate=config.critic.learning_rate, zero_stage=config.critic.zero_stage,
+            ValueModel(policy.model.base_model, hidden_size, grouped=policy.grouped).to(policy.model.dtype),
+            config.actor, peak_learning_rate=config.critic.learning_rate, zero_stage=config.critic.zero_stage,
             dtype=config.student.dtype, hybrid=False, total_steps=total_steps,
         )  # fmt: skip
 
@@ -91,7 +88,7 @@ class Critic:
 
     def _loss(
         self, experience: Experience, row: PackedRow, weights_BR: torch.Tensor, losses: list[torch.Tensor]
-    ) -> torch.Tensor:
+    ) -> dict[str, torch.Tensor]:
         """The value loss of one packed row; also appended to `losses`, for the log."""
         assert experience.values_BR is not None
         assert experience.returns_BR is not None
@@ -104,4 +101,4 @@ class Critic:
             clip=self._config.ppo.value_clip,
         )
         losses.append(loss.detach())
-        return loss
+        return {"value": loss}

@@ -63,6 +63,18 @@ def load_prompts(
     return prompts, Skipped(count=len(too_long), longest=max(too_long, default=0))
 
 
+def random_stream(*numbers: int) -> torch.Generator:
+    """A generator that belongs to these numbers (seed, step, prompt, ...), whoever draws from it, and when."""
+    mixed = 0
+    for number in numbers:
+        # splitmix64: neighbouring seeds, steps and prompts give unrelated streams.
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+
+
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> list[int]:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) & 0x7FFFFFFFFFFFFFFF)
@@ -75,6 +87,12 @@ def positions_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
     A pure function, so resuming needs no cursor and skips nothing at an epoch's end.
     """
     return [_permutation(seed, i // size, size)[i % size] for i in range(step * count, (step + 1) * count)]
+
+
+def replacement_positions(slots: Sequence[int], size: int, seed: int, step: int, attempt: int) -> list[int]:
+    """An item for each slot of a step whose own item taught nothing; `attempt` counts the tries. Drawn by slot, so that
+    the number of ranks changes nothing."""
+    return [int(torch.randint(size, (1,), generator=random_stream(seed, step, attempt, slot))) for slot in slots]
 
 
 def share_of_rank(items: Sequence[Any], rank: int, world: int) -> list[Any]:

@@ -97,9 +97,9 @@ class Engine:
     ) -> tuple[float, float, bool]:
         """One optimizer step on the sum of the jobs' losses over all ranks.
 
-        Each job runs one forward pass and returns its terms, which are added up; all ranks give the same number of jobs. Returns
-        (gradient norm before clipping, learning rate, applied). A non-finite gradient is skipped on every rank, and so
-        is a step without a job (every group was dropped): DeepSpeed cannot step on no gradient.
+        Each job runs one forward pass and returns its terms, which are added up; all ranks give the same number of
+        jobs. Returns (gradient norm before clipping, learning rate, applied). A non-finite gradient is skipped on every
+        rank, and so is a step without a job (every group was dropped): DeepSpeed cannot step on no gradient.
         """
         rate = rate_factor * learning_rate(step, **self._schedule)  # type: ignore[arg-type]
         if not jobs:
@@ -158,9 +158,7 @@ class Engine:
 
     def save(self, directory: Path, tag: str) -> None:
         """Write model and optimizer of all ranks into directory/tag; of the model, what is trained. Collective."""
-        self.engine.save_checkpoint(
-            str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=self._frozen
-        )
+        self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=self._frozen)
 
     def load(self, directory: Path, tag: str) -> None:
         """Read what `save` wrote. Collective."""

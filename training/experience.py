@@ -12,6 +12,7 @@ import torch
 
 from inference.packing import Group, groups_of
 from rewards.base import length_mask
+from training.distillation import WholeDistribution
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ class Rollout:
         return groups_of([p.tokens for p in self.prompts], self.responses, self.group_size)
 
 
+def tokens_of_rows(lengths_B: torch.Tensor, rows: Sequence[int]) -> list[int]:
+    """Places, among all response tokens in batch order, of the tokens of some responses."""
+    starts_B = torch.cumsum(lengths_B, 0) - lengths_B
+    return [s for b in rows for s in range(int(starts_B[b]), int(starts_B[b] + lengths_B[b]))]
+
+
 @dataclass(frozen=True)
 class TeacherView:
     """What the teacher says of a rollout, carried to the student's tokens."""
@@ -113,13 +120,17 @@ class Experience:
     """float32 [B, R] critic's value before each token (PPO)."""
     returns_BR: torch.Tensor | None = None
     """float32 [B, R] what the critic is trained towards (PPO)."""
+    old_logprobs_BR: torch.Tensor | None = None
+    """float32 [B, R] of the training forward before the first update, where the ratio is taken to that."""
+    importance_BR: torch.Tensor | None = None
+    """float32 [B, R] weights of samples that the policy itself did not draw, or None: all 1."""
+    reference_states: WholeDistribution | None = None
+    """The reference's whole distribution at each response token in batch order, for the full KL, or None."""
 
     def select(self, prompts: Sequence[int]) -> Experience:
         """The experience of some of the prompts, by their place in the rollout."""
         rows = self.rollout.rows_of(prompts)
-        lengths_B = self.rollout.lengths_B
-        starts_B = torch.cumsum(lengths_B, 0) - lengths_B
-        tokens = [s for b in rows for s in range(int(starts_B[b]), int(starts_B[b] + lengths_B[b]))]
+        tokens = tokens_of_rows(self.rollout.lengths_B, rows)
 
         def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor[rows]
@@ -131,4 +142,7 @@ class Experience:
             teacher_hidden_SD=None if self.teacher_hidden_SD is None else self.teacher_hidden_SD[tokens],
             values_BR=pick(self.values_BR),
             returns_BR=pick(self.returns_BR),
+            old_logprobs_BR=pick(self.old_logprobs_BR),
+            importance_BR=pick(self.importance_BR),
+            reference_states=None if self.reference_states is None else self.reference_states.select(tokens),
         )

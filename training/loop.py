@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,20 +12,18 @@ from tqdm import tqdm
 
 from configs.schema import RunConfig
 from inference.packing import Group
-from rewards.answers import exact_match
-from rewards.base import RewardInput, RewardOutput, place_on_last_token
-from rewards.minillm import minillm_rewards
-from rewards.teacher_logprob import teacher_logprob_rewards
 from training import distributed
-from training.actor import Actor, Reference, UpdateInput
-from training.critic import Critic
+from training.actor import UpdateInput
+from training.batch import Batch, has_signal
+from training.clock import Clock
+from training.collect import Models, collect, imitated, make_experience
+from training.composite import SUPERVISED, LossWeights
 from training.data import positions_of_step, share_of_rank
-from training.experience import Experience, Prompt, Rollout, TeacherView
-from training.grpo import grpo_advantages
-from training.ppo import next_kl_coefficient, ppo_advantages
+from training.experience import Experience, Prompt
+from training.ppo import next_kl_coefficient
+from training.recipes import RECIPES
 from training.run_folder import Progress, RunFolder, step_tag
 from training.stopping import StopRequest
-from training.teaching import TeacherLink
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +40,6 @@ class Corpus:
     """L_BC examples; empty where L_BC is off."""
 
 
-@dataclass(frozen=True)
-class Models:
-    """Who takes part."""
-
-    actor: Actor
-    reference: Reference | None
-    critic: Critic | None
-    teacher: TeacherLink
-
-
 def train(
     config: RunConfig, models: Models, corpus: Corpus, folder: RunFolder, progress: Progress, stop: StopRequest
 ) -> str:
@@ -61,7 +47,7 @@ def train(
 
     `progress` is brought up to date after each step. Collective: all ranks run it together.
     """
-    actor, single_step = models.actor, single_step_coef(config, models.teacher.same_tokenizer)
+    recipe = RECIPES[config.recipe]
     bar = tqdm(
         total=config.steps, initial=progress.step, unit="step", desc=config.run_name, disable=not distributed.is_main()
     )
@@ -69,88 +55,46 @@ def train(
     status = "finished"
     while progress.step < config.steps:
         step, clock = progress.step, Clock()
+        weights = recipe.weights(config, step, models.teacher.same_tokenizer)
         prompts = _prompts_of_step(corpus, config, step)
 
-        with clock("sample"):
-            rollout = actor.sample(prompts, step=step)
-        waiting = models.teacher.ask(rollout, whole_distribution=single_step > 0)
-        with clock("reference"):
-            reference_BR = models.reference.logprobs(rollout) if models.reference else None
-            values_BR = models.critic.values(rollout) if models.critic else None
-        with clock("teacher"):
-            view = waiting()
-        reward = reward_of(rollout, view, config, single_step > 0)
-        experience = _experience(rollout, view, reward, reference_BR, values_BR, config, progress.kl_coef)
+        batch = collect(models, config, prompts, corpus.prompts, step, weights, clock)
+        experience, dropped = make_experience(batch, config, progress.kl_coef)
         with clock("update"):
-            metrics = _update(models, experience, corpus, config, step, single_step)
+            metrics = _update(models, experience, corpus, config, progress, weights)
+            metrics |= _supervised_phase(models, corpus, config, progress)
+        if models.reference is not None:
+            models.reference.follow(models.actor, step)
 
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
-        metrics |= _describe(rollout, view, reward, experience)
+        metrics |= _describe(batch, experience, dropped)
         metrics |= clock.finish()
-        _advance(progress, metrics, config, len(prompts))
+        too_far = _advance(progress, metrics, config)
         if distributed.is_main():
-            _record(folder, step, metrics, rollout, view, reward, config, bar)
+            _record(folder, step, metrics, batch, config, bar)
         stopping = distributed.any_rank(stop.requested)
         gave_up = skipped_in_a_row >= config.actor.max_skipped
-        if stopping or gave_up or progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
+        if (
+            stopping
+            or gave_up
+            or too_far
+            or progress.step % config.checkpoint.every == 0
+            or progress.step == config.steps
+        ):
             save_checkpoint(models, folder, progress, config)
         if gave_up:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
             break
+        if too_far:
+            log.warning("stopped at step %d: KL to the start of the run is %.3f nats a token, reference.kl_limit = %s",
+                        progress.step, metrics["kl/start"], config.reference.kl_limit)  # fmt: skip
+            break  # a run that has gone as far as it may is finished
         if stopping and progress.step < config.steps:
             status = "stopped"
             break
     bar.close()
     return status
-
-
-def single_step_coef(config: RunConfig, same_tokenizer: bool) -> float:
-    """lambda_1 with its default resolved. Raises ValueError where it is asked for but cannot be had."""
-    asked = config.loss.single_step_coef
-    if asked and not same_tokenizer:
-        raise ValueError(
-            f"loss.single_step_coef = {asked}: the exact single-step KL compares whole vocabularies, and student and "
-            "teacher have different tokenizers; set it to 0 or leave it out"
-        )
-    if asked is None:
-        return 1.0 if config.reward == "minillm" and same_tokenizer else 0.0
-    return asked
-
-
-def reward_of(rollout: Rollout, view: TeacherView, config: RunConfig, single_step: bool) -> RewardOutput:
-    """The configured reward of a rollout, with its extra parts added."""
-    inputs = RewardInput(
-        lengths_B=rollout.lengths_B,
-        finished_B=rollout.finished_B,
-        behavior_logprobs_BR=rollout.behavior_logprobs_BR,
-        teacher_logprobs_BR=view.logprobs_BR,
-        texts=rollout.texts,
-        answers=[p.answers for p in rollout.prompts for _ in range(rollout.group_size)],
-    )
-    if config.reward == "minillm":
-        reward = minillm_rewards(
-            inputs,
-            gamma=config.rewards.gamma,
-            length_normalize=config.rewards.length_normalize,
-            single_step=single_step,
-        )
-    else:
-        reward = teacher_logprob_rewards(inputs, length_alpha=config.rewards.length_alpha)
-    weight = config.rewards.exact_match_weight
-    if weight == 0:
-        return reward
-    right_B = torch.tensor(
-        [
-            exact_match(text, answers) if answers else 0.0
-            for text, answers in zip(inputs.texts, inputs.answers, strict=True)
-        ]
-    )
-    extra_BR = weight * place_on_last_token(right_B, inputs.lengths_B, reward.rewards_BR.shape[1])
-    returns_BR = reward.returns_BR
-    if returns_BR is not None:
-        returns_BR = returns_BR + torch.where(inputs.mask_BR, weight * right_B[:, None], 0.0)
-    return RewardOutput(reward.rewards_BR + extra_BR, returns_BR, {**reward.parts, "exact_match": right_B})
 
 
 def _prompts_of_step(corpus: Corpus, config: RunConfig, step: int) -> list[Prompt]:
@@ -168,90 +112,97 @@ def _groups_of_step(groups: Sequence[Group], count: int, step: int, seed: int) -
     return [groups[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
 
 
-def _experience(
-    rollout: Rollout, view: TeacherView, reward: RewardOutput, reference_BR: torch.Tensor | None,
-    values_BR: torch.Tensor | None, config: RunConfig, kl_coef: float,
-) -> Experience:  # fmt: skip
-    """Advantages, and groups with a non-finite score left out. Collective."""
-    finite_B = torch.isfinite(view.logprobs_BR).all(1) & torch.isfinite(rollout.behavior_logprobs_BR).all(1)
-    finite_N = finite_B.view(-1, rollout.group_size).all(1)
-    keep = torch.nonzero(finite_N).squeeze(1).tolist()
-    if len(keep) < len(finite_N):
-        rows = rollout.rows_of(keep)
-        log.warning("dropped %d groups with a non-finite score: %s", len(finite_N) - len(keep),
-                    [rollout.prompts[n].id for n in torch.nonzero(~finite_N).squeeze(1).tolist()])  # fmt: skip
-        ok_B = torch.zeros(len(finite_B), dtype=torch.bool)
-        ok_B[rows] = True
-        clean = torch.where(ok_B[:, None], reward.rewards_BR, 0.0)
-        returns = None if reward.returns_BR is None else torch.where(ok_B[:, None], reward.returns_BR, 0.0)
-        reward = replace(reward, rewards_BR=clean, returns_BR=returns)
-    returns_BR = None
-    if config.algo == "ppo":
-        assert values_BR is not None
-        advantages_BR, returns_BR = ppo_advantages(
-            reward, rollout.lengths_B, rollout.behavior_logprobs_BR, reference_BR, values_BR, config.ppo, kl_coef
-        )
-    else:
-        advantages_BR = grpo_advantages(reward, rollout.lengths_B, rollout.group_size, config.grpo)
-    experience = Experience(rollout, advantages_BR, reference_BR, view.hidden_SD, values_BR, returns_BR)
-    return experience if len(keep) == len(finite_N) else experience.select(keep)
-
-
 def _update(
-    models: Models, experience: Experience, corpus: Corpus, config: RunConfig, step: int, single_step: float
+    models: Models, experience: Experience, corpus: Corpus, config: RunConfig, progress: Progress, weights: LossWeights
 ) -> dict[str, float]:
-    """All optimizer steps on one rollout. Collective."""
-    parts = config.actor.updates_per_rollout
+    """All optimizer steps on one batch of samples. Collective."""
+    step, parts = progress.step, config.actor.updates_per_rollout
     count = len(experience.rollout.prompts)
     minis = [experience.select(range(count * i // parts, count * (i + 1) // parts)) for i in range(parts)]
     metrics: dict[str, float] = {}
     if models.critic is not None:
         metrics |= models.critic.update(minis, step)
-    if models.critic is not None and step < config.critic.warmup_steps:
-        return {**metrics, "skipped": 0.0}
+        if step < config.critic.warmup_steps:
+            return {**metrics, "skipped": 0.0}
     batches = [
         UpdateInput(
             experience=mini,
             text=_groups_of_step(corpus.text, config.loss.pt_batch, step * parts + i, config.seed),
-            cloning=_groups_of_step(corpus.cloning, config.loss.bc_batch, step * parts + i, config.seed),
-            single_step_coef=single_step,
+            cloning=_cloning(mini, corpus, config, step * parts + i),
+            weights=weights,
         )
         for i, mini in enumerate(minis)
     ]
-    return metrics | models.actor.update(batches, step)
+    every = config.loss.gradient_shares_every
+    shares = every > 0 and step % every == 0
+    return metrics | models.actor.update(batches, step, rate_factor=progress.rate_factor, shares=shares)
 
 
-def _describe(rollout: Rollout, view: TeacherView, reward: RewardOutput, experience: Experience) -> dict[str, float]:
+def _cloning(experience: Experience, corpus: Corpus, config: RunConfig, update: int) -> list[Group]:
+    """What this update imitates: the recipe's own choice, else the warm-up answers."""
+    recipe = RECIPES[config.recipe]
+    if recipe.cloning:
+        return imitated(experience, best=not recipe.teacher_answers)
+    return _groups_of_step(corpus.cloning, config.loss.bc_batch, update, config.seed)
+
+
+def _supervised_phase(models: Models, corpus: Corpus, config: RunConfig, progress: Progress) -> dict[str, float]:
+    """Between stretches of reinforcement learning, some steps on the warm-up answers (phases.every). Collective."""
+    every, count = config.phases.every, config.phases.steps
+    if every == 0 or (progress.step + 1) % every != 0:
+        return {}
+    first = (progress.step + 1) // every * count
+    batches = [
+        UpdateInput(None, [], _groups_of_step(corpus.cloning, config.sft.batch, first + i, config.seed + 1), SUPERVISED)
+        for i in range(count)
+    ]
+    losses = [
+        models.actor.update([batch], progress.step, rate_factor=progress.rate_factor)["loss/bc"] for batch in batches
+    ]
+    return {"loss/supervised_phase": sum(losses) / count}
+
+
+def _describe(batch: Batch, experience: Experience, dropped: int) -> dict[str, float]:
     """Numbers of a step that do not come from the update, over all ranks. Collective."""
-    lengths_B = rollout.lengths_B
+    rollout, view, reward = batch.rollout, batch.view, batch.reward
+    lengths_B, start_BR = rollout.lengths_B, batch.start_BR
     gap_BR = rollout.behavior_logprobs_BR - view.logprobs_BR
-    sums = distributed.sum_metrics(
-        {
-            "responses": float(len(lengths_B)),
-            "tokens": float(lengths_B.sum()),
-            "finished": float(rollout.finished_B.sum()),
-            "scored": float(view.scored_tokens),
-            "dropped": float(len(rollout.prompts) - len(experience.rollout.prompts)),
-            "kl": float(torch.where(rollout.mask_BR, gap_BR, 0.0).nan_to_num().sum()),
-            "reward": float(reward.rewards_BR.nan_to_num().sum()),
-            **{f"part/{k}": float(v.nan_to_num().sum()) for k, v in reward.parts.items()},
-        }
-    )
+    sums = {
+        "responses": float(len(lengths_B)),
+        "tokens": float(lengths_B.sum()),
+        "finished": float(rollout.finished_B.sum()),
+        "scored": float(view.scored_tokens),
+        "dropped": float(dropped),
+        "silent": float((~has_signal(batch)).sum()),
+        "kl": float(torch.where(rollout.mask_BR, gap_BR, 0.0).nan_to_num().sum()),
+        "reward": float(reward.rewards_BR.nan_to_num().sum()),
+        **{f"part/{k}": float(v.nan_to_num().sum()) for k, v in reward.parts.items()},
+    }
+    if start_BR is not None:
+        moved_BR = start_BR - rollout.behavior_logprobs_BR
+        sums["start"] = float(torch.where(rollout.mask_BR, moved_BR.exp() - 1 - moved_BR, 0.0).nan_to_num().sum())
+    if experience.importance_BR is not None:
+        kept = experience.rollout.mask_BR
+        sums["importance"] = float(experience.importance_BR[kept].sum())
+    sums = distributed.sum_metrics(sums)
     responses, tokens = max(sums["responses"], 1.0), max(sums["tokens"], 1.0)
+    extra = {"kl/start": "start", "importance/mean": "importance"}
     return {
         "reward/mean": sums["reward"] / responses,
         **{f"reward/{k}": sums[f"part/{k}"] / responses for k in reward.parts},
         "kl/teacher": sums["kl"] / tokens,
+        **{name: sums[key] / tokens for name, key in extra.items() if key in sums},
         "length/mean": sums["tokens"] / responses,
         "length/finished_share": sums["finished"] / responses,
         "groups/dropped": sums["dropped"],
+        "groups/without_signal": sums["silent"],
         "tokens/sampled": sums["tokens"],
         "tokens/scored": sums["scored"],
     }
 
 
-def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig, prompts: int) -> None:
-    """Count the step in."""
+def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -> bool:
+    """Count the step in; whether the run has gone as far from its start as it may."""
     progress.step += 1
     progress.skipped_updates += int(metrics["skipped"] > 0)
     for phase in ("total", "sample", "teacher", "reference", "update"):
@@ -262,16 +213,22 @@ def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig, p
         responses = config.prompts_per_step * config.sampling.group_size
         metrics["ppo/kl_coef"] = progress.kl_coef
         progress.kl_coef = next_kl_coefficient(progress.kl_coef, metrics["kl/reference"], config.ppo, responses)
+    limit, distance = config.reference.kl_limit, metrics.get("kl/start")
+    if limit is None or distance is None:
+        return False
+    if config.reference.kl_action == "back_off":
+        metrics["learning_rate/factor"] = progress.rate_factor
+        progress.rate_factor = progress.rate_factor / 2 if distance > limit else min(2 * progress.rate_factor, 1.0)
+        return False
+    return distance > limit
 
 
-def _record(
-    folder: RunFolder, step: int, metrics: dict[str, float], rollout: Rollout, view: TeacherView, reward: RewardOutput,
-    config: RunConfig, bar: Any,
-) -> None:  # fmt: skip
+def _record(folder: RunFolder, step: int, metrics: dict[str, float], batch: Batch, config: RunConfig, bar: Any) -> None:
     """Write the step's line, now and then some samples, and move the bar."""
+    rollout = batch.rollout
     metrics["tokens_per_second"] = metrics["tokens/sampled"] / max(metrics["seconds/total"], 1e-9)
     folder.append_metrics({"step": step + 1, **metrics})
-    parts = {**reward.parts, "teacher": view.logprobs_BR.sum(1)}
+    parts = {**batch.reward.parts, "teacher": batch.view.logprobs_BR.sum(1)}
     if step % config.checkpoint.samples_every == 0:
         for n in range(min(len(rollout.prompts), 4)):
             rows = rollout.rows_of([n])
@@ -301,6 +258,8 @@ def save_checkpoint(models: Models, folder: RunFolder, progress: Progress, confi
     if models.critic is not None:
         models.critic.engine.save(folder.checkpoints / tag, "critic")
     distributed.barrier()
+    if models.reference is not None:
+        models.reference.save(folder.checkpoints / tag)
     if distributed.is_main():
         folder.save_progress(tag, progress)
         folder.prune(config.checkpoint.keep)
@@ -316,25 +275,9 @@ def resume(models: Models, folder: RunFolder) -> Progress | None:
     models.actor.engine.load(folder.checkpoints, tag)
     if models.critic is not None:
         models.critic.engine.load(folder.checkpoints / tag, "critic")
+    if models.reference is not None:
+        models.reference.load(folder.checkpoints / tag)
     if distributed.is_main():
         folder.forget_after(progress.step)
     distributed.barrier()
     return progress
-
-
-class Clock:
-    """Seconds by phase within one step."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._phases: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._phases[f"seconds/{phase}"] = time.perf_counter() - start
-
-    def finish(self) -> dict[str, float]:
-        """All phases and the total."""
-        return {**self._phases, "seconds/total": time.perf_counter() - self._start}

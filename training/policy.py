@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from configs.schema import AdapterConfig
 from inference.attention import AttentionPlan, PackedPlan, register_with_transformers
-from inference.packing import PackedRow
+from inference.packing import PackedRow, plain_rows
+from training.adapters import add_adapter, is_adapter, merged_model, quantization
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,6 +52,7 @@ class Policy(nn.Module):
         self.model: Any = model
         self.logit_chunk = logit_chunk
         self.agree: Callable[[int], int] = int
+        self.grouped = getattr(model, "_supports_attention_backend", False)
 
     @property
     def config(self) -> Any:
@@ -61,6 +66,10 @@ class Policy(nn.Module):
         )
         return out.last_hidden_state[0]
 
+    def response_states(self, row: PackedRow) -> torch.Tensor:
+        """Last hidden states [S, D] that predict each response token."""
+        return response_states(self.model.base_model, row, grouped=self.grouped)
+
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits [S, V] in the model's type."""
         return self.model.get_output_embeddings()(hidden_SD)
@@ -70,7 +79,7 @@ class Policy(nn.Module):
     ) -> TokenOutputs:
         """Log-probabilities of the row's response tokens at `temperature`, and `terms` of their distributions."""
         terms = terms or {}
-        hidden = self.hidden(row.tokens_T, row.positions_T, PackedPlan(row))[row.predict_S]
+        hidden = self.response_states(row)
         count, pieces = self.agree(-(-max(len(hidden), 1) // self.logit_chunk)), []
         for i in range(count):
             piece = slice(len(hidden) * i // count, len(hidden) * (i + 1) // count)
@@ -94,22 +103,59 @@ class Policy(nn.Module):
         return chosen, entropy, *(term(logits, piece) for term in terms.values())
 
 
-def load_policy(path: str | Path, dtype: str, *, gradient_checkpointing: bool = False) -> Policy:
+def response_states(backbone: Any, row: PackedRow, *, grouped: bool) -> torch.Tensor:
+    """Last hidden states [S, D] of a backbone that predict each response token of a packed row.
+
+    A model that grouped attention does not reach (`grouped` false) runs each response with a prompt of its own.
+    """
+    if grouped:
+        out = backbone(
+            input_ids=row.tokens_T[None], position_ids=row.positions_T[None], plan=PackedPlan(row), use_cache=False
+        )
+        return out.last_hidden_state[0][row.predict_S]
+    plain = plain_rows(row)
+    out = backbone(input_ids=plain.tokens_BL, attention_mask=plain.mask_BL, use_cache=False)
+    return out.last_hidden_state[plain.sequence_S, plain.place_S]
+
+
+def load_policy(
+    path: str | Path, dtype: str, *, gradient_checkpointing: bool = False, adapter: AdapterConfig | None = None
+) -> Policy:
     """Read a Hugging Face model directory (or hub id) as a policy. Dropout is switched off.
 
-    Raises ValueError for a model that transformers' attention registry does not reach.
+    `adapter` of rank above 0: only that is trained. An adapter's directory gives its model with the adapter merged.
+    A model that transformers' attention registry does not reach (BLOOM's alibi) runs in plain rows; the log says so.
     """
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if adapter is not None and adapter.four_bit:
+        options["quantization_config"] = quantization(DTYPES[dtype])
+    if is_adapter(path):
+        if "quantization_config" in options:
+            raise ValueError(
+                f"student.adapter.four_bit = True: {str(path)!r} is an adapter itself; merge it into its model first"
+            )
+        model = merged_model(path, DTYPES[dtype])
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, config=_without_dropout(path), **options)
+    policy = Policy(model)
+    if policy.grouped:
+        model.set_attn_implementation(register_with_transformers())
+    else:
+        log.warning(
+            "student.path = %r: grouped attention does not reach %s, so every response carries its prompt (plain rows)",
+            str(path), type(model).__name__,
+        )  # fmt: skip
+    if adapter is not None and adapter.rank > 0:
+        add_adapter(model, adapter)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def _without_dropout(path: str | Path) -> Any:
+    """The model's configuration with every dropout at 0 (trap 19)."""
     config = AutoConfig.from_pretrained(path)
     for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype])
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(
-            f"student.path = {str(path)!r}: {type(model).__name__} does not use transformers' attention registry, "
-            "so it cannot share a prompt among responses; use a Llama, Mistral, Gemma or Qwen model"
-        )
-    model.set_attn_implementation(register_with_transformers())
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model)
+    return config

@@ -23,14 +23,19 @@ from inference.client import TeacherClient, TeacherLost, TeacherRefused
 from inference.fingerprint import tokenizer_fingerprint
 from inference.launch import TeacherDied, start_local_teacher
 from training import distributed
-from training.actor import Actor, Reference
+from training.actor import Actor
 from training.cli import ROOT, dump_config, fail
+from training.collect import Models
+from training.composite import single_step_coef
 from training.critic import Critic
 from training.deepspeed_engine import start_distributed
 from training.demo import resolve_demo
 from training.evaluation import Evaluation, evaluate_student, evaluate_teacher
-from training.loop import Models, resume, save_checkpoint, single_step_coef, train
+from training.loop import resume, save_checkpoint, train
+from training.mixing import check_mixing
 from training.preflight import Inputs, check_files, check_world, load_inputs, with_model_directories
+from training.recipes import RECIPES, check_recipe
+from training.reference import FrozenCopy, Reference, make_reference
 from training.run_folder import Progress, RunFolder, comparison_table
 from training.stopping import REQUEUE, StopRequest, watch_launcher
 from training.teaching import TeacherFacts, TeacherLink, teacher_facts
@@ -65,6 +70,8 @@ def run(config: RunConfig) -> int:
         config = resolve_demo(config, stage=2)
         facts = teacher_facts(Path(config.teacher.path), config.student.path)
         single_step_coef(config, facts.same_tokenizer)
+        check_recipe(config, facts.same_tokenizer)
+        check_mixing(config, facts.same_tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(config.student.path)
         inputs = load_inputs(config, tokenizer, tokenizer.eos_token_id)
         folder = RunFolder(Path(config.runs_dir) / config.run_name)
@@ -113,6 +120,8 @@ def _run(setup: Setup, stack: ExitStack) -> int:
     if status != "finished":
         _write_summary(setup, progress, status, {"eval_before": before})
         return setup.stop.exit_code if status == "stopped" else 1
+    if RECIPES[config.recipe].interpolate:
+        models.actor.interpolate(config.student.path, config.distill.warp_rate)
     models.actor.export(folder.export)
     after = evaluate_student(models.actor, link, setup.inputs.heldout, config)
     _save_evaluation(setup, "after", after)
@@ -143,11 +152,12 @@ def _start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
     actor = Actor(
         config, config.student.path, total_steps=config.steps * config.actor.updates_per_rollout,
         learning_rate=config.actor.learning_rate, teacher_output_VD=output_VD,
+        divergence=RECIPES[config.recipe].divergence,
     )  # fmt: skip
-    needs_reference = config.ppo.kl_penalty > 0 if config.algo == "ppo" else config.loss.kl_coef > 0
-    reference = Reference(config, config.student.path, actor.engine.device) if needs_reference else None
+    reference, start = _references(config, actor)
     total = config.steps * config.actor.updates_per_rollout
-    critic = Critic(config, Path(config.student.path), total_steps=total) if config.algo == "ppo" else None
+    critical = config.algo == "ppo" and RECIPES[config.recipe].policy_gradient
+    critic = Critic(config, Path(config.student.path), total_steps=total) if critical else None
     fingerprint = tokenizer_fingerprint(config.student.path) if setup.facts.same_tokenizer else None
     client = TeacherClient(
         address, secret=secret, tokenizer_fingerprint=fingerprint, timeout_s=config.teacher.timeout_s,
@@ -155,7 +165,21 @@ def _start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
     )  # fmt: skip
     link = TeacherLink(client, setup.facts, output_VD)
     stack.callback(link.close)
-    return link, Models(actor, reference, critic, link)
+    return link, Models(actor, reference, critic, link, start)
+
+
+def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Reference | None]:
+    """What the KL term is measured against, and what the limit is; one and the same where it stays the start."""
+    limited = config.reference.kl_limit is not None
+    penalised = config.algo == "ppo" and config.ppo.kl_penalty > 0
+    wanted = RECIPES[config.recipe].policy_gradient and (penalised or config.loss.kl_coef > 0)
+    fixed = config.reference.update == "fixed"
+    reference = make_reference(config, actor) if wanted or (limited and fixed) else None
+    if not limited:
+        return reference, None
+    if fixed:
+        return reference, reference
+    return reference, FrozenCopy(config, config.student.path, actor.engine.device, update="fixed")
 
 
 def _find_teacher(setup: Setup, stack: ExitStack) -> tuple[str, str]:

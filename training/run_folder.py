@@ -22,6 +22,8 @@ class Progress:
     """Steps that are done."""
     kl_coef: float = 0.0
     """PPO's KL coefficient in force."""
+    rate_factor: float = 1.0
+    """Factor on the learning rate while the student is too far from its start (reference.kl_action: back_off)."""
     skipped_updates: int = 0
     """Updates left out for a non-finite loss or score."""
     seconds: dict[str, float] = field(default_factory=dict)

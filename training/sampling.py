@@ -13,6 +13,7 @@ import torch
 from configs.schema import SamplingConfig
 from inference.attention import DecodePlan, PrefillPlan
 from inference.packing import Group, pack_row
+from training.data import random_stream
 from training.policy import Policy
 
 
@@ -32,14 +33,7 @@ class Samples:
 
 def prompt_generator(seed: int, step: int, prompt: int) -> torch.Generator:
     """Random numbers of one prompt in one step."""
-    mixed = 0
-    for part in (seed, step, prompt):
-        # splitmix64: neighbouring seeds, steps and prompts give unrelated streams.
-        mixed = (mixed + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        mixed ^= mixed >> 31
-    return torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+    return random_stream(seed, step, prompt)
 
 
 def truncate(logprobs_AV: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:
@@ -65,6 +59,11 @@ def draw(logprobs_AV: torch.Tensor, uniform_A: torch.Tensor) -> torch.Tensor:
     return torch.minimum(drawn, last)
 
 
+Mixture = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From step t, the active responses [A], the token that each chose last (nothing at t = 0) and the policy's
+log-probabilities [A, V] to those that are drawn from, [A, V]."""
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -75,12 +74,13 @@ def sample(
     generators: Sequence[torch.Generator] | None,
     any_rank: Callable[[bool], bool] | None = None,
     on_step: Callable[[int], None] | None = None,
+    mixture: Mixture | None = None,
 ) -> Samples:
     """Sample `config.group_size` responses to each prompt.
 
     `generators`: one a prompt, or None for greedy decoding. `any_rank(active)`: under ZeRO 3 every forward pass is a
     collective, so all ranks go on until none is active; it returns whether any is. `on_step(t)` is called after each
-    decoding step.
+    decoding step. `mixture` puts another distribution in place of the policy's.
     """
     group, longest = config.group_size, config.max_new_tokens
     batch = len(prompts) * group
@@ -108,7 +108,8 @@ def sample(
             if uniform_BR is None:
                 kept, chosen = logprobs, logprobs.argmax(-1)
             else:
-                kept = truncate(logprobs, top_k=config.top_k, top_p=config.top_p)
+                source = logprobs if mixture is None else mixture(t, active, tokens[active, t - 1], logprobs)
+                kept = truncate(source, top_k=config.top_k, top_p=config.top_p)
                 chosen = draw(kept, uniform_BR[active, t].to(device))
             full[active, t] = logprobs.gather(-1, chosen[:, None])[:, 0].cpu()
             drawn_from[active, t] = kept.gather(-1, chosen[:, None])[:, 0].cpu()

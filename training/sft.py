@@ -90,6 +90,7 @@ def fit(config: RunConfig, examples: Sequence[Group], heldout: Sequence[Prompt])
 
     from training import distributed
     from training.actor import Actor, UpdateInput
+    from training.composite import SUPERVISED
     from training.data import positions_of_step, share_of_rank
     from training.evaluation import greedy_answers, score_answers
     from training.run_folder import RunFolder
@@ -103,7 +104,7 @@ def fit(config: RunConfig, examples: Sequence[Group], heldout: Sequence[Prompt])
     for step in bar:
         chosen = positions_of_step(step, config.sft.batch, len(examples), config.seed)
         mine = [examples[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
-        metrics = actor.update([UpdateInput(None, [], mine, 0.0)], step)
+        metrics = actor.update([UpdateInput(None, [], mine, SUPERVISED)], step)
         if distributed.is_main():
             folder.append_metrics({"step": step + 1, **metrics})
             bar.set_postfix(loss=f"{metrics['loss/bc']:.3f}", refresh=False)

@@ -10,15 +10,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoTokenizer
 
-from inference.client import TeacherClient
+from inference.client import TeacherClient, TeacherDecoding
 from inference.fingerprint import tokenizer_fingerprint
 from inference.output_layer import load_output_layer
 from inference.packing import groups_of
+from inference.replies import TeacherNext
 from rewards.base import place_on_last_token
 from training.experience import Prompt, Rollout, TeacherView
 
@@ -43,6 +44,15 @@ class TeacherFacts:
 def teacher_facts(teacher: Path, student: Path | str) -> TeacherFacts:
     """Compare the two tokenizers."""
     return TeacherFacts(teacher, tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student))
+
+
+class StudentTokens(Protocol):
+    """How the student writes: the actor."""
+
+    tokenizer: Any
+    """Its tokenizer."""
+    end_tokens: tuple[int, ...]
+    """Its end symbols."""
 
 
 class TeacherLink:
@@ -131,6 +141,37 @@ class TeacherLink:
 
         inner.add_done_callback(done)
         return out
+
+    def responses(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, student: StudentTokens, *, temperature: float, seed: int
+    ) -> list[tuple[tuple[int, ...], bool]]:
+        """The teacher's answers as student tokens, the end symbol included, and whether each has ended.
+
+        With two tokenizers the answer's text is tokenised again; one that is longer than `max_new_tokens` then is cut.
+        """
+        if not prompts:
+            return []
+        if self.same_tokenizer:
+            inner = self._client.generate(
+                [p.tokens for p in prompts], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            )
+            ends = set(student.end_tokens)
+            return [(r, bool(r) and r[-1] in ends) for r in inner.result().responses]
+        out = []
+        for text in self.answer(prompts, max_new_tokens, temperature=temperature, seed=seed).result():
+            words = student.tokenizer(" " + text, add_special_tokens=False)["input_ids"] if text else []
+            tokens = (*words, int(student.tokenizer.eos_token_id))
+            out.append((tokens[:max_new_tokens], len(tokens) <= max_new_tokens))
+        return out
+
+    def decode(self, prompts: Sequence[tuple[int, ...]], samples: int, max_new_tokens: int) -> TeacherDecoding:
+        """Token by token beside the student; `whole_distribution` reads its answers."""
+        return self._client.decode(prompts, max_new_tokens=max_new_tokens, samples=samples)
+
+    def whole_distribution(self, answer: TeacherNext) -> torch.Tensor:
+        """float32 [A, V] the teacher's log-probabilities of the next token."""
+        assert self._output_VD is not None
+        return (answer.hidden_AH.to(self._output_VD) @ self._output_VD.T).float().log_softmax(-1)
 
     def close(self) -> None:
         """End the session."""

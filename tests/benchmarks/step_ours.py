@@ -35,11 +35,13 @@ from configs.schema import (
 from inference.client import TeacherClient
 from inference.fingerprint import tokenizer_fingerprint
 from inference.launch import start_local_teacher
-from training.actor import Actor, Reference, UpdateInput
+from training.actor import Actor, UpdateInput
+from training.collect import reward_of
+from training.composite import LossWeights
 from training.deepspeed_engine import start_distributed
 from training.experience import Experience, Prompt
 from training.grpo import grpo_advantages
-from training.loop import reward_of
+from training.reference import FrozenCopy
 from training.teaching import TeacherLink, teacher_facts
 
 
@@ -74,7 +76,7 @@ class OneStep:
         stack.callback(self.link.close)
         self.actor = Actor(config, folder / "student", total_steps=10**6, learning_rate=config.actor.learning_rate)
         self.actor.end_tokens = ()  # every response goes on to its last token
-        self.reference = Reference(config, folder / "student", self.actor.engine.device)
+        self.reference = FrozenCopy(config, folder / "student", self.actor.engine.device)
 
     def run(self, prompts: list[tuple[int, ...]], step: int) -> dict[str, float]:
         """One step; seconds by phase and of the whole."""
@@ -99,7 +101,8 @@ class OneStep:
         advantages_BR = grpo_advantages(reward, rollout.lengths_B, rollout.group_size, config.grpo)
         experience = Experience(rollout, advantages_BR, reference_BR, None)
         with phases("update"):
-            metrics = self.actor.update([UpdateInput(experience, (), (), 0.0)], step)
+            weights = LossWeights(policy=1.0, kl=config.loss.kl_coef)
+            metrics = self.actor.update([UpdateInput(experience, (), (), weights)], step)
         assert {len(r) for r in rollout.responses} == {config.sampling.max_new_tokens}
         assert not metrics["skipped"]
         mismatch = {key: value for key, value in metrics.items() if key.startswith("mismatch/")}

@@ -1,0 +1,133 @@
+"""Low-rank adapters on the student (LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314), through peft.
+
+The adapter starts at zero on top of `student.path`, whatever that was trained from; an adapter that is found there is
+merged into its weights first. So switching it off gives exactly the start of the run, which is the true reference of
+the KL term (trap 24).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import AdapterConfig
+
+
+def is_adapter(path: str | Path) -> bool:
+    """A directory that peft wrote: an adapter without its model."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def merged_model(path: str | Path, dtype: torch.dtype) -> Any:
+    """The model that a saved adapter belongs to, with the adapter merged into its weights."""
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(str(path), dtype=dtype).merge_and_unload()
+
+
+def quantization(dtype: torch.dtype) -> Any:
+    """How the frozen weights are held in 4 bits. Raises ValueError where bitsandbytes is missing."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "student.adapter.four_bit = True: the package bitsandbytes is not installed; pip install bitsandbytes, "
+            "or set it to False"
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def add_adapter(model: Any, config: AdapterConfig) -> None:
+    """Put a zero adapter beside each target matrix and freeze everything else, in place.
+
+    Raises ValueError where no module has the name of a target.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets: Any = config.targets if config.targets == "all-linear" else config.targets.split(",")
+    lora = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    try:
+        inject_adapter_in_model(lora, model)
+    except ValueError as error:
+        raise ValueError(f"student.adapter.targets = {config.targets!r}: {error}") from None
+    trained = model.dtype if model.dtype.is_floating_point else torch.float32
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(trained)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """peft's layers by name; none without an adapter."""
+    if not any("lora_" in name for name, _ in model.named_parameters()):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before the adapter."""
+    layers = [layer for _, layer in _layers(model)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def plain_parameters(model: nn.Module, gathered: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter of the model without adapter, under its own name, with the adapter's update added.
+
+    `gathered(list of parameters)` is a context in which they are whole (ZeRO 3). Collective under ZeRO 3: all ranks
+    walk through all of it. Tensors are only valid until the next one.
+    """
+    adapted = dict(_layers(model))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        prefix = name.removesuffix(".base_layer.weight")
+        layer = adapted.get(prefix) if prefix != name else None
+        if layer is None:
+            with gathered([parameter]):
+                yield name.replace(".base_layer.", "."), parameter.detach()
+            continue
+        pair = [parameter, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        with gathered(pair):
+            base = _whole(parameter)
+            update = layer.get_delta_weight("default").to(base.dtype)
+            yield f"{prefix}.weight", (base + update).detach()
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The weight itself, also where it is held in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional.dequantize_4bit(parameter.data, state)
+
+
+def save_plain(model: Any, state: dict[str, torch.Tensor], directory: Path) -> None:
+    """Write `state` (names as in the model without adapter) as a Hugging Face model directory."""
+    plain = model
+    if any(True for _ in _layers(model)):
+        with torch.device("meta"):
+            plain = type(model)(model.config)
+        plain.generation_config = model.generation_config
+    plain.save_pretrained(directory, state_dict=state)

@@ -1,0 +1,59 @@
+"""The composite loss L = L_policy + beta L_KL + lambda_PT L_PT + lambda_BC L_BC + lambda_1 L_single: its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.schema import RunConfig
+from training.losses import schedule_factor
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weight of each term in one step. A term of weight 0 is not computed."""
+
+    policy: float = 0.0
+    """L_policy."""
+    kl: float = 0.0
+    """beta, KL to the reference."""
+    pt: float = 0.0
+    """lambda_PT, raw text."""
+    bc: float = 0.0
+    """lambda_BC, answers to imitate."""
+    single_step: float = 0.0
+    """lambda_1, divergence to the teacher's distribution at each visited state."""
+
+
+SUPERVISED = LossWeights(bc=1.0)
+"""Stage 1, and supervised phases."""
+
+
+def single_step_coef(config: RunConfig, same_tokenizer: bool) -> float:
+    """lambda_1 with its default resolved. Raises ValueError where it is asked for but cannot be had."""
+    asked = config.loss.single_step_coef
+    if asked and not same_tokenizer:
+        raise ValueError(
+            f"loss.single_step_coef = {asked}: the exact single-step KL compares whole vocabularies, and student and "
+            "teacher have different tokenizers; set it to 0 or leave it out"
+        )
+    if asked is None:
+        return 1.0 if config.reward == "minillm" and same_tokenizer else 0.0
+    return asked
+
+
+def loss_weights(config: RunConfig, step: int, same_tokenizer: bool) -> LossWeights:
+    """The weights in force at step `step` (from 0): coefficient times its schedule's factor."""
+    loss = config.loss
+    base = {
+        "policy": loss.policy_coef,
+        "kl": loss.kl_coef,
+        "pt": config.pt_coef,
+        "bc": loss.bc_coef,
+        "single_step": single_step_coef(config, same_tokenizer),
+    }
+    weights = {}
+    for name, value in base.items():
+        schedule = getattr(loss, f"{name}_schedule")
+        total = schedule.steps or config.steps
+        weights[name] = value * schedule_factor(step, kind=schedule.kind, final=schedule.final, total=total)
+    return LossWeights(**weights)
