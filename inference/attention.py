@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from inference.packing import PackedRow
+from inference.shared_prompt import SharedPromptAttention
+from inference.varlen import VarlenLayout, flash_attention
 
 NAME = "grpo_kd_grouped"
 """Name of this attention in transformers' registry."""
@@ -37,39 +39,32 @@ class AttentionPlan(Protocol):
         ...
 
 
-class _Block:
-    """Queries of a row, padded to [N, L], with the keys that they may see, padded to [N, M]; run as one batch."""
+class _Slots:
+    """A padded block: lists of row indices, filled up to one length."""
 
-    def __init__(self, row: PackedRow, queries: list[list[int]], keys: list[list[int]]) -> None:
-        device = row.tokens_T.device
-        self.query_NL, self.valid_NL = _padded(queries, device)
-        self.key_NM, key_valid_NM = _padded(keys, device)
-        i_seg, j_seg = row.segments_T[self.query_NL][:, :, None], row.segments_T[self.key_NM][:, None, :]
-        self._seen_NLM = ((j_seg == 0) | (j_seg == i_seg)) & key_valid_NM[:, None, :]
-        self._distance_NLM = row.positions_T[self.query_NL][:, :, None] - row.positions_T[self.key_NM][:, None, :]
-        self._masks: dict[int | None, torch.Tensor] = {}
+    def __init__(self, lists: list[list[int]], fill: list[int], device: torch.device) -> None:
+        """`fill`: what pads each list. It is a token of the list's own group: nothing of a padded slot is kept, so no
+        gradient reaches that token through it, and a NaN stays in its group (softmax weight 0 times NaN is NaN)."""
+        longest = max(len(one) for one in lists)
+        flat = [i for one, pad in zip(lists, fill, strict=True) for i in (*one, *[pad] * (longest - len(one)))]
+        self.shape = (len(lists), longest)
+        self.full = all(len(one) == longest for one in lists)
+        self._start = flat[0] if flat == list(range(flat[0], flat[0] + len(flat))) else None
+        self._index = torch.tensor(flat, dtype=torch.int64, device=device)
+        self.tokens = [i for one in lists for i in one]
+        """Row indices of what is real, in order."""
+        self.lengths = torch.tensor([len(one) for one in lists], device=device)
+        self._valid = torch.arange(longest, device=device)[None, :] < self.lengths[:, None]
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """bool [N, 1, L, M], true where query i may see key j."""
-        if window not in self._masks:
-            allowed = self._seen_NLM & (self._distance_NLM >= 0)
-            if window is not None:
-                allowed &= self._distance_NLM < window
-            # A padded query sees everything (its output is dropped): an all-masked softmax row would be NaN.
-            self._masks[window] = (allowed | ~self.valid_NL[:, :, None])[:, None]
-        return self._masks[window]
+    def take(self, row_THD: torch.Tensor) -> torch.Tensor:
+        """[lists, longest, H, D]: a view where the block is a slice of the row, else gathered."""
+        length = len(self._index)
+        flat = row_THD.index_select(0, self._index) if self._start is None else row_THD.narrow(0, self._start, length)
+        return flat.view(*self.shape, *row_THD.shape[1:]) if flat.is_contiguous() else flat.unflatten(0, self.shape)
 
-
-def _padded(lists: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices as int64 [N, L] and which of them are real, bool [N, L].
-
-    A padded slot repeats the first index of its own list: nothing of it is kept, so no gradient reaches that token
-    through it, and a NaN stays in its group (softmax weight 0 times NaN is NaN).
-    """
-    longest = max(len(one) for one in lists)
-    index = torch.tensor([one + [one[0]] * (longest - len(one)) for one in lists], dtype=torch.int64, device=device)
-    lengths = torch.tensor([len(one) for one in lists], device=device)
-    return index, torch.arange(longest, device=device)[None, :] < lengths[:, None]
+    def real(self, block: torch.Tensor) -> torch.Tensor:
+        """[lists, longest, H, D] without its padding: [tokens, H, D]."""
+        return block.flatten(0, 1) if self.full else block[self._valid]
 
 
 def _parts(row: PackedRow) -> list[tuple[list[int], list[list[int]]]]:
@@ -87,24 +82,29 @@ def _parts(row: PackedRow) -> list[tuple[list[int], list[list[int]]]]:
 class PackedPlan:
     """Attention within each group of a packed row: the prompt is causal, a response sees the prompt and itself.
 
-    Either each group is one padded block, in which responses are masked from each other; or, where the responses'
-    copies of their prompt's keys would be fewer than the row's tokens, prompts are one block and responses another,
-    so that no work is done between responses. Only attention is padded, nothing else.
+    Prompts are one padded block. Responses are another, [N, G, r], whose queries see the one copy of their prompt's
+    keys and their own (inference/shared_prompt.py): no work is done between responses, and no prompt is copied. Only
+    attention is padded, nothing else. On CUDA with flash-attn, a half-precision row goes through its variable-length
+    kernel (inference/varlen.py).
     """
 
     def __init__(self, row: PackedRow) -> None:
-        parts = _parts(row)
-        copies = sum(len(prompt) * len(responses) for prompt, responses in parts)
-        if 0 < copies <= len(row.tokens_T):
-            prompts = [prompt for prompt, _ in parts]
-            queries = [response for _, responses in parts for response in responses]
-            keys = [[*prompt, *response] for prompt, responses in parts for response in responses]
-            self._blocks = [_Block(row, prompts, prompts), _Block(row, queries, keys)]
-        else:
-            groups = [[*prompt, *(i for response in responses for i in response)] for prompt, responses in parts]
-            self._blocks = [_Block(row, groups, groups)]
-        order = torch.cat([block.query_NL[block.valid_NL] for block in self._blocks])
-        self._place_T = torch.argsort(order)
+        parts, self._device = _parts(row), row.tokens_T.device
+        firsts = [prompt[0] for prompt, _ in parts]
+        self._prompts = _Slots([prompt for prompt, _ in parts], firsts, self._device)
+        self._members = max(len(responses) for _, responses in parts)
+        self._responses: _Slots | None = None
+        tokens = self._prompts.tokens
+        if self._members:
+            lists = [r for _, rs in parts for r in (*rs, *[[]] * (self._members - len(rs)))]
+            fill = [one[0] if one else firsts[i // self._members] for i, one in enumerate(lists)]
+            self._responses = _Slots(lists, fill, self._device)
+            tokens = tokens + self._responses.tokens
+        self._place_T = None
+        if tokens != list(range(len(tokens))):
+            self._place_T = torch.argsort(torch.tensor(tokens, dtype=torch.int64, device=self._device))
+        self._masks: dict[tuple[int | None, torch.dtype], tuple[torch.Tensor | None, ...]] = {}
+        self._varlen = VarlenLayout(parts, self._device) if flash_attention(self._device) is not None else None
 
     def attend(
         self,
@@ -117,20 +117,68 @@ class PackedPlan:
         window: int | None = None,
     ) -> torch.Tensor:
         """See `AttentionPlan.attend`."""
-        repeat = query_THD.shape[1] // key_TKD.shape[1]
-        outputs = []
-        for block in self._blocks:
-            query = query_THD[block.query_NL].transpose(1, 2)
-            key, value = key_TKD[block.key_NM].transpose(1, 2), value_TKD[block.key_NM].transpose(1, 2)
-            self._keep(layer, key, value)
-            if repeat > 1:
-                key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=block.mask(window), scale=scale)
-            outputs.append(out.transpose(1, 2)[block.valid_NL])
-        return torch.cat(outputs)[self._place_T]
+        if self._varlen is not None and query_THD.dtype in (torch.bfloat16, torch.float16):
+            self._keep(layer, key_TKD, value_TKD)
+            kernel = flash_attention(self._device)
+            return self._varlen.attend(kernel, query_THD, key_TKD, value_TKD, scale=scale, window=window)
+        prompt_key, prompt_value = self._keep(layer, key_TKD, value_TKD)
+        causal, prompt_mask, own_mask = self._masks_of(window, query_THD.dtype)
+        out = F.scaled_dot_product_attention(
+            self._prompts.take(query_THD).transpose(1, 2), prompt_key, prompt_value, attn_mask=causal,
+            is_causal=causal is None, scale=scale, enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
+        )  # fmt: skip
+        outputs = [self._prompts.real(out.transpose(1, 2))]
+        if self._responses is not None:
+            N, G, K = len(prompt_key), self._members, key_TKD.shape[1]
+            query = self._responses.take(query_THD).unflatten(2, (K, -1)).unflatten(0, (N, G))
+            key, value = (self._responses.take(t).unflatten(0, (N, G)).permute(0, 3, 1, 2, 4)
+                          for t in (key_TKD, value_TKD))  # fmt: skip
+            own: torch.Tensor = SharedPromptAttention.apply(
+                query.permute(0, 3, 1, 2, 4, 5).contiguous(), prompt_key, prompt_value, key.contiguous(),
+                value.contiguous(), prompt_mask, own_mask, scale,
+            )  # fmt: skip
+            own = own.permute(0, 2, 3, 1, 4, 5).reshape(*self._responses.shape, *query_THD.shape[1:])
+            outputs.append(self._responses.real(own))
+        whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return whole if self._place_T is None else whole.index_select(0, self._place_T)
 
-    def _keep(self, layer: int, key_NKLD: torch.Tensor, value_NKLD: torch.Tensor) -> None:
-        """Nothing to keep; `PrefillPlan` does (its rows have no responses, so one block)."""
+    def _keep(self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the prompts, [N, H_kv, P, D]; `PrefillPlan` keeps them."""
+        key, value = (self._prompts.take(t).transpose(1, 2).contiguous() for t in (key_TKD, value_TKD))
+        return key, value
+
+    def _masks_of(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        """Within a prompt (bool, None: causal), from responses to their prompt (None: all of it), within a response.
+
+        The last two are added to scores. Padding is on the right, so a causal mask hides it from every real query.
+        """
+        if (window, dtype) not in self._masks:
+            self._masks[window, dtype] = self._make_masks(window, torch.promote_types(dtype, torch.float32))
+        return self._masks[window, dtype]
+
+    def _make_masks(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        P = self._prompts.shape[1]
+        causal = _band(P, window, self._device) if window is not None and window < P else None
+        if self._responses is None:
+            return causal, None, None
+        r = self._responses.shape[1]
+        own = torch.zeros(r, r, dtype=dtype, device=self._device)
+        own.masked_fill_(~_band(r, window, self._device), -torch.inf)
+        lengths_N = self._prompts.lengths[:, None, None]
+        column = torch.arange(P, device=self._device)
+        hidden = (column >= lengths_N).expand(-1, r, -1)
+        if window is not None:
+            hidden = hidden | (lengths_N + torch.arange(r, device=self._device)[:, None] - column >= window)
+        if not hidden.any():
+            return causal, None, own
+        prompt = torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+        return causal, prompt.repeat(1, self._members, 1), own
+
+
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: j <= i, and j > i - window."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 @dataclass(frozen=True)
@@ -144,6 +192,11 @@ class PromptCache:
     values: dict[int, torch.Tensor]
     """layer -> [N, H_kv, P, D], right-padded."""
 
+    @property
+    def longest(self) -> int:
+        """P."""
+        return next(iter(self.keys.values())).shape[2]
+
 
 class PrefillPlan(PackedPlan):
     """A packed row of prompts that keeps the keys and values of every layer."""
@@ -153,9 +206,9 @@ class PrefillPlan(PackedPlan):
         lengths = torch.tensor(row.group_lengths, device=row.tokens_T.device)
         self.cache = PromptCache(lengths_N=lengths, keys={}, values={})
 
-    def _keep(self, layer: int, key_NKLD: torch.Tensor, value_NKLD: torch.Tensor) -> None:
-        self.cache.keys[layer] = key_NKLD.contiguous()
-        self.cache.values[layer] = value_NKLD.contiguous()
+    def _keep(self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.cache.keys[layer], self.cache.values[layer] = kept = super()._keep(layer, key_TKD, value_TKD)
+        return kept
 
 
 class DecodePlan:
@@ -172,6 +225,8 @@ class DecodePlan:
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._rows_A = torch.empty(0, dtype=torch.int64)
+        self._everybody = False
+        self._hidden: dict[int | None, torch.Tensor | None] = {}
         self._step = -1
 
     def advance(self, rows_A: torch.Tensor) -> torch.Tensor:
@@ -183,6 +238,9 @@ class DecodePlan:
         if self._step >= self._max_new:
             raise ValueError(f"step {self._step} is past the {self._max_new} preallocated slots")
         self._rows_A = rows_A
+        self._everybody = len(rows_A) == len(self._prompts.lengths_N) * self._group
+        # What the full view hides (padding) does not change from step to step; a window moves.
+        self._hidden = {w: hidden for w, hidden in self._hidden.items() if w is None}
         return self._prompts.lengths_N[rows_A // self._group] + self._step
 
     def attend(
@@ -198,43 +256,54 @@ class DecodePlan:
         """See `AttentionPlan.attend`; T = A active responses, one query each."""
         prompt_key, prompt_value = self._prompts.keys[layer], self._prompts.values[layer]
         N, K, P, D = prompt_key.shape
-        B, heads = N * self._group, query_THD.shape[1]
-        per_kv = heads // K
+        G, per_kv, step = self._group, query_THD.shape[1] // K, self._step
         if layer not in self._keys:
-            self._keys[layer] = prompt_key.new_zeros(B, K, self._max_new, D)
-            self._values[layer] = prompt_key.new_zeros(B, K, self._max_new, D)
-        step = self._step
-        self._keys[layer][self._rows_A, :, step] = key_TKD
-        self._values[layer][self._rows_A, :, step] = value_TKD
-        query = query_THD.new_zeros(B, heads, D)
-        query[self._rows_A] = query_THD * scale
+            self._keys[layer] = prompt_key.new_zeros(N, K, G, self._max_new, D)
+            self._values[layer] = prompt_key.new_zeros(N, K, G, self._max_new, D)
+        keys, values = self._keys[layer], self._values[layer]
+        # [A, ...] in the order of the batch; slots of finished responses hold zeros that nobody reads.
+        query_BHD, key_BKD, value_BKD = (self._all_slots(t) for t in (query_THD, key_TKD, value_TKD))
+        keys[:, :, :, step] = key_BKD.view(N, G, K, D).transpose(1, 2)
+        values[:, :, :, step] = value_BKD.view(N, G, K, D).transpose(1, 2)
 
-        by_prompt = query.view(N, self._group, K, per_kv, D).transpose(1, 2).reshape(N * K, self._group * per_kv, D)
-        prompt_scores = by_prompt @ prompt_key.view(N * K, P, D).transpose(1, 2)
-        prompt_scores = prompt_scores.view(N, K, self._group, per_kv, P).transpose(1, 2).reshape(B * K, per_kv, P)
-        suffix_key = self._keys[layer].view(B * K, self._max_new, D)[:, : step + 1]
-        suffix_value = self._values[layer].view(B * K, self._max_new, D)[:, : step + 1]
-        suffix_scores = query.view(B * K, per_kv, D) @ suffix_key.transpose(1, 2)
-
-        blocked = self._blocked(window, P).repeat_interleave(self._group * K, 0)
-        scores = torch.cat([prompt_scores.masked_fill(blocked[:, None, :P], -torch.inf), suffix_scores], -1)
+        query = query_BHD.mul(scale).view(N, G, K, per_kv, D).transpose(1, 2).contiguous()
+        scores = torch.cat(
+            [
+                (query.view(N * K, G * per_kv, D) @ prompt_key.flatten(0, 1).transpose(1, 2)).view(-1, per_kv, P),
+                query.view(-1, per_kv, D) @ keys.view(-1, self._max_new, D)[:, : step + 1].transpose(1, 2),
+            ],
+            -1,
+        )
+        blocked = self._blocked(window)
+        if blocked is not None:
+            scores.view(N, K * G * per_kv, -1)[..., :P].masked_fill_(blocked[:, None], -torch.inf)
         if window is not None and step >= window:
             scores[:, :, P : P + step - window + 1] = -torch.inf
-        weights = scores.float().softmax(-1).to(query.dtype)
-        weights_prompt = weights[..., :P].view(N, self._group, K, per_kv, P).transpose(1, 2)
-        out_prompt = weights_prompt.reshape(N * K, self._group * per_kv, P) @ prompt_value.view(N * K, P, D)
-        out_prompt = out_prompt.view(N, K, self._group, per_kv, D).transpose(1, 2).reshape(B, heads, D)
-        out_suffix = (weights[..., P:] @ suffix_value).view(B, heads, D)
-        return (out_prompt + out_suffix)[self._rows_A]
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+        from_prompt = weights.view(N * K, G * per_kv, -1)[..., :P] @ prompt_value.flatten(0, 1)
+        suffix_value = values.view(-1, self._max_new, D)[:, : step + 1]
+        out = torch.baddbmm(from_prompt.view(-1, per_kv, D), weights[..., P:], suffix_value)
+        out_BHD = out.view(N, K, G, per_kv, D).transpose(1, 2).reshape(N * G, K * per_kv, D)
+        return out_BHD if self._everybody else out_BHD[self._rows_A]
 
-    def _blocked(self, window: int | None, longest: int) -> torch.Tensor:
-        """bool [N, P], true where a prompt slot is padding or has left the window."""
-        lengths = self._prompts.lengths_N[:, None]
-        column = torch.arange(longest, device=lengths.device)[None]
-        blocked = column >= lengths
-        if window is not None:
-            blocked |= lengths + self._step - column >= window
-        return blocked
+    def _all_slots(self, active: torch.Tensor) -> torch.Tensor:
+        """[A, ...] of the active responses as [B, ...]."""
+        if self._everybody:
+            return active
+        slots = active.new_zeros(len(self._prompts.lengths_N) * self._group, *active.shape[1:])
+        slots[self._rows_A] = active
+        return slots
+
+    def _blocked(self, window: int | None) -> torch.Tensor | None:
+        """bool [N, P], true where a prompt slot is padding or has left the window; None: nowhere. Once a step."""
+        if window not in self._hidden:
+            lengths = self._prompts.lengths_N[:, None]
+            column = torch.arange(self._prompts.longest, device=lengths.device)[None]
+            blocked = column >= lengths
+            if window is not None:
+                blocked |= lengths + self._step - column >= window
+            self._hidden[window] = blocked if bool(blocked.any()) else None
+        return self._hidden[window]
 
 
 def _transformers_attention(

@@ -21,12 +21,13 @@ RESPONSES = [
 FLAT = [r for group in RESPONSES for r in group]
 
 
-def test_both_layouts_of_attention_are_put_to_the_test() -> None:
+def test_rows_of_every_layout_are_put_to_the_test() -> None:
     groups = groups_of(PROMPTS, FLAT, 3)
-    blocks = {budget: [len(PackedPlan(row)._blocks) for row in pack(groups, budget)] for budget in (1000, 12)}
-    # All in one row: the long prompt's copies outweigh the row. Rows of their own: the short prompts are split.
-    assert blocks[1000] == [1]
-    assert set(blocks[12]) == {1, 2}
+    plans = [PackedPlan(row) for row in pack(groups, 1000) + pack(groups, 12)]
+    # Padded and unpadded blocks; prompts of one token; a group with fewer responses that have inputs than another.
+    assert {plan._prompts.full for plan in plans} == {True, False}
+    assert {plan._responses.full for plan in plans if plan._responses is not None} == {True, False}
+    assert {plan._place_T is None for plan in plans} == {True, False}
 
 
 def test_a_row_holds_each_prompt_once_and_no_last_response_token() -> None:

@@ -1,0 +1,69 @@
+"""Packed rows through flash-attn's variable-length kernel (CUDA, bfloat16 or float16), forward and backward.
+
+The kernel takes sequences laid end to end. Each prompt is one, causal; each response is one whose queries are its own
+tokens and whose keys are its prompt's and its own, causal from the bottom right: the last query sees the last key. The
+layout is tested on the CPU against a function that takes the same arguments; the kernel itself has not been run here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+Kernel = Callable[..., torch.Tensor]
+
+
+@cache
+def flash_attention(device: torch.device) -> Kernel | None:
+    """flash-attn's `flash_attn_varlen_func` where it is installed and the device is CUDA, else None."""
+    if device.type != "cuda" or importlib.util.find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
+
+    kernel: Kernel = flash_attn_varlen_func
+    return kernel
+
+
+class VarlenLayout:
+    """The sequences of a packed row: first each prompt, then each response with its prompt's keys before its own."""
+
+    def __init__(self, parts: list[tuple[list[int], list[list[int]]]], device: torch.device) -> None:
+        """`parts`: row indices of each group's prompt, and of each of its responses that has inputs."""
+        queries = [prompt for prompt, _ in parts] + [response for _, responses in parts for response in responses]
+        keys = [prompt for prompt, _ in parts]
+        keys += [[*prompt, *response] for prompt, responses in parts for response in responses]
+        flat = [i for query in queries for i in query]
+
+        def starts(lists: list[list[int]]) -> torch.Tensor:
+            lengths = torch.tensor([0, *(len(one) for one in lists)], dtype=torch.int32)
+            return lengths.cumsum(0, dtype=torch.int32).to(device)
+
+        self.query = torch.tensor(flat, dtype=torch.int64, device=device)
+        self.key = torch.tensor([i for key in keys for i in key], dtype=torch.int64, device=device)
+        self.place = torch.argsort(self.query)
+        self.settings: dict[str, Any] = {
+            "cu_seqlens_q": starts(queries),
+            "cu_seqlens_k": starts(keys),
+            "max_seqlen_q": max(len(query) for query in queries),
+            "max_seqlen_k": max(len(key) for key in keys),
+        }
+
+    def attend(
+        self, kernel: Kernel, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, *,
+        scale: float, window: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention output [T, H, D] in the row's order. flash-attn's window counts the tokens before the query."""
+        out = kernel(
+            query_THD[self.query],
+            key_TKD[self.key],
+            value_TKD[self.key],
+            **self.settings,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+        )
+        return out[self.place]
