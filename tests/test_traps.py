@@ -1,0 +1,191 @@
+"""Mistakes that others shipped, by their number in docs/traps.md; what other test files hold is named there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+
+from inference.packing import Group, pack_row
+from tests import teacher_models
+from tests.student_models import VOCAB, save
+from training.data import positions_of_step
+from training.distillation import ReverseKL, WholeDistribution
+from training.experience import Prompt, Rollout
+from training.losses import forward_kl, generalized_jsd, policy_loss, reverse_kl, sampled_cross_entropy, tail_reverse_kl
+from training.policy import load_policy
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_trap_01_an_end_symbol_that_is_also_the_pad_counts() -> None:
+    """Token 0 is the end symbol and what padding is filled with: masks come from lengths, so it is kept."""
+    prompt = Prompt(index=0, text="", tokens=(0, 5), answers=(), question="")
+    zeros = torch.zeros(2, 3)
+    rollout = Rollout(
+        prompts=[prompt], group_size=2, responses=((7, 0, 0), (0,)), finished_B=torch.tensor([True, True]),
+        behavior_logprobs_BR=zeros, sampled_logprobs_BR=zeros, texts=["", ""],
+    )  # fmt: skip
+    assert rollout.lengths_B.tolist() == [3, 1]
+    assert rollout.mask_BR.tolist() == [[True, True, True], [True, False, False]]
+    row = pack_row(rollout.groups())
+    assert row.tokens_T.tolist() == [0, 5, 7, 0]  # the pad id in the prompt stays as well
+    assert row.labels_S.tolist() == [7, 0, 0, 0]
+
+
+def test_trap_06_an_importance_weight_is_not_clipped_with_the_ratio() -> None:
+    """Weights of 3 and 0.1 on ratios inside the clip range change the loss in proportion and clip nothing."""
+    ratio, advantages = torch.tensor([1.1, 0.9, 1.5]), torch.tensor([1.0, -1.0, 2.0])
+    importance = torch.tensor([3.0, 0.1, 2.0])
+    loss, clipped = policy_loss(
+        ratio.log(), torch.zeros(3), advantages, torch.ones(3), torch.zeros(3, dtype=torch.int64), clip_low=0.2,
+        clip_high=0.2, ratio="token", importance_S=importance,
+    )  # fmt: skip
+    assert float(loss) == pytest.approx(-(3 * 1.1 - 0.1 * 0.9 + 2 * 1.2 * 2.0))
+    assert clipped.tolist() == [False, False, True]
+
+
+def test_trap_06_no_gradient_flows_through_an_importance_weight() -> None:
+    logprobs = torch.tensor([0.0, 0.0], requires_grad=True)
+    loss, _ = policy_loss(
+        logprobs, torch.zeros(2), torch.ones(2), torch.ones(2), torch.zeros(2, dtype=torch.int64), clip_low=0.2,
+        clip_high=0.2, ratio="token", importance_S=(2.0 * logprobs).exp(),
+    )  # fmt: skip
+    assert torch.autograd.grad(loss, logprobs)[0].tolist() == [-1.0, -1.0]
+
+
+def test_trap_10_reductions_of_bfloat16_logits_are_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    policy, teacher = (8 * torch.randn(20, 300, generator=generator).bfloat16() for _ in range(2))
+    ids = torch.arange(30).expand(20, 30)
+    logprobs = teacher.float().log_softmax(-1).gather(-1, ids)
+    for function in (
+        reverse_kl, forward_kl, lambda x, y: generalized_jsd(x, y, 0.3),
+        lambda x, _: sampled_cross_entropy(x, ids, logprobs), lambda x, _: tail_reverse_kl(x, ids, logprobs),
+    ):  # fmt: skip
+        got = function(policy, teacher)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, function(policy.float(), teacher.float()))
+
+
+def test_trap_10_a_bfloat16_policy_takes_its_log_softmax_in_float32_in_any_chunks(tmp_path: Path) -> None:
+    policy = load_policy(save("llama", tmp_path), "bfloat16").eval()
+    row = pack_row([Group(prompt=(5, 6, 7), responses=((8, 9, 10, 2), (11, 12), tuple(range(20, 31))))])
+    seen: list[torch.Tensor] = []
+
+    def keep(logits: torch.Tensor, _: slice) -> torch.Tensor:
+        seen.append(logits.detach())
+        return logits[:, 0].float()
+
+    with torch.no_grad():
+        whole = policy(row, temperature=0.7, terms={"keep": keep})
+        assert seen[0].dtype == torch.bfloat16
+        expected = (seen[0].float() / 0.7).log_softmax(-1).gather(-1, row.labels_S[:, None])[:, 0]
+        assert torch.equal(whole.logprobs_S, expected)
+        policy.logit_chunk = 3
+        assert torch.allclose(policy(row, temperature=0.7).logprobs_S, expected, atol=1e-6)
+
+
+def test_trap_16_every_end_symbol_of_the_model_ends_a_response(tmp_path: Path) -> None:
+    """And trap 17: an end symbol with the id 0 is one."""
+    from training.actor import end_tokens
+
+    policy = load_policy(save("llama", tmp_path), "float32")
+    policy.model.generation_config.eos_token_id = [7, 0]
+    assert end_tokens(policy, SimpleNamespace(eos_token_id=9)) == (0, 7, 9)
+    policy.model.generation_config.eos_token_id = None
+    assert end_tokens(policy, SimpleNamespace(eos_token_id=0)) == (0,)
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        end_tokens(policy, SimpleNamespace(eos_token_id=None))
+
+
+def test_trap_17_no_code_takes_a_token_id_for_a_truth_value() -> None:
+    """`pad_token_id or eos_token_id` is wrong where the pad id is 0, and so is `if eos_token_id`."""
+    name = r"[\w.]*(pad|eos|bos|unk)_(token_)?id"
+    wrong = re.compile(rf"{name}\s+(or|and)\b|\b(if|or|and|not)\s+{name}\s*:")
+    assert wrong.search("x = a.pad_token_id or a.eos_token_id")
+    assert wrong.search("if tokenizer.eos_token_id:")
+    for folder in ("configs", "training", "inference", "rewards", "eval"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not wrong.search(file.read_text(encoding="utf-8")), file
+
+
+def test_trap_19_dropout_is_off_even_in_training_mode(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5,
+        attn_pdrop=0.5, eos_token_id=2,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, "float32")
+    row = pack_row([Group(prompt=(5, 6, 7), responses=((8, 9, 10, 2), (11, 12)))])
+    with torch.no_grad():
+        sampling = policy.eval()(row).logprobs_S
+        training = policy.train()(row).logprobs_S
+    assert torch.equal(sampling, training)
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 4), (6, 3), (5, 8), (1, 3)])
+def test_trap_25_an_epoch_takes_every_item_once_wherever_a_run_is_resumed(size: int, count: int) -> None:
+    """Which items a step takes is a function of the step alone: no cursor that a boundary or a resume could lose."""
+    steps = 4 * size
+    taken = [positions_of_step(step, count, size, seed=3) for step in range(steps)]
+    assert all(len(step) == count for step in taken)  # no short or empty step at an epoch's end
+    flat = [i for step in taken for i in step]
+    epochs = [flat[e * size : (e + 1) * size] for e in range(len(flat) // size)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    if size > 1:
+        assert len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew
+    for resumed in (0, 1, size // count, size, steps - 1):
+        assert positions_of_step(resumed, count, size, seed=3) == taken[resumed]
+
+
+@pytest.mark.parametrize("more", ["policy", "teacher"])
+def test_trap_26_columns_that_only_one_side_has_do_not_count(more: str) -> None:
+    """One tokenizer, vocabularies padded to 4 and to 6: the two extra logits are huge and mean nothing."""
+    generator = torch.Generator().manual_seed(0)
+    policy, teacher = torch.randn(3, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    expected = reverse_kl(policy, teacher)
+    extra = torch.full((3, 2), 50.0)
+    if more == "policy":
+        policy = torch.cat([policy, extra], 1)
+    else:
+        teacher = torch.cat([teacher, extra], 1)
+    term = ReverseKL(WholeDistribution(teacher, torch.eye(teacher.shape[1])))
+    assert torch.allclose(term(policy, slice(0, 3)), expected, atol=1e-6)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_trap_27_the_teacher_is_frozen_and_in_evaluation_mode(one_rank: None, tmp_path: Path) -> None:
+    from inference.attention import PackedPlan
+    from inference.teacher import Teacher
+
+    teacher_models.build("llama", tmp_path)
+    teacher = Teacher(tmp_path, "float32")
+    assert not any(module.training for module in teacher.model.modules())
+    parameters = list(teacher.model.parameters())
+    assert len(parameters) > 10
+    assert not any(p.requires_grad or p.grad is not None for p in parameters)
+    row = pack_row([Group(prompt=(5, 6, 7), responses=((8, 9, 10),))])
+    with torch.enable_grad():
+        hidden = teacher.forward(row.tokens_T, row.positions_T, PackedPlan(row))
+    assert hidden.grad_fn is None
+    assert not hidden.requires_grad
+
+
+def test_trap_27_the_teachers_room_knows_no_optimizer() -> None:
+    for file in (ROOT / "inference").rglob("*.py"):
+        assert not re.search(r"torch\.optim|get_megatron_optimizer|\.backward\(", file.read_text(encoding="utf-8")), (
+            file
+        )
