@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,19 +31,32 @@ class _Parser(jsonargparse.ArgumentParser):
         fail(" ".join(message.split()) + " (--help lists every key)")
 
 
-def make_parser(description: str) -> jsonargparse.ArgumentParser:
-    """A parser for every field of RunConfig, with `--config FILE` and dotted overrides."""
+def make_parser(description: str, tools: Mapping[str, str] | None = None) -> jsonargparse.ArgumentParser:
+    """A parser for every field of RunConfig, with `--config FILE` and dotted overrides.
+
+    `tools`: flags without a value that do something else in place of the run, with their help.
+    """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(description=description, default_env=False)
+    for flag, text in (tools or {}).items():
+        parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
 
 
-def parse(argv: Sequence[str], description: str, default_config: Callable[[RunConfig], Path]) -> RunConfig:
-    """Read `argv`. Without `--config`, `default_config` names the YAML for the algorithm and reward asked for."""
+def parse(
+    argv: Sequence[str],
+    description: str,
+    default_config: Callable[[RunConfig], Path],
+    tools: Mapping[str, str] | None = None,
+) -> RunConfig:
+    """Read `argv`. Without `--config`, `default_config` names the YAML for the algorithm and reward asked for.
+
+    `tools`: see `make_parser`; which of them were asked for is the caller's to see in `argv`.
+    """
     arguments = [a for a in argv if not a.startswith("--local_rank")]  # the launcher's own
-    parser = make_parser(description)
+    parser = make_parser(description, tools)
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):
         asked = instantiate(parser, arguments)
         arguments = ["--config", str(default_config(asked)), *arguments]

@@ -4,6 +4,9 @@
     deepspeed training/main.py --algo ppo --reward minillm
     deepspeed --num_gpus 2 training/main.py --config my.yaml --actor.learning_rate 2e-6
 
+    python training/main.py --plan --config my.yaml      what it needs: memory, cards (docs/planning.md)
+    python training/main.py --doctor --config my.yaml    whether its numbers are right
+
 Without --config it runs the embedded Faroese demo (configs/demo/ALGO_REWARD.yaml). The same command again goes on
 where the run stopped. Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint (run it again).
 """
@@ -19,16 +22,30 @@ if __name__ == "__main__":
 
 from training.cli import demo_config, fail, parse
 
+TOOLS = {
+    "--plan": "Print how much memory the run needs on how many cards, from config.json alone, and end.",
+    "--doctor": "Check that the run's numbers are right, one line a check, and end.",
+}
+"""Flags that take the place of the run."""
+
 
 def main(argv: list[str]) -> int:
     """Parse, check, run. Heavy libraries load only after the arguments are known to be good."""
-    config = parse(argv, "Stage 2: reinforcement learning from a teacher.", demo_config)
+    config = parse(argv, "Stage 2: reinforcement learning from a teacher.", demo_config, TOOLS)
     try:
         from configs.schema import validate
 
         validate(config)
+        if "--plan" in argv:
+            from training.plan import plan
+
+            return plan(config)
     except ValueError as error:
         fail(str(error))
+    if "--doctor" in argv:
+        from training.doctor import doctor
+
+        return doctor(config)
     from training.run import run
 
     return run(config)
