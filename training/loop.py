@@ -56,18 +56,18 @@ def train(
     while progress.step < config.steps:
         step, clock = progress.step, Clock()
         weights = recipe.weights(config, step, models.teacher.same_tokenizer)
-        prompts = _prompts_of_step(corpus, config, step)
+        prompts = prompts_of_step(corpus, config, step)
 
         batch = collect(models, config, prompts, corpus.prompts, step, weights, clock)
         experience, dropped = make_experience(batch, config, progress.kl_coef)
         with clock("update"):
-            metrics = _update(models, experience, corpus, config, progress, weights)
+            metrics = update(models, experience, corpus, config, progress, weights)
             metrics |= _supervised_phase(models, corpus, config, progress)
         if models.reference is not None:
             models.reference.follow(models.actor, step)
 
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
-        metrics |= _describe(batch, experience, dropped)
+        metrics |= describe(batch, experience, dropped)
         metrics |= clock.finish()
         too_far = _advance(progress, metrics, config)
         if distributed.is_main():
@@ -97,7 +97,7 @@ def train(
     return status
 
 
-def _prompts_of_step(corpus: Corpus, config: RunConfig, step: int) -> list[Prompt]:
+def prompts_of_step(corpus: Corpus, config: RunConfig, step: int) -> list[Prompt]:
     """This rank's prompts of a step."""
     chosen = positions_of_step(step, config.prompts_per_step, len(corpus.prompts), config.seed)
     mine = share_of_rank(chosen, distributed.rank(), distributed.world_size())
@@ -112,7 +112,7 @@ def _groups_of_step(groups: Sequence[Group], count: int, step: int, seed: int) -
     return [groups[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
 
 
-def _update(
+def update(
     models: Models, experience: Experience, corpus: Corpus, config: RunConfig, progress: Progress, weights: LossWeights
 ) -> dict[str, float]:
     """All optimizer steps on one batch of samples. Collective."""
@@ -162,7 +162,7 @@ def _supervised_phase(models: Models, corpus: Corpus, config: RunConfig, progres
     return {"loss/supervised_phase": sum(losses) / count}
 
 
-def _describe(batch: Batch, experience: Experience, dropped: int) -> dict[str, float]:
+def describe(batch: Batch, experience: Experience, dropped: int) -> dict[str, float]:
     """Numbers of a step that do not come from the update, over all ranks. Collective."""
     rollout, view, reward = batch.rollout, batch.view, batch.reward
     lengths_B, start_BR = rollout.lengths_B, batch.start_BR

@@ -63,17 +63,7 @@ def run(config: RunConfig) -> int:
     watch_launcher()
     quiet_logging()
     try:
-        config = with_model_directories(config)
-        check_files(config)
-        check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-        set_threads(config)
-        config = resolve_demo(config, stage=2)
-        facts = teacher_facts(Path(config.teacher.path), config.student.path)
-        single_step_coef(config, facts.same_tokenizer)
-        check_recipe(config, facts.same_tokenizer)
-        check_mixing(config, facts.same_tokenizer)
-        tokenizer = AutoTokenizer.from_pretrained(config.student.path)
-        inputs = load_inputs(config, tokenizer, tokenizer.eos_token_id)
+        config, facts, inputs = prepare(config)
         folder = RunFolder(Path(config.runs_dir) / config.run_name)
         check_same_run(folder, config)
     except (ValueError, OSError) as error:
@@ -97,11 +87,29 @@ def run(config: RunConfig) -> int:
             return 1
 
 
+def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
+    """Everything up to the first model: the demo built, all paths resolved, files checked and read.
+
+    Raises ValueError for a mistake in the input.
+    """
+    config = with_model_directories(config)
+    check_files(config)
+    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    set_threads(config)
+    config = resolve_demo(config, stage=2)
+    facts = teacher_facts(Path(config.teacher.path), config.student.path)
+    single_step_coef(config, facts.same_tokenizer)
+    check_recipe(config, facts.same_tokenizer)
+    check_mixing(config, facts.same_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(config.student.path)
+    return config, facts, load_inputs(config, tokenizer, tokenizer.eos_token_id)
+
+
 def _run(setup: Setup, stack: ExitStack) -> int:
     """Start everything, run the loop, evaluate, write the summary."""
     config, folder = setup.config, setup.folder
     start_distributed()
-    link, models = _start_models(setup, stack)
+    link, models = start_models(setup, stack)
     progress = resume(models, folder) or Progress(kl_coef=config.ppo.kl_penalty)
     if progress.step == 0:
         if distributed.is_main():
@@ -141,10 +149,10 @@ def _run(setup: Setup, stack: ExitStack) -> int:
     return 0
 
 
-def _start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
+def start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
     """The teacher first (it starts beside us), then the student and who else takes part."""
     config = setup.config
-    address, secret = _find_teacher(setup, stack)
+    address, secret = find_teacher(setup, stack)
     output_VD = None
     if setup.facts.same_tokenizer:
         output_VD = setup.facts.output_layer(torch.float32)
@@ -182,7 +190,7 @@ def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Refe
     return reference, FrozenCopy(config, config.student.path, actor.engine.device, update="fixed")
 
 
-def _find_teacher(setup: Setup, stack: ExitStack) -> tuple[str, str]:
+def find_teacher(setup: Setup, stack: ExitStack) -> tuple[str, str]:
     """Address and secret: a running server's, or those of one that rank 0 starts and takes down with itself."""
     config = setup.config
     if config.teacher.address is not None:
