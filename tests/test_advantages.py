@@ -20,6 +20,25 @@ def test_group_scores_by_hand() -> None:
     assert unscaled.tolist() == pytest.approx([-1, 0, 1])
 
 
+def test_leave_one_out_by_hand() -> None:
+    # The others' means are 4, 3.5 and 1.5.
+    scores = torch.tensor([1.0, 2.0, 6.0])
+    got = group_scores_advantage(scores, 3, scale="none", epsilon=0.0, baseline="leave_one_out")
+    assert got.tolist() == pytest.approx([-3.0, -1.5, 4.5])
+    # Tokens 1 3 | 5: the others' mean is 5 for the first response and 2 for the second.
+    returns, lengths = torch.tensor([[1.0, 3.0, 99.0], [5.0, 99.0, 99.0]]), torch.tensor([2, 1])
+    tokens = group_token_advantage(returns, lengths, 2, scale="none", epsilon=0.0, baseline="leave_one_out")
+    assert tokens.tolist() == [[-4.0, -2.0, 0.0], [3.0, 0.0, 0.0]]
+    scaled = group_token_advantage(returns, lengths, 2, scale="group", epsilon=0.0, baseline="leave_one_out")
+    assert scaled.tolist() == [[-2.0, -1.0, 0.0], [1.5, 0.0, 0.0]]  # sample deviation of 1 3 5 is 2
+    for function in (
+        lambda: group_scores_advantage(scores, 3, scale="none", epsilon=0.0, baseline="median"),
+        lambda: group_token_advantage(returns, lengths, 2, scale="none", epsilon=0.0, baseline="median"),
+    ):
+        with pytest.raises(ValueError, match="use mean or leave_one_out"):
+            function()
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 1e-4])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("scale", ["group", "none"])
@@ -57,6 +76,17 @@ def test_gae_by_hand() -> None:
     # delta = [1 + .5*1 - .5, 2 + .5*2 - 1, 4 - 2] = [1, 2, 2]; A2 = 2, A1 = 2 + .25*2 = 2.5, A0 = 1 + .25*2.5 = 1.625
     assert advantages.tolist() == [[1.625, 2.5, 2.0], [2.0, 0.0, 0.0]]
     assert returns.tolist() == [[2.125, 3.5, 4.0], [3.0, 0.0, 0.0]]
+
+
+def test_gae_of_a_response_that_was_cut_takes_nothing_from_past_its_end() -> None:
+    """Traps 15 and 21: no value after the last token, whether it is an end symbol or the longest allowed one."""
+    rewards, values = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]])
+    cut, _ = gae(rewards, values, torch.tensor([2]), gamma=1.0, lam=1.0)
+    assert cut.tolist() == [[2.5, 1.75]]
+    longer = torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[0.5, 0.25, 7.0]])
+    beside_a_longer_one, returns = gae(*longer, torch.tensor([2]), gamma=1.0, lam=1.0)
+    assert beside_a_longer_one.tolist() == [[2.5, 1.75, 0.0]]
+    assert returns.tolist() == [[3.0, 2.0, 0.0]]
 
 
 def test_gae_with_lambda_one_is_the_return_minus_the_value() -> None:

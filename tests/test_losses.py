@@ -9,7 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.losses import kl_loss, policy_loss, reverse_kl, token_weights, value_loss
+from training.losses import (
+    generalized_jsd,
+    kl_loss,
+    mixture_importance,
+    policy_loss,
+    reverse_kl,
+    sampled_cross_entropy,
+    schedule_factor,
+    tail_reverse_kl,
+    token_weights,
+    truncated_importance,
+    value_loss,
+)
 
 ONE = {"clip_low": 0.2, "clip_high": 0.3, "ratio": "token"}
 
@@ -73,6 +85,61 @@ def test_value_clip_by_hand() -> None:
     )
     # First: unclipped error 0, clipped (1.2 - 2)^2 = 0.64. Second: (1.1 - 3)^2 both ways.
     assert float(loss) == pytest.approx(0.5 * 0.5 * (0.64 + 3.61))
+
+
+@pytest.mark.parametrize(("value", "old", "target", "expected", "slope"), [
+    (1.1, 1.0, 2.0, 0.9**2, -0.9),  # within the clip: the plain error
+    (1.5, 1.0, 2.0, 0.8**2, 0.0),  # moved too far towards the target: the clipped error, and no more pull
+    (0.5, 1.0, 2.0, 1.5**2, -1.5),  # moved away: the plain error is larger, and pulls back
+    (2.5, 1.0, 0.0, 2.5**2, 2.5),
+])  # fmt: skip
+def test_value_clip_case_by_case(value: float, old: float, target: float, expected: float, slope: float) -> None:
+    values = torch.tensor([value], requires_grad=True)
+    loss = value_loss(values, torch.tensor([old]), torch.tensor([target]), torch.ones(1), clip=0.2)
+    assert float(loss.detach()) == pytest.approx(0.5 * expected)
+    assert torch.autograd.grad(loss, values)[0].item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_importance_weights_by_hand() -> None:
+    behavior, sampled = torch.tensor([[0.5, 0.25], [0.5, 0.1]]).log(), torch.tensor([[0.25, 0.5], [0.8, 0.7]]).log()
+    lengths = torch.tensor([2, 1])
+    token = mixture_importance(behavior, sampled, lengths, by="token")
+    assert token[0].tolist() == pytest.approx([2.0, 0.5])
+    assert token[1].tolist() == pytest.approx([0.625, 0.0])
+    sequence = mixture_importance(behavior, sampled, lengths, by="sequence")
+    assert sequence[0].tolist() == pytest.approx([1.0, 1.0])
+    assert sequence[1].tolist() == pytest.approx([0.625, 0.0])
+    with pytest.raises(ValueError, match="use token or sequence"):
+        mixture_importance(behavior, sampled, lengths, by="response")
+    cut = truncated_importance(behavior[0], sampled[0], 1.5)
+    assert cut.tolist() == pytest.approx([1.5, 0.5])
+
+
+def test_divergences_by_hand() -> None:
+    policy, teacher = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
+    log2 = torch.tensor(2.0).log().item()
+    assert float(reverse_kl(policy, teacher)) == pytest.approx(0.25 * log2)
+    # m = 3/8 3/8 1/4: half of each KL to it, which are alike.
+    m = torch.tensor([0.375, 0.375, 0.25])
+    half = float((policy[0].exp() * (policy[0] - m.log())).sum())
+    assert float(generalized_jsd(policy, teacher, 0.5)) == pytest.approx(half)
+    ids = torch.tensor([[0, 2]])
+    known = teacher.gather(-1, ids)
+    # Targets 1/2 1/2 after renormalising; the student's 1/2 and 1/4 are not renormalised.
+    assert float(sampled_cross_entropy(policy, ids, known)) == pytest.approx(1.5 * log2)
+    # Kept: .5 log 2 + 0; the tail has .25 against .5.
+    assert float(tail_reverse_kl(policy, ids, known)) == pytest.approx(0.5 * log2 - 0.25 * log2)
+
+
+def test_schedules_by_hand() -> None:
+    def factors(kind: str) -> list[float]:
+        return [schedule_factor(step, kind=kind, final=0.2, total=4) for step in (0, 1, 2, 4, 9)]
+
+    assert factors("constant") == [1.0] * 5
+    assert factors("linear") == pytest.approx([1.0, 0.8, 0.6, 0.2, 0.2])
+    assert factors("cosine") == pytest.approx([1.0, 0.2 + 0.4 * (1 + 0.5**0.5), 0.6, 0.2, 0.2])
+    with pytest.raises(ValueError, match="use constant, linear or cosine"):
+        schedule_factor(0, kind="step", final=0.0, total=1)
 
 
 def test_reverse_kl_is_exact_and_not_negative() -> None:

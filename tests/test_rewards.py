@@ -89,6 +89,19 @@ def test_padding_never_enters_a_return() -> None:
     assert padded[0, 2:].tolist() == [0.0, 0.0]
 
 
+def test_a_response_that_was_cut_is_scored_by_its_own_tokens() -> None:
+    """Trap 15: the same tokens with and without an end symbol; nothing stands for a symbol that was not drawn."""
+    logprobs = torch.tensor([[-1.0, -2.0, -6.0], [-1.0, -2.0, 0.0]])
+    inputs = RewardInput(
+        lengths_B=torch.tensor([3, 2]), finished_B=torch.tensor([True, False]), texts=["", ""], answers=[(), ()],
+        behavior_logprobs_BR=torch.zeros(2, 3), teacher_logprobs_BR=logprobs,
+    )  # fmt: skip
+    assert teacher_logprob_rewards(inputs, length_alpha=1.0).rewards_BR.sum(1).tolist() == pytest.approx([-3.0, -1.5])
+    returns = minillm_rewards(inputs, gamma=1.0, length_normalize=True, single_step=True).returns_BR
+    assert returns is not None
+    assert returns.tolist() == [[-4.0, -6.0, 0.0], [-2.0, 0.0, 0.0]]
+
+
 def test_a_sequence_value_sits_on_the_last_token() -> None:
     got = place_on_last_token(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([2, 0, 3]), 3)
     assert got.tolist() == [[0.0, 5.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 7.0]]
