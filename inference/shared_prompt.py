@@ -52,7 +52,7 @@ class SharedPromptAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, prompt keys and values, own keys and values."""
         *inputs, out, logsumexp, prompt_mask, own_mask_rr = ctx.saved_tensors

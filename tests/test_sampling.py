@@ -141,6 +141,35 @@ def test_top_p_keeps_the_smallest_set_with_enough_mass() -> None:
     assert torch.allclose(truncate(logprobs, top_k=1, top_p=1.0).exp(), torch.tensor([[1.0, 0, 0, 0]]))
 
 
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest() -> None:
+    logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.25, 0.25, 0.25, 0.25]]).log()
+    # A third of 0.5 is 0.167: 0.5 and 0.3 stay, 0.625 and 0.375 of what is left. Equals all stay.
+    kept = truncate(logprobs, top_k=0, top_p=1.0, min_p=1 / 3).exp()
+    assert torch.allclose(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0], [0.25] * 4]), atol=1e-6)
+    # After top-k 3 nothing changes for min-p: only ratios to the likeliest count.
+    both = truncate(logprobs[:1], top_k=3, top_p=1.0, min_p=0.2).exp()
+    assert torch.allclose(both, torch.tensor([[0.5, 0.3, 0.15, 0.0]]) / 0.95, atol=1e-6)
+
+
+def test_min_p_is_sampled_from_and_both_distributions_are_recorded(policy: Policy) -> None:
+    config = SamplingConfig(group_size=8, max_new_tokens=1, min_p=0.5)
+    samples = sample(policy, PROMPTS[:1], config, end_tokens=[2], generators=generators([0]))
+    with torch.no_grad():
+        first = build("llama")(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    mass = first[first >= 0.5 * first.max()].sum()
+    for (token,), full, drawn in zip(
+        samples.responses, samples.full_logprobs_BR[:, 0], samples.drawn_logprobs_BR[:, 0], strict=True
+    ):
+        assert first[token] >= 0.5 * first.max()
+        assert float(full) == pytest.approx(float(first[token].log()), abs=1e-4)
+        assert float(drawn) == pytest.approx(float((first[token] / mass).log()), abs=1e-4)
+
+
+def test_draw_never_reaches_past_the_last_token_with_mass() -> None:
+    logprobs = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
+    assert draw(logprobs, torch.tensor([1.0], dtype=torch.float64)).tolist() == [1]
+
+
 def test_sampled_frequencies_follow_the_distribution(policy: Policy) -> None:
     config = SamplingConfig(group_size=4000, max_new_tokens=1)
     samples = sample(policy, PROMPTS[1:2], config, end_tokens=[2], generators=generators([1]))
@@ -149,12 +178,3 @@ def test_sampled_frequencies_follow_the_distribution(policy: Policy) -> None:
         expected = build("llama")(torch.tensor([PROMPTS[1]])).logits[0, -1].softmax(-1)
     # Standard error of a frequency is at most 0.008.
     assert float((counts - expected).abs().max()) < 0.035
-
-
-def test_a_model_without_the_attention_registry_is_refused(tmp_path: Path) -> None:
-    import transformers
-
-    config = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=20)
-    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"student.path = .*BloomForCausalLM does not use"):
-        load_policy(tmp_path, "float32")

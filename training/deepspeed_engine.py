@@ -64,7 +64,11 @@ class Engine:
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._frozen = len(self._trained) < len(list(module.parameters()))
         optimizer = torch.optim.AdamW(
-            self._trained, lr=peak_learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            self._trained,
+            lr=peak_learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         # The hybrid engine's injected kernels replace the layers that grouped attention needs, exist for few models
         # and for none on CPU. Without policies it stays native for every model.

@@ -17,6 +17,7 @@ from configs.schema import AdapterConfig
 from inference.attention import AttentionPlan, PackedPlan, register_with_transformers
 from inference.packing import PackedRow, plain_rows
 from training.adapters import add_adapter, is_adapter, merged_model, quantization
+from training.token_logprobs import TokenLogprobs
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,10 +97,7 @@ class Policy(nn.Module):
         terms: Mapping[str, TokenTerm],
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         logits = self.logits(hidden_SD)
-        logprobs_SV = (logits.float() / temperature).log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(logprobs_SV.exp() * logprobs_SV).sum(-1)
-        chosen = logprobs_SV.gather(-1, labels_S[:, None])[:, 0]
+        chosen, entropy = TokenLogprobs.apply(logits, labels_S, temperature, not terms)
         return chosen, entropy, *(term(logits, piece) for term in terms.values())
 
 

@@ -5,6 +5,7 @@ Random numbers belong to (seed, step, prompt): which rank samples a prompt, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,9 @@ def prompt_generator(seed: int, step: int, prompt: int) -> torch.Generator:
     return random_stream(seed, step, prompt)
 
 
-def truncate(logprobs_AV: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:
-    """Keep the k likeliest tokens and, of them, the smallest set with mass >= p; renormalised log-probabilities."""
+def truncate(logprobs_AV: torch.Tensor, *, top_k: int, top_p: float, min_p: float = 0.0) -> torch.Tensor:
+    """Keep the k likeliest tokens; of them the smallest set with mass >= top_p; of it those at least min_p times as
+    likely as the likeliest (min-p, arXiv 2407.01082, section 3). Returns renormalised log-probabilities."""
     if 0 < top_k < logprobs_AV.shape[-1]:
         kth = logprobs_AV.topk(top_k, -1).values[:, -1:]
         logprobs_AV = logprobs_AV.masked_fill(logprobs_AV < kth, -torch.inf).log_softmax(-1)
@@ -46,17 +48,19 @@ def truncate(logprobs_AV: torch.Tensor, *, top_k: int, top_p: float) -> torch.Te
         before = ordered.exp().cumsum(-1) - ordered.exp()
         drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
         logprobs_AV = logprobs_AV.masked_fill(drop, -torch.inf).log_softmax(-1)
+    if min_p > 0.0:
+        least = logprobs_AV.amax(-1, keepdim=True) + math.log(min_p)
+        logprobs_AV = logprobs_AV.masked_fill(logprobs_AV < least, -torch.inf).log_softmax(-1)
     return logprobs_AV
 
 
 def draw(logprobs_AV: torch.Tensor, uniform_A: torch.Tensor) -> torch.Tensor:
     """Token ids [A] by inverting the cumulative distribution at `uniform_A` in [0, 1)."""
-    cumulative = logprobs_AV.double().exp().cumsum(-1)
-    target = uniform_A.double()[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    # Rounding at the top end must not reach past the last token that has any mass.
-    last = (logprobs_AV > -torch.inf).long().cumsum(-1).argmax(-1)
-    return torch.minimum(drawn, last)
+    cumulative = logprobs_AV.exp().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    drawn = torch.searchsorted(cumulative, uniform_A.double()[:, None] * total, right=True)
+    # Rounding at the top end must not reach past the last token that has any mass: the first to reach the total.
+    return torch.minimum(drawn, torch.searchsorted(cumulative, total)).squeeze(1)
 
 
 Mixture = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -104,12 +108,13 @@ def sample(
     active = torch.arange(batch)
     for t in range(longest):
         if len(active):
-            logprobs = (logits.float() / config.temperature).log_softmax(-1)
+            scaled = logits.float() if config.temperature == 1.0 else logits.float() / config.temperature
+            logprobs = scaled.log_softmax(-1)
             if uniform_BR is None:
                 kept, chosen = logprobs, logprobs.argmax(-1)
             else:
                 source = logprobs if mixture is None else mixture(t, active, tokens[active, t - 1], logprobs)
-                kept = truncate(source, top_k=config.top_k, top_p=config.top_p)
+                kept = truncate(source, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
                 chosen = draw(kept, uniform_BR[active, t].to(device))
             full[active, t] = logprobs.gather(-1, chosen[:, None])[:, 0].cpu()
             drawn_from[active, t] = kept.gather(-1, chosen[:, None])[:, 0].cpu()
