@@ -12,14 +12,16 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from configs.schema import AdapterConfig
 from inference.packing import Group, pack_row
 from tests import teacher_models
 from tests.student_models import VOCAB, save
+from training.adapters import adapter_off
 from training.data import positions_of_step
 from training.distillation import ReverseKL, WholeDistribution
 from training.experience import Prompt, Rollout
 from training.losses import forward_kl, generalized_jsd, policy_loss, reverse_kl, sampled_cross_entropy, tail_reverse_kl
-from training.policy import load_policy
+from training.policy import Policy, load_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,18 +118,57 @@ def test_trap_17_no_code_takes_a_token_id_for_a_truth_value() -> None:
             assert not wrong.search(file.read_text(encoding="utf-8")), file
 
 
-def test_trap_19_dropout_is_off_even_in_training_mode(tmp_path: Path) -> None:
+def forgetful_model(directory: Path) -> Path:
+    """A model whose configuration asks for dropout, as GPT-2's and GPT-SW3's do."""
+    torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5,
-        attn_pdrop=0.5, eos_token_id=2,
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, resid_pdrop=0.5,
+        embd_pdrop=0.5, attn_pdrop=0.5, eos_token_id=2,
     )  # fmt: skip
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    policy = load_policy(tmp_path, "float32")
-    row = pack_row([Group(prompt=(5, 6, 7), responses=((8, 9, 10, 2), (11, 12)))])
+    transformers.GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
+def warm_up_adapter(base: Path, directory: Path) -> Path:
+    """What supervised warm-up with an adapter leaves: an adapter that is not zero, in a directory of its own."""
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(str(directory))
+    return directory
+
+
+def answered(policy: Policy) -> torch.Tensor:
     with torch.no_grad():
-        sampling = policy.eval()(row).logprobs_S
-        training = policy.train()(row).logprobs_S
-    assert torch.equal(sampling, training)
+        return policy(pack_row([Group(prompt=(5, 6, 7), responses=((8, 9, 10, 2), (11, 12)))])).logprobs_S
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_trap_19_dropout_is_off_even_in_training_mode(adapter: bool, tmp_path: Path) -> None:
+    path = forgetful_model(tmp_path / "base")
+    if adapter:
+        path = warm_up_adapter(path, tmp_path / "adapter")
+    policy = load_policy(path, "float32")
+    assert torch.equal(answered(policy.eval()), answered(policy.train()))
+
+
+def test_trap_24_the_reference_of_an_adapter_is_what_warm_up_left(tmp_path: Path) -> None:
+    """Warm-up wrote an adapter, RL trains another: switched off, it leaves the warmed-up student, not its base."""
+    base = save("llama", tmp_path / "base")
+    warm = warm_up_adapter(base, tmp_path / "warm")
+    start = answered(load_policy(warm, "float32").eval())
+    assert float((start - answered(load_policy(base, "float32").eval())).abs().max()) > 0.1
+    policy = load_policy(warm, "float32", adapter=AdapterConfig(rank=2)).eval()
+    assert torch.allclose(answered(policy), start, atol=1e-6)  # the new adapter starts at zero
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    assert float((answered(policy) - start).abs().max()) > 0.1
+    with adapter_off(policy.model):
+        assert torch.allclose(answered(policy), start, atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 4), (6, 3), (5, 8), (1, 3)])

@@ -24,10 +24,14 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def merged_model(path: str | Path, dtype: torch.dtype) -> Any:
-    """The model that a saved adapter belongs to, with the adapter merged into its weights."""
+    """The model that a saved adapter belongs to, with the adapter merged into its weights. Dropout is switched off."""
     from peft import AutoPeftModelForCausalLM
 
-    return AutoPeftModelForCausalLM.from_pretrained(str(path), dtype=dtype).merge_and_unload()
+    model = AutoPeftModelForCausalLM.from_pretrained(str(path), dtype=dtype).merge_and_unload()
+    for module in model.modules():  # peft reads the model's configuration itself, dropout and all (trap 19)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def quantization(dtype: torch.dtype) -> Any:
