@@ -31,7 +31,7 @@ def uses_demo(config: RunConfig, *, stage: int) -> bool:
     else:
         read = [config.student.path, config.teacher.path, data.prompts, data.heldout]
         read += [data.text or ""] if config.pt_coef > 0 else []
-        read += [data.warmup] if config.loss.bc_coef > 0 else []
+        read += [data.warmup] if config.loss.bc_coef > 0 or config.phases.every > 0 else []
     return DEMO in read
 
 

@@ -55,6 +55,12 @@ class Policy(nn.Module):
         self.agree: Callable[[int], int] = int
         self.grouped = getattr(model, "_supports_attention_backend", False)
 
+    def use_plain_rows(self) -> None:
+        """Leave grouped attention for transformers' own: every response carries its prompt from now on."""
+        self.grouped = False
+        if getattr(self.model, "_supports_attention_backend", False):
+            self.model.set_attn_implementation("sdpa")
+
     @property
     def config(self) -> Any:
         """The Hugging Face configuration; DeepSpeed looks for it here."""

@@ -146,7 +146,7 @@ def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
             f"is more than the {len(text)} blocks of text in {data.text}",
         )  # fmt: skip
     cloning = []
-    if config.loss.bc_coef > 0:
+    if config.loss.bc_coef > 0 or config.phases.every > 0:
         warmup, _ = load_prompts(data.warmup, data, tokenizer, key="data.warmup", room=room, need_answers=True)
         cloning = [answer_group(p, p.answers[0], tokenizer, end_token) for p in warmup]
         require(

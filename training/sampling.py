@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from configs.schema import SamplingConfig
-from inference.attention import DecodePlan, PrefillPlan
-from inference.packing import Group, pack_row
 from training.data import random_stream
+from training.decoders import make_decoder
 from training.policy import Policy
 
 
@@ -88,13 +87,9 @@ def sample(
     """
     group, longest = config.group_size, config.max_new_tokens
     batch = len(prompts) * group
-    device = next(policy.parameters()).device  # the model's work is done there, the bookkeeping on the CPU
-    row = pack_row([Group(prompt=tuple(p), responses=()) for p in prompts]).to(device)
-    prefill = PrefillPlan(row)
-    hidden = policy.hidden(row.tokens_T, row.positions_T, prefill)
-    last = torch.cumsum(prefill.cache.lengths_N, 0) - 1
-    logits = policy.logits(hidden[last]).repeat_interleave(group, 0)
-    plan = DecodePlan(prefill.cache, group, longest)
+    decoder = make_decoder(policy, prompts, group, longest)
+    logits = decoder.first_BV
+    device = logits.device  # the model's work is done there, the bookkeeping on the CPU
     uniform_BR = (
         torch.cat([torch.rand(group, longest, generator=g, dtype=torch.float64) for g in generators])
         if generators is not None
@@ -129,9 +124,7 @@ def sample(
             break
         # A rank that has finished keeps step with the others on one dummy response; nothing of it is kept.
         rows = active if len(active) else torch.zeros(1, dtype=torch.int64)
-        positions = plan.advance(rows.to(device))
-        hidden = policy.hidden(tokens[rows, t].to(device), positions, plan)
-        logits = policy.logits(hidden)
+        logits = decoder.advance(rows, tokens[rows, t])
     used = int(lengths.max()) if batch else 0
     responses = tuple(tuple(tokens[b, : int(lengths[b])].tolist()) for b in range(batch))
     return Samples(responses, finished, full[:, :used], drawn_from[:, :used])
