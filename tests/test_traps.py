@@ -89,9 +89,9 @@ def test_trap_10_a_bfloat16_policy_takes_its_log_softmax_in_float32_in_any_chunk
         whole = policy(row, temperature=0.7, terms={"keep": keep})
         assert seen[0].dtype == torch.bfloat16
         expected = (seen[0].float() / 0.7).log_softmax(-1).gather(-1, row.labels_S[:, None])[:, 0]
-        assert torch.equal(whole.logprobs_S, expected)
+        assert torch.allclose(whole.logprobs_S, expected, atol=1e-5)  # in bfloat16 it would be off by 1e-2
         policy.logit_chunk = 3
-        assert torch.allclose(policy(row, temperature=0.7).logprobs_S, expected, atol=1e-6)
+        assert torch.allclose(policy(row, temperature=0.7).logprobs_S, expected, atol=1e-5)
 
 
 def test_trap_16_every_end_symbol_of_the_model_ends_a_response(tmp_path: Path) -> None:
