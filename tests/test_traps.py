@@ -230,3 +230,13 @@ def test_trap_27_the_teachers_room_knows_no_optimizer() -> None:
         assert not re.search(r"torch\.optim|get_megatron_optimizer|\.backward\(", file.read_text(encoding="utf-8")), (
             file
         )
+
+
+def test_the_table_names_a_test_that_exists_for_each_trap() -> None:
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (ROOT / "docs" / "traps.md").read_text(encoding="utf-8"), re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 28))
+    for number, held_by in rows:
+        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", held_by)
+        assert named, f"trap {number}"
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file}::{test}"
