@@ -88,7 +88,7 @@ def language_rate(continuations: Sequence[Continuation], known: frozenset[str]) 
 
 def openings(texts: Sequence[str], count: int) -> list[tuple[str, str]]:
     """(first half of the words, the rest) of the first `count` texts that have at least three words."""
-    found = []
+    found: list[tuple[str, str]] = []
     for text in texts:
         breaks = [match.start() for match in re.finditer(r" ", text)]
         if len(breaks) >= 2 and len(found) < count:
