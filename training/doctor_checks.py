@@ -36,6 +36,9 @@ from training.run_folder import Progress
 RELATIVE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest difference of a loss or of a gradient norm between two ways of cutting one batch, relative."""
 _UNCOMPARED = ("seconds", "learning_rate", "skipped")
+_PLAIN_ROWS = 2
+"""Responses of each prompt that are run again in a plain row."""
+_DRAWS = "recipe sampled_ce draws teacher tokens for each row anew, so other rows have another loss"
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ def padding(patient: Patient, extra: int = 5) -> Finding:
 
 def micro_batch(patient: Patient) -> Finding:
     """The update in rows of one group each, and in longer rows than configured."""
+    if patient.config.recipe == "sampled_ce":
+        return Finding(None, _DRAWS)
     metrics = {}
     configured = patient.config.actor.micro_batch_tokens
     for tokens in (1, 2 * configured):
@@ -238,7 +243,7 @@ def _same_step(patient: Patient, metrics: Mapping[str, float], how: str) -> Find
 def packing(patient: Patient) -> Finding:
     """Grouped attention over packed rows against one plain row a response through transformers' own attention."""
     policy, rollout = patient.actor.policy, patient.rollout
-    if not getattr(policy, "grouped", True):
+    if not policy.grouped:
         return Finding(None, "this model is run in plain rows")
     packed_BR = patient.actor.logprobs(rollout)
     compared_BR = packed_BR.clone()
@@ -248,7 +253,7 @@ def packing(patient: Patient) -> Finding:
     try:
         for n, prompt in enumerate(rollout.prompts):
             rows = rollout.rows_of([n])
-            for b in rows[:2]:  # as many on every rank: under ZeRO 3 each pass is a collective
+            for b in rows[:_PLAIN_ROWS]:  # as many on every rank: under ZeRO 3 each pass is a collective
                 ids = torch.tensor([[*prompt.tokens, *rollout.responses[b]]], device=device)
                 logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt.tokens) - 1 : -1].float()
                 logprobs = (logits / patient.config.sampling.temperature).log_softmax(-1)
@@ -257,7 +262,8 @@ def packing(patient: Patient) -> Finding:
     finally:
         model.set_attn_implementation(implementation)
     found, _ = _differences(patient, packed_BR, compared_BR)
-    responses = int(distributed.sum_over_ranks(torch.tensor(2 * len(rollout.prompts))))
+    each = min(_PLAIN_ROWS, rollout.group_size)
+    responses = int(distributed.sum_over_ranks(torch.tensor(each * len(rollout.prompts))))
     return Finding(
         found <= patient.nats,
         f"{responses} responses packed and in plain rows of transformers differ by at most {found:.1e} nats "
@@ -269,6 +275,8 @@ def ranks(patient: Patient) -> Finding:
     """The whole step, sampling and teacher included, by another number of ranks."""
     world = distributed.world_size()
     other = 2 if world == 1 else 1
+    if patient.config.recipe == "sampled_ce":
+        return Finding(None, _DRAWS)
     if torch.cuda.is_available():
         return Finding(None, "on CUDA, start the doctor with another number of ranks and compare")
     if patient.config.student.dtype != "float32":
