@@ -13,8 +13,12 @@ from functools import cached_property
 
 import torch
 
-from rewards.base import RewardInput, length_mask
-from training.losses import policy_loss
+from configs.schema import GRPOConfig
+from rewards.base import RewardInput, RewardOutput, length_mask
+from rewards.teacher_logprob import teacher_logprob_rewards
+from training.distillation import ReverseKL, WholeDistribution
+from training.grpo import grpo_advantages
+from training.losses import policy_loss, token_weights
 
 
 @dataclass(frozen=True)
@@ -142,3 +146,64 @@ def off_by(ours: torch.Tensor, exact: torch.Tensor) -> float:
 def cosine(ours: torch.Tensor, exact: torch.Tensor) -> float:
     """Cosine of the angle between two gradients."""
     return float((ours * exact).sum() / (ours.norm() * exact.norm()))
+
+
+def ones(world: World, rows: torch.Tensor | None = None, **counts: float) -> torch.Tensor:
+    """The product's weights of a sum over tokens, not a mean: Dr. GRPO's with a constant of one token."""
+    lengths_B = world.lengths_B if rows is None else world.lengths_B[rows]
+    counts = {"tokens": 1.0, "responses": 1.0, "constant": 1.0, **counts}
+    return token_weights(lengths_B, world.longest, aggregation="constant", **counts).double()
+
+
+def expected(world: World, table: torch.Tensor, drawn_from: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, R] weight of each token in an expectation of a sum over tokens."""
+    chances_B = world.probabilities(table).detach() if drawn_from is None else drawn_from
+    return chances_B[:, None] * ones(world)
+
+
+def single_step(world: World, table: torch.Tensor, teacher: torch.Tensor, weights_BR: torch.Tensor) -> torch.Tensor:
+    """The product's exact KL at each visited state, times `weights_BR`."""
+    term = ReverseKL(WholeDistribution(teacher, torch.eye(world.vocabulary, dtype=torch.float64)))
+    kl_S = term(table, slice(0, len(table)))
+    return torch.where(world.mask_BR, kl_S[world.states_BR] * weights_BR, 0.0).sum()
+
+
+def scores(world: World, teacher: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    """[B, R] token rewards whose sum is the response's score."""
+    return teacher_logprob_rewards(world.inputs(teacher, teacher), length_alpha=alpha).rewards_BR
+
+
+def in_groups(
+    world: World,
+    reward: RewardOutput,
+    size: int,
+    config: GRPOConfig,
+    aggregation: str = "constant",
+    *,
+    constant: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expected gradient of the policy loss over all groups of `size`, each a mini-batch with its own counts; table."""
+    table = world.table(0)
+    rows, chances = world.groups(table, size)
+    returns_BR = None if reward.returns_BR is None else reward.returns_BR[rows]
+    credit_BR = grpo_advantages(
+        RewardOutput(reward.rewards_BR[rows], returns_BR, {}), world.lengths_B[rows], size, config
+    )
+    weights = [
+        token_weights(world.lengths_B[batch], world.longest, aggregation=aggregation,
+                      tokens=float(world.lengths_B[batch].sum()), responses=float(size), constant=constant)
+        for batch in rows.view(-1, size)
+    ]  # fmt: skip
+    weights_BR = torch.cat(weights).double() * chances.repeat_interleave(size)[:, None]
+    return gradient(world.surrogate(table, credit_BR, weights_BR, rows=rows), table), table
+
+
+def best_scaled(ours: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """The multiple of a gradient that is nearest to the exact one: a bias that no learning rate mends is left."""
+    return ours * (ours * exact).sum() / ours.square().sum()
+
+
+def centred_scores(world: World, table: torch.Tensor) -> torch.Tensor:
+    """[B] scores less their expectation under `table`."""
+    score_B = scores(world, world.table(1)).sum(1)
+    return score_B - (world.probabilities(table).detach() * score_B).sum()
