@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Variant:
     """Key of `Plan.groups`."""
     what: str
     """One line."""
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(hash=False)
     """Keys of the command line of training/main.py with their values."""
 
 
