@@ -8,21 +8,28 @@ from __future__ import annotations
 import pytest
 import torch
 
+from configs.schema import GRPOConfig, RunConfig, SamplingConfig
+from rewards.base import RewardOutput
 from rewards.minillm import minillm_rewards
-from tests.enumeration import World, centred_scores, expected, gradient, off_by, single_step
-from training.losses import mixture_importance, truncated_importance
+from tests.enumeration import World, centred_scores, expected, gradient, off_by, ones, scores, single_step
+from training.experience import Prompt, Rollout, TeacherView
+from training.grpo import grpo_advantages
+from training.losses import forward_kl, kl_loss, mixture_importance, reverse_kl, truncated_importance
 
 WORLDS = [World(3, 4), World(4, 3), World(5, 3), World(3, 3, ends=False)]
 EXACT = 1e-9
 
 
+def mixture_of(world: World, share: float) -> torch.Tensor:
+    """Log-probabilities of the token-by-token mixture: `share` of the teacher."""
+    table, teacher = world.table(0).detach(), world.table(1).detach()
+    return (share * teacher.softmax(-1) + (1 - share) * table.softmax(-1)).log()
+
+
 def mixed(world: World, by: str, *, minillm: bool, share: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
     """Expected gradient with samples of the mixture, and the exact one: of the score, or of the reverse KL."""
     table, teacher = world.table(0), world.table(1)
-    mixture = torch.logsumexp(torch.stack([
-        teacher.detach().log_softmax(-1) + torch.tensor(share).log(),
-        table.detach().log_softmax(-1) + torch.tensor(1 - share).log(),
-    ]), 0)  # fmt: skip
+    mixture = mixture_of(world, share)
     behavior_BR, sampled_BR = world.logprobs(table).detach(), world.logprobs(mixture)
     importance_BR = mixture_importance(behavior_BR, sampled_BR, world.lengths_B, by=by)
     weights_BR = expected(world, table, drawn_from=sampled_BR.sum(1).exp())
@@ -50,6 +57,50 @@ def test_teacher_mixed_sampling_with_token_weights_is_biased(minillm: bool, bias
     """The paper's approximation leaves out how the state was reached and what followed; one token has neither."""
     assert off_by(*mixed(WORLDS[0], "token", minillm=minillm)) == pytest.approx(bias, abs=5e-3)
     assert off_by(*mixed(World(4, 1, ends=False), "token", minillm=minillm)) < EXACT
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_mixed_samples_in_groups_are_exact_with_the_others_as_baseline(size: int) -> None:
+    """The others were drawn from the mixture too, but not with this response: their mean takes no bias in."""
+    world = World(3, 3)
+    table = world.table(0)
+    mixture = mixture_of(world, 0.3)
+    rows, chances = world.groups(mixture, size)
+    reward = RewardOutput(scores(world, world.table(1))[rows], None, {})
+    config = GRPOConfig(baseline="leave_one_out", scale="none", epsilon=0.0)
+    credit_BR = grpo_advantages(reward, world.lengths_B[rows], size, config)
+    importance_BR = mixture_importance(
+        world.logprobs(table).detach(), world.logprobs(mixture), world.lengths_B, by="sequence"
+    )
+    weights_BR = ones(world, rows, responses=float(size)) * chances.repeat_interleave(size)[:, None]
+    ours = -gradient(world.surrogate(table, credit_BR, weights_BR, importance_BR=importance_BR[rows], rows=rows), table)
+    exact = gradient((world.probabilities(table) * scores(world, world.table(1)).sum(1)).sum(), table)
+    assert off_by(ours, exact) < 1e-6
+
+
+def test_responses_that_the_teacher_wrote_whole_are_exact() -> None:
+    """sampling.mix_by response: q(y) = alpha p_T(y) + (1 - alpha) pi(y), one weight a response, at most 1/(1-alpha)."""
+    from training.mixing import importance_of
+
+    world, alpha = World(3, 4), 0.4
+    table, teacher = world.table(0), world.table(1)
+    behavior_BR, teacher_BR = world.logprobs(table).detach(), world.logprobs(teacher).detach()
+    prompt = Prompt(index=0, text="", tokens=(0,), answers=(), question="")
+    rollout = Rollout(
+        prompts=[prompt], group_size=len(world.responses), responses=world.responses, finished_B=world.finished_B,
+        behavior_logprobs_BR=behavior_BR, sampled_logprobs_BR=behavior_BR, texts=[""] * len(world.responses),
+    )  # fmt: skip
+    config = RunConfig(sampling=SamplingConfig(teacher_mix=alpha, mix_by="response"))
+    importance_BR = importance_of(rollout, TeacherView(teacher_BR, None, 0), config)
+    assert importance_BR is not None
+    assert float(importance_BR.max()) <= 1 / (1 - alpha)
+    drawn_B = alpha * teacher_BR.sum(1).exp() + (1 - alpha) * behavior_BR.sum(1).exp()
+    weights_BR = expected(world, table, drawn_from=drawn_B)
+    reward = minillm_rewards(world.inputs(table, teacher), gamma=1.0, length_normalize=False, single_step=True)
+    assert reward.returns_BR is not None
+    loss = world.surrogate(table, reward.returns_BR, weights_BR, importance_BR=importance_BR)
+    ours = gradient(loss + single_step(world, table, teacher, weights_BR * importance_BR), table)
+    assert off_by(ours, gradient(world.reverse_kl(table, teacher), table)) < EXACT
 
 
 def off_policy(world: World, cap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,3 +143,21 @@ def test_token_ratios_off_policy_are_the_gradient_of_the_local_objective() -> No
     assert off_by(ours, gradient(local, table)) < EXACT
     assert off_by(ratio, gradient(local, table)) < EXACT
     assert off_by(ours, exact) == pytest.approx(0.4836, abs=5e-3)
+
+
+@pytest.mark.parametrize(("estimator", "bias"), [("k2", 0.2715), ("k3", 0.9812)])
+def test_sampled_kl_estimators_are_of_the_policy_that_sampled(estimator: str, bias: float) -> None:
+    """In later updates on the same samples nothing weighs them back; `full` sums over the vocabulary and stays right.
+
+    k2 against the reverse KL at the visited states, k3 against the forward one; the samples' policy is rather far.
+    """
+    world = WORLDS[0]
+    table, behavior, reference = world.table(0), world.table(7, scale=0.7).detach(), world.table(2).detach()
+    weights_BR = expected(world, behavior)
+    per_state_BR = (reverse_kl if estimator == "k2" else forward_kl)(table, reference)[world.states_BR]
+    exact = gradient(torch.where(world.mask_BR, per_state_BR * weights_BR, 0.0).sum(), table)
+    mask_BR = world.mask_BR
+    ours = kl_loss(
+        world.logprobs(table)[mask_BR], world.logprobs(reference)[mask_BR], weights_BR[mask_BR], estimator=estimator
+    )
+    assert off_by(gradient(ours, table), exact) == pytest.approx(bias, abs=5e-3)

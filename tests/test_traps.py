@@ -218,6 +218,7 @@ def test_trap_27_the_teacher_is_frozen_and_in_evaluation_mode(one_rank: None, tm
     parameters = list(teacher.model.parameters())
     assert len(parameters) > 10
     assert not any(p.requires_grad or p.grad is not None for p in parameters)
+    teacher.model.requires_grad_(True)  # and if they did want gradients, the forward pass would keep no graph
     row = pack_row([Group(prompt=(5, 6, 7), responses=((8, 9, 10),))])
     with torch.enable_grad():
         hidden = teacher.forward(row.tokens_T, row.positions_T, PackedPlan(row))
