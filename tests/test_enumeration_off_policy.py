@@ -15,6 +15,7 @@ from tests.enumeration import World, centred_scores, expected, gradient, off_by,
 from training.experience import Prompt, Rollout, TeacherView
 from training.grpo import grpo_advantages
 from training.losses import forward_kl, kl_loss, mixture_importance, reverse_kl, truncated_importance
+from training.sampling import truncate
 
 WORLDS = [World(3, 4), World(4, 3), World(5, 3), World(3, 3, ends=False)]
 EXACT = 1e-9
@@ -161,3 +162,33 @@ def test_sampled_kl_estimators_are_of_the_policy_that_sampled(estimator: str, bi
         world.logprobs(table)[mask_BR], world.logprobs(reference)[mask_BR], weights_BR[mask_BR], estimator=estimator
     )
     assert off_by(gradient(ours, table), exact) == pytest.approx(bias, abs=5e-3)
+
+
+@pytest.mark.parametrize(("options", "bias"), [
+    ({"top_k": 0, "top_p": 1.0}, 0.0), ({"top_k": 3, "top_p": 1.0}, 0.3401), ({"top_k": 0, "top_p": 0.9}, 0.2516),
+])  # fmt: skip
+def test_truncated_sampling_is_not_weighed_back(options: dict[str, float], bias: float) -> None:
+    """Top-k and top-p leave tokens out that the objective has: the ratio is 1 (trap 8), and the gradient is biased."""
+    world = World(5, 3)
+    table = world.table(0)
+    drawn = truncate(table.detach().log_softmax(-1), **options)  # type: ignore[arg-type]
+    drawn_B = world.probabilities(drawn)
+    score_B = centred_scores(world, table)
+    exact = gradient((world.probabilities(table) * score_B).sum(), table)
+    weights_BR = expected(world, table, drawn_from=drawn_B)
+    ours = -gradient(world.surrogate(table, score_B[:, None].expand_as(weights_BR), weights_BR), table)
+    assert off_by(ours, exact) == pytest.approx(bias, abs=EXACT if bias == 0 else 5e-3)
+
+
+@pytest.mark.parametrize(("temperature", "bias"), [(1.0, 0.0), (0.7, 0.1729)])
+def test_the_single_step_part_is_at_temperature_one(temperature: float, bias: float) -> None:
+    """MiniLLM sampled at another temperature: the long part is the tempered policy's, the single-step part is not."""
+    world = WORLDS[0]
+    table, teacher = world.table(0), world.table(1)
+    tempered = table / temperature
+    reward = minillm_rewards(world.inputs(tempered, teacher), gamma=1.0, length_normalize=False, single_step=True)
+    assert reward.returns_BR is not None
+    weights_BR = expected(world, tempered)
+    loss = world.surrogate(tempered, reward.returns_BR, weights_BR) + single_step(world, table, teacher, weights_BR)
+    exact = gradient(world.reverse_kl(tempered, teacher), table)
+    assert off_by(gradient(loss, table), exact) == pytest.approx(bias, abs=EXACT if bias == 0 else 5e-3)
