@@ -117,6 +117,12 @@ def _validate_mixing(config: RunConfig) -> None:
         "a mixture is sampled from whole: leave sampling.top_k, top_p and min_p out",
     )
     require(
+        config.actor.rollout == "grouped" or (sampling.teacher_mix == 0 and sampling.min_p == 0),
+        "actor.rollout",
+        config.actor.rollout,
+        "DeepSpeed's interface knows neither sampling.teacher_mix nor sampling.min_p: set both to 0, or use grouped",
+    )
+    require(
         sampling.teacher_mix == 0 or sampling.temperature == 1,
         "sampling.temperature",
         sampling.temperature,

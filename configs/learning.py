@@ -53,6 +53,10 @@ class ActorConfig:
     """Keep the optimizer state in CPU memory (GPU runs, ZeRO 1 to 3)."""
     hybrid_engine: bool = True
     """Use DeepSpeed's hybrid engine, natively where no injected kernel exists."""
+    rollout: Literal["grouped", "deepspeed"] = "grouped"
+    """Who samples: our grouped sampler, or DeepSpeed's rollout engine (injected kernels where they exist)."""
+    check_sampling: bool = True
+    """At start-up compare sampled log-probabilities with the training forward, and go native where they differ."""
     micro_batch_tokens: int = 8192
     """Packed tokens in one forward and backward pass; a longer single group is run by itself."""
     updates_per_rollout: int = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,31 +12,19 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from configs.schema import RunConfig, SamplingConfig
-from inference.packing import Group, PackedRow, pack, scatter_responses
+from inference.packing import PackedRow, pack, scatter_responses
 from rewards.lpt_reward import lpt_loss
 from training import distributed
 from training.adapters import adapter_off, plain_parameters, save_plain
-from training.composite import LossWeights
-from training.deepspeed_engine import Engine, in_step, replace_directory
+from training.composite import TERMS, LossWeights, UpdateInput, counts_of
+from training.data import random_stream
+from training.deepspeed_engine import Engine, RolloutEngine, in_step, replace_directory
 from training.distillation import ReverseKL, WholeDistribution
 from training.experience import Experience, Prompt, Rollout
 from training.losses import kl_loss, policy_loss, token_weights
 from training.policy import Policy, TokenTerm, load_policy
+from training.rollout import DeepSpeedRollout, responses_of
 from training.sampling import Mixture, prompt_generator, sample
-
-
-@dataclass(frozen=True)
-class UpdateInput:
-    """One mini-batch of this rank for one optimizer step."""
-
-    experience: Experience | None
-    """Sampled responses with their advantages; None: supervised text only (stage 1)."""
-    text: Sequence[Group]
-    """L_PT: raw text, the first token as the prompt and the rest as its response."""
-    cloning: Sequence[Group]
-    """L_BC: prompts with the answers to imitate."""
-    weights: LossWeights
-    """Weight of each term in this step."""
 
 
 @dataclass
@@ -68,13 +56,20 @@ class Actor:
             adapter=config.student.adapter,
         )  # fmt: skip
         self.end_tokens = end_tokens(policy, self.tokenizer)
+        pad = self.tokenizer.pad_token_id  # 0 is a pad id like any other (trap 17)
+        self.pad_token = self.end_tokens[0] if pad is None else int(pad)
         if config.actor.zero_stage == 3:
             policy.agree = lambda chunks: int(distributed.max_over_ranks(chunks))
         self.engine = Engine(
             policy, config.actor, peak_learning_rate=learning_rate, zero_stage=config.actor.zero_stage,
             dtype=config.student.dtype, hybrid=config.actor.hybrid_engine, total_steps=total_steps,
+            injected_tokens=0 if config.actor.rollout == "grouped" else room_for_sequences(config),
         )  # fmt: skip
         self.engine.module.eval()
+        self.rollout: RolloutEngine | None = None
+        """Another engine that samples, in place of ours."""
+        if config.actor.rollout == "deepspeed":
+            self.rollout = DeepSpeedRollout(self.engine, self.end_tokens, self.pad_token)
         self._teacher_output_VD = None if teacher_output_VD is None else teacher_output_VD.to(self.engine.device)
 
     @property
@@ -90,6 +85,8 @@ class Actor:
     ) -> Rollout:  # fmt: skip
         """Answer this rank's prompts; seeds are (config.seed, step, prompt index). Collective under ZeRO 3."""
         sampling = sampling or self._config.sampling
+        if self.rollout is not None and mixture is None:
+            return self._sample_elsewhere(self.rollout, prompts, sampling, step, greedy)
         generators = None if greedy else [prompt_generator(self._config.seed, step, p.index) for p in prompts]
         samples = sample(
             self.policy, [p.tokens for p in prompts], sampling, end_tokens=self.end_tokens, generators=generators,
@@ -105,6 +102,25 @@ class Actor:
             sampled_logprobs_BR=samples.drawn_logprobs_BR,
             texts=self.texts(samples.responses),
         )
+
+    def _sample_elsewhere(
+        self, engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingConfig, step: int, greedy: bool
+    ) -> Rollout:
+        """Another engine's samples. It says no log-probabilities, so the training forward's stand for them."""
+        # Engines draw from torch's own stream; it belongs to (seed, step, rank) here, and is put back.
+        with torch.random.fork_rng(devices=[self.engine.device] if self.engine.device.type == "cuda" else []):
+            torch.manual_seed(random_stream(self._config.seed, step, distributed.rank()).initial_seed())
+            responses = responses_of(
+                engine, [p.tokens for p in prompts], sampling, end_tokens=self.end_tokens, greedy=greedy,
+                pad_token=self.pad_token, device=self.engine.device,
+            )  # fmt: skip
+        blank = torch.zeros(len(responses), max((len(r) for r in responses), default=0))
+        finished_B = torch.tensor([bool(r) and r[-1] in self.end_tokens for r in responses], dtype=torch.bool)
+        rollout = Rollout(
+            list(prompts), sampling.group_size, responses, finished_B, blank, blank, self.texts(responses)
+        )
+        logprobs_BR = self.logprobs(rollout)
+        return replace(rollout, behavior_logprobs_BR=logprobs_BR, sampled_logprobs_BR=logprobs_BR)
 
     def texts(self, responses: Sequence[tuple[int, ...]]) -> list[str]:
         """Response texts, special symbols removed, stripped."""
@@ -137,6 +153,14 @@ class Actor:
         with adapter_off(self.policy.model) if start_of_run else nullcontext():
             return self._each_token(rollout, one)
 
+    @torch.no_grad()
+    def entropies(self, rollout: Rollout) -> torch.Tensor:
+        """Entropy of the student at each response token's state, nats, float32 [B, R]. Collective under ZeRO 3."""
+        temperature = self._config.sampling.temperature
+        return self._each_token(
+            rollout, lambda row: self.policy(row.to(self.engine.device), temperature=temperature).entropy_S
+        )
+
     def _each_token(self, rollout: Rollout, one: Callable[[PackedRow], torch.Tensor]) -> torch.Tensor:
         """A number for each response token, row by row, in step with the other ranks, float32 [B, R]."""
         rows = in_step(pack(rollout.groups(), self._config.actor.micro_batch_tokens))
@@ -168,7 +192,7 @@ class Actor:
 
     def _optimizer_step(self, batch: UpdateInput, step: int, rate_factor: float, shares: bool) -> dict[str, float]:
         sums = _Sums({})
-        counts = distributed.sum_metrics(_counts(batch))
+        counts = distributed.sum_metrics(counts_of(batch))
         jobs = self._jobs(batch, counts, sums, step)
         measured = self._gradient_shares(batch, counts, step) if shares else {}
         norm, rate, applied = self.engine.update(jobs, step, rate_factor=rate_factor)
@@ -333,8 +357,9 @@ class Actor:
         self.tokenizer.save_pretrained(directory)
 
 
-TERMS = ("policy", "kl", "pt", "bc", "single_step")
-"""Terms of the composite loss."""
+def room_for_sequences(config: RunConfig) -> int:
+    """Longest prompt plus response, in tokens."""
+    return config.data.max_prompt_tokens + config.sampling.max_new_tokens
 
 
 def batch_order(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:
@@ -353,17 +378,3 @@ def end_tokens(policy: Policy, tokenizer: object) -> tuple[int, ...]:
     if not found:
         raise ValueError("student.path: the model names no end-of-sequence token; set eos_token_id in its config")
     return tuple(sorted(found))
-
-
-def _counts(batch: UpdateInput) -> dict[str, float]:
-    """This rank's denominators."""
-    tokens = responses = 0.0
-    if batch.experience is not None:
-        lengths = batch.experience.rollout.lengths_B
-        tokens, responses = float(lengths.sum()), float(len(lengths))
-    return {
-        "tokens": tokens,
-        "responses": responses,
-        "pt": float(sum(len(r) for g in batch.text for r in g.responses)),
-        "bc": float(sum(len(r) for g in batch.cloning for r in g.responses)),
-    }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from configs.schema import RunConfig
+from inference.packing import Group
+from training.experience import Experience
 from training.losses import schedule_factor
+
+TERMS = ("policy", "kl", "pt", "bc", "single_step")
+"""Terms of the composite loss."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,34 @@ class LossWeights:
 
 SUPERVISED = LossWeights(bc=1.0)
 """Stage 1, and supervised phases."""
+
+
+@dataclass(frozen=True)
+class UpdateInput:
+    """One mini-batch of this rank for one optimizer step."""
+
+    experience: Experience | None
+    """Sampled responses with their advantages; None: supervised text only (stage 1)."""
+    text: Sequence[Group]
+    """L_PT: raw text, the first token as the prompt and the rest as its response."""
+    cloning: Sequence[Group]
+    """L_BC: prompts with the answers to imitate."""
+    weights: LossWeights
+    """Weight of each term in this step."""
+
+
+def counts_of(batch: UpdateInput) -> dict[str, float]:
+    """This rank's denominators."""
+    tokens = responses = 0.0
+    if batch.experience is not None:
+        lengths = batch.experience.rollout.lengths_B
+        tokens, responses = float(lengths.sum()), float(len(lengths))
+    return {
+        "tokens": tokens,
+        "responses": responses,
+        "pt": float(sum(len(r) for g in batch.text for r in g.responses)),
+        "bc": float(sum(len(r) for g in batch.cloning for r in g.responses)),
+    }
 
 
 def single_step_coef(config: RunConfig, same_tokenizer: bool) -> float:

@@ -18,11 +18,19 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime import hybrid_engine
+from deepspeed.runtime.rollout import base as rollout_interface
+from deepspeed.runtime.rollout.base import RolloutBatch as RolloutBatch
+from deepspeed.runtime.rollout.base import RolloutEngine as RolloutEngine
+from deepspeed.runtime.rollout.base import RolloutRequest as RolloutRequest
+from deepspeed.runtime.rollout.hybrid_engine_rollout import HybridEngineRollout as HybridEngineRollout
 from deepspeed.utils import logger as deepspeed_logger
 
 from configs.schema import ActorConfig
 from inference.packing import Group, PackedRow, pack_row
 from training import distributed
+
+RolloutSampling = rollout_interface.SamplingConfig
+"""DeepSpeed's own sampling settings (ours have the same name)."""
 
 
 def start_distributed() -> None:
@@ -55,7 +63,7 @@ class Engine:
 
     def __init__(
         self, module: torch.nn.Module, config: ActorConfig, *, peak_learning_rate: float, zero_stage: int, dtype: str,
-        hybrid: bool, total_steps: int,
+        hybrid: bool, total_steps: int, injected_tokens: int = 0,
     ) -> None:  # fmt: skip
         self._schedule = dict(
             peak=peak_learning_rate, schedule=config.schedule, warmup=config.warmup_steps, total=total_steps
@@ -71,8 +79,10 @@ class Engine:
             fused=True,
         )
         # The hybrid engine's injected kernels replace the layers that grouped attention needs, exist for few models
-        # and for none on CPU. Without policies it stays native for every model.
-        hybrid_engine.replace_policies.clear()
+        # and for none on CPU. Without policies it stays native for every model. `injected_tokens`, the longest sequence
+        # that its kernels are to sample, asks for them where they exist.
+        if not (injected_tokens and torch.cuda.is_available()):
+            hybrid_engine.replace_policies.clear()
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -81,7 +91,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**12,
-            "hybrid_engine": {"enabled": hybrid, "max_out_tokens": 1},
+            "hybrid_engine": {"enabled": hybrid, "max_out_tokens": max(injected_tokens, 1)},
         }
         if dtype == "bfloat16":
             settings["bf16"] = {"enabled": True, "check_grad_overflow": True}

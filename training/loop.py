@@ -13,11 +13,10 @@ from tqdm import tqdm
 from configs.schema import RunConfig
 from inference.packing import Group
 from training import distributed
-from training.actor import UpdateInput
 from training.batch import Batch, has_signal
 from training.clock import Clock
 from training.collect import Models, collect, imitated, make_experience
-from training.composite import SUPERVISED, LossWeights
+from training.composite import SUPERVISED, LossWeights, UpdateInput
 from training.data import positions_of_step, share_of_rank
 from training.experience import Experience, Prompt
 from training.ppo import next_kl_coefficient

@@ -61,6 +61,17 @@ class Policy(nn.Module):
         if getattr(self.model, "_supports_attention_backend", False):
             self.model.set_attn_implementation("sdpa")
 
+    def generate(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """transformers' own `generate`, with its own attention: what DeepSpeed's rollout engine calls."""
+        implementation = self.model.config._attn_implementation
+        if self.grouped:
+            self.model.set_attn_implementation("sdpa")
+        try:
+            return self.model.generate(*arguments, **options)
+        finally:
+            if self.grouped:
+                self.model.set_attn_implementation(implementation)
+
     @property
     def config(self) -> Any:
         """The Hugging Face configuration; DeepSpeed looks for it here."""

@@ -37,6 +37,7 @@ from training.preflight import Inputs, check_files, check_world, load_inputs, wi
 from training.recipes import RECIPES, check_recipe
 from training.reference import FrozenCopy, Reference, make_reference
 from training.run_folder import Progress, RunFolder, comparison_table
+from training.sampling_check import SamplingBroken, check_sampling
 from training.stopping import REQUEUE, StopRequest, watch_launcher
 from training.teaching import TeacherFacts, TeacherLink, teacher_facts
 
@@ -82,7 +83,7 @@ def run(config: RunConfig) -> int:
         except TeacherLost as error:
             log.error("%s; run the same command again to go on from the last checkpoint", error)
             return REQUEUE
-        except (TeacherRefused, TeacherDied) as error:
+        except (TeacherRefused, TeacherDied, SamplingBroken) as error:
             log.error("%s", error)
             return 1
 
@@ -162,6 +163,8 @@ def start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
         learning_rate=config.actor.learning_rate, teacher_output_VD=output_VD,
         divergence=RECIPES[config.recipe].divergence,
     )  # fmt: skip
+    if config.actor.check_sampling:
+        check_sampling(actor, setup.inputs.corpus.prompts[:4], config)
     reference, start = _references(config, actor)
     total = config.steps * config.actor.updates_per_rollout
     critical = config.algo == "ppo" and RECIPES[config.recipe].policy_gradient

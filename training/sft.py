@@ -89,8 +89,8 @@ def fit(config: RunConfig, examples: Sequence[Group], heldout: Sequence[Prompt])
     from tqdm import tqdm
 
     from training import distributed
-    from training.actor import Actor, UpdateInput
-    from training.composite import SUPERVISED
+    from training.actor import Actor
+    from training.composite import SUPERVISED, UpdateInput
     from training.data import positions_of_step, share_of_rank
     from training.evaluation import greedy_answers, score_answers
     from training.run_folder import RunFolder
