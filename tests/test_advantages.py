@@ -120,6 +120,16 @@ def test_grpo_batch_scale_divides_all_groups_alike() -> None:
     assert got[:, 0].tolist() == pytest.approx([x / 5**0.5 for x in (-1, 1, -3, 3)])
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-4])
+def test_a_batch_without_any_signal_gives_zero(scale: str, epsilon: float) -> None:
+    config = GRPOConfig(scale=scale, epsilon=epsilon)  # type: ignore[arg-type]
+    rewards, lengths = torch.full((4, 1), 0.1), torch.tensor([1, 1, 1, 1])
+    for returns in (None, rewards):
+        got = grpo_advantages(RewardOutput(rewards, returns, {}), lengths, 2, config)
+        assert got.tolist() == [[0.0]] * 4
+
+
 def test_ppo_penalises_the_distance_to_the_reference() -> None:
     mask = torch.tensor([[True, True, False]])
     got = penalised_rewards(

@@ -32,5 +32,6 @@ def grpo_advantages(reward: RewardOutput, lengths_B: torch.Tensor, group_size: i
         count, total, squares = distributed.sum_over_ranks(masked_sums(advantages_BR, mask_BR)).tolist()
         # Centred by group already; only the scale is the batch's.
         std = max(squares / max(count, 1.0) - (total / max(count, 1.0)) ** 2, 0.0) ** 0.5
-        advantages_BR = advantages_BR / (std + config.epsilon)
+        if std > 0.0:  # without any signal all are 0 already
+            advantages_BR = advantages_BR / (std + config.epsilon)
     return advantages_BR
