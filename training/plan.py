@@ -32,7 +32,7 @@ def plan(config: RunConfig) -> int:
     """Print the plan; returns the exit code. Raises ValueError naming key, value and mend."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config, facts, notes = read_models(config)
-    tracer = Tracer(facts, config.student.dtype)
+    tracer = Tracer(facts, config.student)
     print("\n".join(report(config, tracer, notes)), flush=True)
     return 0
 
@@ -65,6 +65,8 @@ def read_models(config: RunConfig) -> tuple[RunConfig, ModelFacts, list[str]]:
         raise ValueError(f"teacher.path = {config.teacher.path!r}: {error}") from None
     same, how = _same_tokenizer(student, teacher, shapes.vocab_size == architecture.vocab_size)
     notes.append(f"tokenizers: taken as {'equal' if same else 'different'} ({how})")
+    if config.student.adapter.four_bit:
+        notes.append("student.adapter.four_bit: the frozen weights are counted in student.dtype, not in 4 bits")
     config = replace(
         config,
         student=replace(config.student, path=str(student or DEMO)),
@@ -151,26 +153,27 @@ class Need:
 
     cards: int | None
     """None: no number is enough."""
-    settings: str
-    """What has to be set besides the configuration; empty where it fits as it is."""
+    settings: str = ""
+    """What has to be set besides the configuration."""
 
 
-def smallest_trainer(config: RunConfig, tracer: Tracer, card: int) -> Need:
-    """Fewest cards for the trainer as configured; else with the change that needs fewest, offload as a last resort."""
+def fewest_cards(config: RunConfig, tracer: Tracer, card: int) -> Need:
+    """Fewest cards for the trainer as it is configured."""
+    fits = (w for w in world_sizes(config) if rank_memory(config, tracer, w).total <= usable(card))
+    return Need(next(fits, None))
 
-    def fewest(changed: RunConfig) -> int | None:
-        fits = (w for w in world_sizes(changed) if rank_memory(changed, tracer, w).total <= usable(card))
-        return next(fits, None)
 
-    cards = fewest(config)
-    if cards is not None:
-        return Need(cards, "")
+def fewest_with_changes(config: RunConfig, tracer: Tracer, card: int) -> Need:
+    """The change of settings that needs fewest cards; offload only where nothing else is enough."""
     for offload in (False, True):
-        tried = [(fewest(changed), settings) for settings, changed in alternatives(config, offload=offload)]
-        found = [(cards, settings) for cards, settings in tried if cards is not None]
+        tried = [
+            Need(fewest_cards(changed, tracer, card).cards, settings)
+            for settings, changed in alternatives(config, offload=offload)
+        ]
+        found = [need for need in tried if need.cards is not None]
         if found:
-            return Need(*min(found, key=lambda one: one[0]))  # of equals the first, which changes least
-    return Need(None, "")
+            return min(found, key=lambda need: need.cards or 0)  # of equals the first, which changes least
+    return Need(None)
 
 
 def tensor_parallel_sizes(heads: int) -> list[int]:
@@ -262,10 +265,12 @@ def _cards_table(config: RunConfig, tracer: Tracer) -> list[str]:
     for card in CARDS:
         teacher = smallest_teacher(config, tracer.facts, card)
         for name in get_args(Algorithm):
-            need = smallest_trainer(replace(config, algo=name), tracer, card)
+            chosen = replace(config, algo=name)
+            need, changed = fewest_cards(chosen, tracer, card), fewest_with_changes(chosen, tracer, card)
             together = None if need.cards is None or teacher is None else need.cards + teacher
             cells = ["none" if n is None else str(n) for n in (need.cards, teacher, together)]
-            with_what = f"   with {need.settings}" if need.settings else ""
-            lines.append(_line(f"{card} GB, {name.upper()}", cells, 20) + with_what)
+            fewer = changed.cards is not None and (need.cards is None or changed.cards < need.cards)
+            remark = f"   trainer {changed.cards} with {changed.settings}" if fewer else ""
+            lines.append(_line(f"{card} GB, {name.upper()}", cells, 20) + remark)
     lines.append("  teacher: its number is its tensor-parallel size (--teacher.tensor_parallel)")
     return lines

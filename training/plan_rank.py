@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from configs.schema import RunConfig, SamplingConfig
+from configs.schema import RunConfig, SamplingConfig, StudentConfig
 from inference.families import Architecture
 from inference.packing import Group, PackedRow, pack_row
 from training.distillation import ReverseKL, WholeDistribution
@@ -98,9 +98,13 @@ def parameters_of(module: nn.Module) -> Parameters:
     )
 
 
-def needs_reference(config: RunConfig) -> bool:
-    """As training/run.py decides it."""
-    return config.ppo.kl_penalty > 0 if config.algo == "ppo" else config.loss.kl_coef > 0
+def reference_copies(config: RunConfig) -> int:
+    """Frozen copies of the student, as training/run.py and training/reference.py make them."""
+    limited, fixed = config.reference.kl_limit is not None, config.reference.update == "fixed"
+    wanted = config.loss.kl_coef > 0 or (config.algo == "ppo" and config.ppo.kl_penalty > 0)
+    copies = int(wanted or (limited and fixed)) + int(limited and not fixed)
+    switched_off = config.student.adapter.rank > 0 and fixed and config.loss.kl_estimator != "full"
+    return 0 if switched_off else copies
 
 
 def single_step(config: RunConfig, same_tokenizer: bool) -> bool:
@@ -112,14 +116,16 @@ def single_step(config: RunConfig, same_tokenizer: bool) -> bool:
 class Tracer:
     """Traces of the student and the critic on the meta device, each made once."""
 
-    def __init__(self, facts: ModelFacts, dtype: str) -> None:
-        self.facts, self.dtype = facts, dtype
+    def __init__(self, facts: ModelFacts, student: StudentConfig) -> None:
+        self.facts, self.dtype, self.adapter = facts, student.dtype, student.adapter
         self.student = parameters_of(self._policy(False))
         self.critic = parameters_of(self._value(None))
 
     @functools.cache  # noqa: B019 - lives as long as the plan
     def _policy(self, checkpointing: bool, layers: int | None = None) -> Policy:
-        return meta_policy(self.facts.student, self.dtype, gradient_checkpointing=checkpointing, layers=layers)
+        return meta_policy(
+            self.facts.student, self.dtype, gradient_checkpointing=checkpointing, layers=layers, adapter=self.adapter
+        )
 
     @functools.cache  # noqa: B019
     def _value(self, layers: int | None) -> nn.Module:
@@ -129,22 +135,27 @@ class Tracer:
         with META:
             return ValueModel(policy.model.base_model, self.facts.critic.hidden_size).to(policy.model.dtype)
 
-    @functools.cache  # noqa: B019
     def update(self, config: RunConfig, prompts: int, blocks: int) -> UpdatePeaks:
         """The worse of the actor's packed row of so many prompts and of one of so many L_PT blocks (0: none)."""
-        rows = [(self._row(config, prompts), single_step(config, self.facts.same_tokenizer))]
-        if blocks:
-            block = Group((0,), ((0,) * (config.data.text_block_tokens - 1),))
-            rows.append((pack_row([block] * blocks), False))
+        rows = [self._policy_row(config, prompts)] + ([self._text_row(config, blocks)] if blocks else [])
+        return UpdatePeaks(*(max(each) for each in zip(*rows, strict=True)))
 
+    @functools.cache  # noqa: B019
+    def _policy_row(self, config: RunConfig, prompts: int) -> tuple[int, ...]:
+        term = single_step(config, self.facts.same_tokenizer)
+        return self._student_update(config, self._row(config, prompts), term)
+
+    @functools.cache  # noqa: B019
+    def _text_row(self, config: RunConfig, blocks: int) -> tuple[int, ...]:
+        block = Group((0,), ((0,) * (config.data.text_block_tokens - 1),))
+        return self._student_update(config, pack_row([block] * blocks), False)
+
+    def _student_update(self, config: RunConfig, row: PackedRow, term: bool) -> tuple[int, ...]:
         def trace(layers: int | None) -> tuple[int, ...]:
             policy = self._policy(config.student.gradient_checkpointing, layers)
-            peaks = []
-            for row, term in rows:
-                peaks.append(_as_tuple(update_peaks(policy, functools.partial(self._loss, policy, row, config, term))))
-            return tuple(max(each) for each in zip(*peaks, strict=True))
+            return _as_tuple(update_peaks(policy, lambda: self._loss(policy, row, config, term)))
 
-        return UpdatePeaks(*_at_depth(trace, self.facts.student))
+        return _at_depth(trace, self.facts.student)
 
     @functools.cache  # noqa: B019
     def critic_update(self, config: RunConfig, prompts: int) -> UpdatePeaks:
@@ -216,8 +227,8 @@ def rank_memory(config: RunConfig, tracer: Tracer, world: int, device: Device = 
     actor = EngineSettings(config.actor.zero_stage, world, config.actor.offload, device)
     state = engine_state(tracer.student, actor)
     static = _parts("student", state)
-    if needs_reference(config):
-        static["reference"] = element * tracer.student.total
+    if reference_copies(config):
+        static["reference"] = reference_copies(config) * element * tracer.student.total
     if facts.same_tokenizer:
         static["teacher's output layer"] = 4 * facts.teacher.vocab_size * facts.teacher.hidden_size
     host, mine = state.host, -(-config.prompts_per_step // world)

@@ -90,7 +90,9 @@ def _layer_peak(a: Architecture, config: RunConfig, size: int, prompt_tokens: in
     norm = torch.empty(H, device=META)
     with fused_attention(), LiveBytes() as tracker:
         plan = PackedPlan(row)
-        residual = empty(T, H)
+        # Teacher.forward holds the embeddings, Megatron's block the layer's input, until the layer is done.
+        held = empty(T, H), empty(T, H)
+        residual = held[1] * 1.0
         normed = F.rms_norm(residual.float(), (H,), norm).to(dtype)
         q, k, v = (normed @ qkv.T).split([heads * D, groups * D, groups * D], -1)
         query, key = q.reshape(T, heads, D) * 1.0, k.reshape(T, groups, D) * 1.0  # rotated
@@ -105,4 +107,5 @@ def _layer_peak(a: Architecture, config: RunConfig, size: int, prompt_tokens: in
         else:
             up = F.gelu(up)
         residual = residual + up @ fc2.T
+        del held
     return tracker.peak

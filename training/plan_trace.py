@@ -20,9 +20,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from configs.schema import RunConfig, SamplingConfig
+from configs.schema import AdapterConfig, RunConfig, SamplingConfig
 from inference.attention import DecodePlan, PrefillPlan, register_with_transformers
 from inference.packing import Group, PackedRow, pack, pack_row
+from training.adapters import add_adapter
 from training.policy import DTYPES, Policy
 from training.sampling import draw, truncate
 
@@ -101,11 +102,12 @@ def fused_attention() -> Any:
 
 
 def meta_policy(
-    model_config: Any, dtype: str, *, gradient_checkpointing: bool = False, layers: int | None = None
-) -> Policy:
+    model_config: Any, dtype: str, *, gradient_checkpointing: bool = False, layers: int | None = None,
+    adapter: AdapterConfig | None = None,
+) -> Policy:  # fmt: skip
     """What `load_policy` gives, without weights. `model_config`: transformers' configuration of the text model.
 
-    `layers`: only the first ones.
+    `layers`: only the first ones. Raises ValueError for a model that grouped attention does not reach.
     """
     from transformers import AutoModelForCausalLM
 
@@ -119,10 +121,15 @@ def meta_policy(
             setattr(model_config, name, 0.0)
     with META:
         model = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[dtype])
+    policy = Policy(model)
+    if not policy.grouped:
+        raise ValueError(f"student.path: {type(model).__name__} runs in plain rows, which --plan does not know")
     model.set_attn_implementation(register_with_transformers())
+    if adapter is not None and adapter.rank > 0:
+        with META:
+            add_adapter(model, adapter)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model)
     model.base_model.register_forward_pre_hook(_inputs_on_meta, with_kwargs=True)
     return policy
 
