@@ -146,6 +146,7 @@ def answered(policy: Policy) -> torch.Tensor:
         return policy(pack_row([Group(prompt=(5, 6, 7), responses=((8, 9, 10, 2), (11, 12)))])).logprobs_S
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("adapter", [False, True])
 def test_trap_19_dropout_is_off_even_in_training_mode(adapter: bool, tmp_path: Path) -> None:
     path = forgetful_model(tmp_path / "base")
