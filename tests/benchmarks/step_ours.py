@@ -35,9 +35,9 @@ from configs.schema import (
 from inference.client import TeacherClient
 from inference.fingerprint import tokenizer_fingerprint
 from inference.launch import start_local_teacher
-from training.actor import Actor, UpdateInput
+from training.actor import Actor
 from training.collect import reward_of
-from training.composite import LossWeights
+from training.composite import LossWeights, UpdateInput
 from training.deepspeed_engine import start_distributed
 from training.experience import Experience, Prompt
 from training.grpo import grpo_advantages
