@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from configs.schema import GRPOConfig, PPOConfig
 from rewards.base import RewardInput, length_mask
 from rewards.lpt_reward import lpt_loss
-from rewards.minillm import minillm_rewards
+from rewards.minillm import mean_return, minillm_rewards
 from rewards.teacher_logprob import teacher_logprob_rewards
+from training.advantages import gae
 from training.grpo import grpo_advantages
 from training.losses import (
     generalized_jsd,
@@ -244,3 +245,25 @@ def test_another_groups_rewards_change_nothing_in_this_group(batch: Batch, choic
     alone, _ = advantages(batch.rows(first), choices)
     together, _ = advantages(batch, choices)
     assert close(alone, together[:GROUP])
+
+
+@some
+@given(batches, st.floats(0, 1), st.floats(0, 1), st.booleans(), st.sampled_from([0, 1]))
+def test_returns_and_advantages_are_the_sums_that_define_them(
+    batch: Batch, gamma: float, lam: float, normalize: bool, first: int
+) -> None:
+    """`mean_return` and `gae` run backwards over the tokens; here each entry is its own sum."""
+    rewards_BR, values_BR = batch.teacher_BR, batch.values_BR
+    returns_BR = mean_return(rewards_BR, batch.lengths_B, gamma=gamma, normalize=normalize, first=first)
+    advantages_BR, targets_BR = gae(rewards_BR, values_BR, batch.lengths_B, gamma=gamma, lam=lam)
+    for b, length in enumerate(batch.lengths_B.tolist()):
+        rewards, values = rewards_BR[b].tolist(), [*values_BR[b, :length].tolist(), 0.0]
+        for t in range(length):
+            powers = [gamma ** (k - t - first) for k in range(t + first, length)]
+            total = sum(power * rewards[t + first + i] for i, power in enumerate(powers))
+            expected = total / sum(powers) if normalize and powers else total
+            assert abs(float(returns_BR[b, t]) - expected) < 1e-9
+            deltas = [rewards[k] + gamma * values[k + 1] - values[k] for k in range(t, length)]
+            expected = sum((gamma * lam) ** i * delta for i, delta in enumerate(deltas))
+            assert abs(float(advantages_BR[b, t]) - expected) < 1e-9
+            assert abs(float(targets_BR[b, t]) - expected - values[t]) < 1e-9

@@ -1,8 +1,6 @@
-"""Losses by hand, by autograd of the exact objective, and however the batch is cut."""
+"""Losses by hand, and however the batch is cut. Expected gradients: test_enumeration.py."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
@@ -147,62 +145,6 @@ def test_reverse_kl_is_exact_and_not_negative() -> None:
     expected = sum(p * (p / q).log() for p, q in zip(policy[0], teacher[0], strict=True))
     assert float(reverse_kl(policy.log(), teacher.log() + 3.0)) == pytest.approx(float(expected), abs=1e-6)
     assert float(reverse_kl(policy.log(), policy.log())) == pytest.approx(0.0, abs=1e-7)
-
-
-def sequences(vocabulary: int, length: int) -> list[tuple[int, ...]]:
-    return list(itertools.product(range(vocabulary), repeat=length))
-
-
-def test_the_policy_gradient_of_all_sequences_is_that_of_the_exact_objective() -> None:
-    """Enumeration: expectation of our surrogate's gradient = autograd of E[reward], in float64."""
-    torch.manual_seed(0)
-    table = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)  # logits at step t, independent of the past
-    rewards = {y: float(torch.randn(())) for y in sequences(4, 3)}
-    logprobs = table.log_softmax(-1)
-
-    def logprob(y: tuple[int, ...]) -> torch.Tensor:
-        return torch.stack([logprobs[t, token] for t, token in enumerate(y)])
-
-    objective = sum(logprob(y).sum().exp() * r for y, r in rewards.items())
-    (exact,) = torch.autograd.grad(objective, table, retain_graph=True)
-    surrogate = torch.zeros((), dtype=torch.float64)
-    for y, r in rewards.items():
-        values = logprob(y)
-        loss, _ = policy_loss(
-            values, values.detach(), torch.full((3,), r, dtype=torch.float64), torch.ones(3, dtype=torch.float64),
-            torch.zeros(3, dtype=torch.int64), **ONE,
-        )  # fmt: skip
-        surrogate = surrogate + values.sum().exp().detach() * loss
-    (ours,) = torch.autograd.grad(surrogate, table)
-    assert torch.allclose(-ours, exact, atol=1e-10)
-
-
-def test_minillm_single_step_plus_long_part_is_the_gradient_of_the_reverse_kl() -> None:
-    """arXiv 2306.08543, eq. 3, by enumeration in float64 (no length normalisation, no clipping in play)."""
-    from rewards.minillm import mean_return
-
-    torch.manual_seed(1)
-    table = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(3, 4, dtype=torch.float64).log_softmax(-1)
-    logprobs = table.log_softmax(-1)
-    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - teacher)).sum(), table, retain_graph=True)
-    total = torch.zeros((), dtype=torch.float64)
-    for y in sequences(4, 3):
-        values = torch.stack([logprobs[t, token] for t, token in enumerate(y)])
-        reward = torch.stack([teacher[t, token] for t, token in enumerate(y)]) - values.detach()
-        credit = mean_return(reward[None], torch.tensor([3]), gamma=1.0, normalize=False, first=1)[0]
-        long, _ = policy_loss(
-            values,
-            values.detach(),
-            credit,
-            torch.ones(3, dtype=torch.float64),
-            torch.zeros(3, dtype=torch.int64),
-            **ONE,
-        )
-        single = (logprobs.exp() * (logprobs - teacher)).sum()
-        total = total + values.sum().exp().detach() * (long + single)
-    (ours,) = torch.autograd.grad(total, table)
-    assert torch.allclose(ours, exact, atol=1e-10)
 
 
 @settings(max_examples=40, deadline=None)
