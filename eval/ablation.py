@@ -238,10 +238,12 @@ def render(plan: Plan, results: Sequence[Result], judge: Mapping[str, float], mi
     ]
     parts = parts_table(plan, results)
     if parts:
-        chance = 0.5 ** (len(seeds) - 1)
+        star = (
+            " `*`: every seed agrees in sign, which happens by chance in "
+            f"{100 * 0.5 ** (len(seeds) - 1):.0f} % of cases where there is no difference at all."
+        )
         lines += [
-            "Differences to `full`, paired by seed. `*`: every seed agrees in sign, which happens by chance in "
-            f"{100 * chance:.0f} % of cases where there is no difference at all.",
+            f"Differences to `full`, paired by seed.{star if len(seeds) > 1 else ''}",
             "",
             *parts,
             "",
