@@ -61,11 +61,13 @@ def tokenizers(patient: Patient) -> Finding:
         return Finding(
             patient.models.teacher.same_tokenizer, f"one tokenizer ({prints[0][:8]}): student tokens are teacher tokens"
         )
+    if patient.models.teacher.same_tokenizer:
+        return Finding(False, f"two tokenizers ({prints[0][:8]}, {prints[1][:8]}), but the run takes them for one")
     other = AutoTokenizer.from_pretrained(teacher)
     texts = [prompt.text for prompt in patient.rollout.prompts]
     changed = [t for t in texts if other.decode(other(t)["input_ids"], skip_special_tokens=True).strip() != t.strip()]
     return Finding(
-        not changed and not patient.models.teacher.same_tokenizer,
+        not changed,
         f"two tokenizers ({prints[0][:8]}, {prints[1][:8]}): text is tokenised again for the teacher, a response's "
         f"total comes back on its last token; {len(changed)} of {len(texts)} prompts change on the way (allowed 0)",
     )
