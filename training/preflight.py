@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.jsonl import read_jsonl, read_questions
 from configs.schema import DEMO, RunConfig, require
 from inference.checks import check_teacher
@@ -53,6 +55,12 @@ def check_files(config: RunConfig) -> None:
         )
     else:
         check_teacher(Path(config.teacher.path), config.teacher.tensor_parallel)
+    require(
+        not config.student.adapter.four_bit or torch.cuda.is_available(),
+        "student.adapter.four_bit",
+        config.student.adapter.four_bit,
+        "4-bit weights are sampled from on CUDA devices only; set it to False here",
+    )
     data = config.data
     for key, path in (("data.prompts", data.prompts), ("data.warmup", data.warmup), ("data.heldout", data.heldout)):
         if path != DEMO:
