@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ablation (configs/ablation.yaml): every variant with every seed on the embedded demo, then the table and the plot.
 #
-#   bash slurm/run_ablation.sh [--jobs 2] [--seeds 0 1 2] [--only full no-kl] [--steps 240] [--runs_dir DIR] [--docs]
+#   bash slurm/run_ablation.sh [--jobs 2] [--seeds 0 1 2] [--only full no-kl] [--steps 300] [--runs_dir DIR] [--docs]
 #   sbatch --array=0-44 slurm/run_ablation.sh          one run a task; afterwards the line above makes the table
 #
 # Finished runs are not started again. Settings are in configs/; other arguments go to each run (--demo_size tiny).
