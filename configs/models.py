@@ -32,7 +32,7 @@ class StudentConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and compute type of the student, the reference and the critic. Log-softmax is always float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass (the critic's too): less memory, about a third more time."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """Train an adapter only."""
 

@@ -23,8 +23,8 @@ import torch
 from configs.schema import ActorConfig, CriticConfig, LossConfig, RunConfig, SamplingConfig, StudentConfig
 from inference.packing import Group
 from training import distributed
-from training.actor import Actor, UpdateInput
-from training.composite import LossWeights
+from training.actor import Actor
+from training.composite import LossWeights, UpdateInput
 from training.critic import Critic
 from training.deepspeed_engine import Engine, start_distributed
 from training.experience import Experience, Prompt, Rollout

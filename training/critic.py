@@ -46,7 +46,10 @@ class Critic:
 
     def __init__(self, config: RunConfig, student_path: Path, *, total_steps: int) -> None:
         self._config = config
-        policy = load_policy(config.critic.path or student_path, config.student.dtype)
+        policy = load_policy(
+            config.critic.path or student_path, config.student.dtype,
+            gradient_checkpointing=config.student.gradient_checkpointing,
+        )  # fmt: skip
         hidden_size = policy.config.get_text_config().hidden_size
         self.engine = Engine(
             ValueModel(policy.model.base_model, hidden_size, grouped=policy.grouped).to(policy.model.dtype),

@@ -21,12 +21,12 @@ from configs.schema import RunConfig, as_dict
 from inference.doctor import TOLERANCE
 from inference.launch import SECRET, launcherless_environment
 from training import distributed
-from training.actor import Actor, UpdateInput
+from training.actor import Actor
 from training.batch import Batch
 from training.cli import ROOT, dump_config
 from training.clock import Clock
 from training.collect import Models, collect, make_experience, reward_of
-from training.composite import LossWeights
+from training.composite import LossWeights, UpdateInput
 from training.experience import Experience, Rollout
 from training.loop import describe, prompts_of_step, update
 from training.recipes import RECIPES

@@ -128,10 +128,10 @@ class Tracer:
         )
 
     @functools.cache  # noqa: B019
-    def _value(self, layers: int | None) -> nn.Module:
+    def _value(self, layers: int | None, checkpointing: bool = False) -> nn.Module:
         from training.critic import ValueModel
 
-        policy = meta_policy(self.facts.critic, self.dtype, layers=layers)
+        policy = meta_policy(self.facts.critic, self.dtype, gradient_checkpointing=checkpointing, layers=layers)
         with META:
             return ValueModel(policy.model.base_model, self.facts.critic.hidden_size).to(policy.model.dtype)
 
@@ -159,11 +159,11 @@ class Tracer:
 
     @functools.cache  # noqa: B019
     def critic_update(self, config: RunConfig, prompts: int) -> UpdatePeaks:
-        """The critic's. It has no gradient checkpointing."""
+        """The critic's."""
         row = self._row(config, prompts)
 
         def trace(layers: int | None) -> tuple[int, ...]:
-            module = self._value(layers)
+            module = self._value(layers, config.student.gradient_checkpointing)
             return _as_tuple(update_peaks(module, lambda: module(row).sum()))
 
         return UpdatePeaks(*_at_depth(trace, self.facts.critic))
