@@ -77,7 +77,13 @@ def validate(config: RunConfig) -> None:
             schedule.steps,
             "must be at least 1",
         )
-    _at_least(loss, "loss.", 0, "gradient_shares_every")
+    _at_least(loss, "loss.", 0, "gradient_shares_every", "single_step_entries")
+    require(
+        loss.single_step_entries == 0 or config.recipe not in ("gkd", "sampled_ce"),
+        "loss.single_step_entries",
+        loss.single_step_entries,
+        f"recipe {config.recipe} needs the whole distribution: set it to 0",
+    )
     _validate_around(config)
     require(
         not loss.pt_coef or config.data.text is not None,

@@ -162,6 +162,9 @@ class LossConfig:
     """L_BC examples a step, over all ranks."""
     single_step_coef: float | None = None
     """lambda_1, weight of MiniLLM's exact single-step KL. None: 1 with minillm and equal tokenizers, else 0."""
+    single_step_entries: int = 0
+    """L_single from the teacher's K likeliest entries and one bucket for the rest: a lower bound that spares the
+    trainer the product with the teacher's output layer, for a second request. 0: exact, from its hidden states."""
     policy_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Course of policy_coef over the run."""
     kl_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

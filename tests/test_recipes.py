@@ -107,6 +107,16 @@ def test_responses_of_the_teacher_among_the_students_carry_their_weight(tmp_path
     assert all("groups/without_signal" in row for row in rows)
 
 
+def test_the_teachers_likeliest_entries_bound_the_single_step_term_from_below(tmp_path: Path, demo_cache: Path) -> None:
+    def first(*options: str) -> dict[str, float]:
+        name = options[-1] if options else "exact"
+        return metrics(run(tmp_path / name, demo_cache, "--steps", "1", *options))[0]
+
+    exact, most, few = first(), first("--loss.single_step_entries", "64"), first("--loss.single_step_entries", "2")
+    assert 0 < few["loss/single_step"] < most["loss/single_step"] < exact["loss/single_step"]
+    assert few["kl/teacher"] == pytest.approx(exact["kl/teacher"], rel=1e-4)  # the same samples, the same scores
+
+
 def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, demo_cache: Path) -> None:
     options = ["--steps", "6", "--reference.kl_limit", "0.001", "--actor.learning_rate", "0.01"]
     folder = run(tmp_path, demo_cache, *options)

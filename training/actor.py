@@ -19,7 +19,7 @@ from training.adapters import adapter_off, plain_parameters, save_plain
 from training.composite import TERMS, LossWeights, UpdateInput, counts_of
 from training.data import random_stream
 from training.deepspeed_engine import Engine, RolloutEngine, in_step, replace_directory
-from training.distillation import ReverseKL, WholeDistribution
+from training.distillation import ReverseKL, TailReverseKL, WholeDistribution
 from training.experience import Experience, Prompt, Rollout
 from training.losses import kl_loss, policy_loss, token_weights
 from training.policy import Policy, TokenTerm, load_policy
@@ -247,7 +247,12 @@ class Actor:
     ) -> dict[str, TokenTerm]:
         """What the forward pass has to say of whole distributions."""
         terms: dict[str, TokenTerm] = {}
-        if weights.single_step > 0 and experience.teacher_hidden_SD is not None:
+        if weights.single_step > 0 and experience.teacher_entries is not None:
+            some = experience.teacher_entries.select(index_S)
+            terms["single_step"] = TailReverseKL(
+                some.ids_SK.to(self.engine.device), some.logprobs_SK.to(self.engine.device)
+            )
+        elif weights.single_step > 0 and experience.teacher_hidden_SD is not None:
             terms["single_step"] = self._divergence(
                 self._teacher(experience.teacher_hidden_SD, index_S), self._config, seed
             )

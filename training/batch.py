@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from rewards.base import RewardOutput
 from training.distillation import WholeDistribution
-from training.experience import Rollout, TeacherView, tokens_of_rows
+from training.experience import Rollout, TeacherEntries, TeacherView, tokens_of_rows
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def replaced(batch: Batch, fresh: Batch, places: Sequence[int]) -> Batch:
         return both
 
     hidden = [x.view.hidden_SD for x in (batch, fresh)]
+    some = [x.view.entries for x in (batch, fresh)]
     states = [x.reference_states for x in (batch, fresh)]
     return Batch(
         rollout=replace(
@@ -67,6 +68,12 @@ def replaced(batch: Batch, fresh: Batch, places: Sequence[int]) -> Batch:
             padded(batch.view.logprobs_BR, fresh.view.logprobs_BR),
             None if hidden[0] is None or hidden[1] is None else torch.cat([hidden[0], hidden[1]])[tokens],
             batch.view.scored_tokens + fresh.view.scored_tokens,
+            None
+            if some[0] is None or some[1] is None
+            else TeacherEntries(
+                torch.cat([some[0].ids_SK, some[1].ids_SK])[tokens],
+                torch.cat([some[0].logprobs_SK, some[1].logprobs_SK])[tokens],
+            ),
         ),
         reward=RewardOutput(
             padded(batch.reward.rewards_BR, fresh.reward.rewards_BR),

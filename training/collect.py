@@ -76,7 +76,9 @@ def _answered(
     """Sample, then the teacher's scores while reference and critic run."""
     with clock("sample"):
         rollout = _answers(models, config, prompts, step)
-    waiting = models.teacher.ask(rollout, whole_distribution=weights.single_step > 0)
+    waiting = models.teacher.ask(
+        rollout, whole_distribution=weights.single_step > 0, entries=config.loss.single_step_entries
+    )
     full = config.loss.kl_estimator == "full" and weights.kl > 0
     with clock("reference"):
         reference_BR = models.reference.logprobs(rollout) if models.reference else None
@@ -161,7 +163,7 @@ def make_experience(batch: Batch, config: RunConfig, kl_coef: float) -> tuple[Ex
         importance_BR = cut_BR if importance_BR is None else importance_BR * cut_BR
     experience = Experience(
         rollout, advantages_BR, batch.reference_BR, view.hidden_SD, batch.values_BR, returns_BR, batch.old_BR,
-        importance_BR, batch.reference_states,
+        importance_BR, view.entries, batch.reference_states,
     )  # fmt: skip
     keep_N = finite_N
     if config.grpo.no_signal == "skip" and config.algo == "grpo":

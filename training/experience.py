@@ -94,6 +94,20 @@ def tokens_of_rows(lengths_B: torch.Tensor, rows: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
+class TeacherEntries:
+    """K entries of the teacher's distribution before each response token in batch order; the rest has the rest."""
+
+    ids_SK: torch.Tensor
+    """int64 [S, K]."""
+    logprobs_SK: torch.Tensor
+    """float32 [S, K] nats, of the whole softmax."""
+
+    def select(self, tokens: Sequence[int] | torch.Tensor) -> TeacherEntries:
+        """Those of some of the tokens."""
+        return TeacherEntries(self.ids_SK[tokens], self.logprobs_SK[tokens])
+
+
+@dataclass(frozen=True)
 class TeacherView:
     """What the teacher says of a rollout, carried to the student's tokens."""
 
@@ -103,6 +117,8 @@ class TeacherView:
     """float32 [S, D] teacher's last hidden state for each response token in batch order (b, then t), or None."""
     scored_tokens: int
     """Response tokens that the teacher scored, in its own tokens."""
+    entries: TeacherEntries | None = None
+    """The teacher's likeliest entries in place of its hidden states, or None."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,8 @@ class Experience:
     """float32 [B, R] of the training forward before the first update, where the ratio is taken to that."""
     importance_BR: torch.Tensor | None = None
     """float32 [B, R] weights of samples that the policy itself did not draw, or None: all 1."""
+    teacher_entries: TeacherEntries | None = None
+    """In place of `teacher_hidden_SD`, where only the likeliest entries were asked for."""
     reference_states: WholeDistribution | None = None
     """The reference's whole distribution at each response token in batch order, for the full KL, or None."""
 
@@ -144,5 +162,6 @@ class Experience:
             returns_BR=pick(self.returns_BR),
             old_logprobs_BR=pick(self.old_logprobs_BR),
             importance_BR=pick(self.importance_BR),
+            teacher_entries=None if self.teacher_entries is None else self.teacher_entries.select(tokens),
             reference_states=None if self.reference_states is None else self.reference_states.select(tokens),
         )

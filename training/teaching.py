@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from inference.output_layer import load_output_layer
 from inference.packing import groups_of
 from inference.replies import TeacherNext
 from rewards.base import place_on_last_token
-from training.experience import Prompt, Rollout, TeacherView
+from training.experience import Prompt, Rollout, TeacherEntries, TeacherView
 
 PendingView = Callable[[], TeacherView]
 """Waits for the teacher and returns what it said."""
@@ -69,14 +69,17 @@ class TeacherLink:
         """Student tokens are teacher tokens."""
         return self._facts.same_tokenizer
 
-    def ask(self, rollout: Rollout, *, whole_distribution: bool) -> PendingView:
+    def ask(self, rollout: Rollout, *, whole_distribution: bool, entries: int = 0) -> PendingView:
         """Send a rollout to be scored; call the result to wait for it.
 
         `whole_distribution`: the teacher's last hidden states come back as well, which with its output layer give
-        its distribution over the whole vocabulary (equal tokenizers only).
+        its distribution over the whole vocabulary (equal tokenizers only). With `entries` K above 0, its K likeliest
+        entries come in their place.
         """
         if not self.same_tokenizer:
             return self._ask_for_text(rollout)
+        if whole_distribution and entries > 0:
+            return self._ask_for_entries(rollout, entries)
         if whole_distribution and self._output_VD is not None:
             return self._ask_for_hidden(rollout, self._output_VD)
         return self._ask_for_tokens(rollout)
@@ -88,6 +91,15 @@ class TeacherLink:
             score = future.result()
             logprobs_BR = score.padded(score.logprobs_S, rollout.behavior_logprobs_BR.shape[1])
             return TeacherView(logprobs_BR, None, len(score.logprobs_S))
+
+        return wait
+
+    def _ask_for_entries(self, rollout: Rollout, count: int) -> PendingView:
+        tokens, likeliest = self._ask_for_tokens(rollout), self._client.topk(rollout.groups(), count)
+
+        def wait() -> TeacherView:
+            answer = likeliest.result()
+            return replace(tokens(), entries=TeacherEntries(answer.ids_SK, answer.logprobs_SK))
 
         return wait
 
