@@ -125,6 +125,9 @@ def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, demo_cache:
     assert len(rows) < 6
     assert rows[-1]["kl/start"] > 0.001
     assert all(row["kl/start"] <= 0.001 for row in rows[:-1])
+    again = finish(command(tmp_path, demo_cache, *FEW, *options))
+    assert "finished already" in again.stdout
+    assert metrics(folder) == rows
 
 
 def test_a_student_too_far_from_its_start_is_slowed_down(tmp_path: Path, demo_cache: Path) -> None:

@@ -52,7 +52,7 @@ def train(
     )
     skipped_in_a_row = 0
     status = "finished"
-    while progress.step < config.steps:
+    while progress.step < config.steps and not progress.kl_limit_reached:
         step, clock = progress.step, Clock()
         weights = recipe.weights(config, step, models.teacher.same_tokenizer)
         prompts = prompts_of_step(corpus, config, step)
@@ -68,27 +68,21 @@ def train(
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
         metrics |= describe(batch, experience, dropped)
         metrics |= clock.finish()
-        too_far = _advance(progress, metrics, config)
+        _advance(progress, metrics, config)
         if distributed.is_main():
             _record(folder, step, metrics, batch, config, bar)
         stopping = distributed.any_rank(stop.requested)
         gave_up = skipped_in_a_row >= config.actor.max_skipped
-        if (
-            stopping
-            or gave_up
-            or too_far
-            or progress.step % config.checkpoint.every == 0
-            or progress.step == config.steps
-        ):
+        due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
+        if due or stopping or gave_up or progress.kl_limit_reached:
             save_checkpoint(models, folder, progress, config)
         if gave_up:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
             break
-        if too_far:
+        if progress.kl_limit_reached:
             log.warning("stopped at step %d: KL to the start of the run is %.3f nats a token, reference.kl_limit = %s",
                         progress.step, metrics["kl/start"], config.reference.kl_limit)  # fmt: skip
-            break  # a run that has gone as far as it may is finished
         if stopping and progress.step < config.steps:
             status = "stopped"
             break
@@ -200,8 +194,8 @@ def describe(batch: Batch, experience: Experience, dropped: int) -> dict[str, fl
     }
 
 
-def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -> bool:
-    """Count the step in; whether the run has gone as far from its start as it may."""
+def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -> None:
+    """Count the step in, and steer what is steered by it."""
     progress.step += 1
     progress.skipped_updates += int(metrics["skipped"] > 0)
     for phase in ("total", "sample", "teacher", "reference", "update"):
@@ -214,12 +208,12 @@ def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -
         progress.kl_coef = next_kl_coefficient(progress.kl_coef, metrics["kl/reference"], config.ppo, responses)
     limit, distance = config.reference.kl_limit, metrics.get("kl/start")
     if limit is None or distance is None:
-        return False
+        return
     if config.reference.kl_action == "back_off":
         metrics["learning_rate/factor"] = progress.rate_factor
         progress.rate_factor = progress.rate_factor / 2 if distance > limit else min(2 * progress.rate_factor, 1.0)
-        return False
-    return distance > limit
+    else:
+        progress.kl_limit_reached = distance > limit
 
 
 def _record(folder: RunFolder, step: int, metrics: dict[str, float], batch: Batch, config: RunConfig, bar: Any) -> None:

@@ -238,6 +238,7 @@ def _write_summary(setup: Setup, progress: Progress, status: str, evaluations: M
             "seconds": {k: round(v, 3) for k, v in progress.seconds.items()},
             "tokens": progress.tokens,
             "skipped_updates": progress.skipped_updates,
+            "kl_limit_reached": progress.kl_limit_reached,
             **evaluations,
         },
     )
@@ -246,7 +247,9 @@ def _write_summary(setup: Setup, progress: Progress, status: str, evaluations: M
 def already_finished(folder: RunFolder, config: RunConfig) -> bool:
     """Show the table of a run that has nothing left to do."""
     summary = folder.read_json("summary.json")
-    if summary is None or summary["status"] != "finished" or summary["steps"] < config.steps:
+    if summary is None or summary["status"] != "finished":
+        return False
+    if summary["steps"] < config.steps and not summary.get("kl_limit_reached"):
         return False
     if distributed.environment_rank() == 0:
         _print_table(folder, summary)

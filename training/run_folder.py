@@ -24,6 +24,8 @@ class Progress:
     """PPO's KL coefficient in force."""
     rate_factor: float = 1.0
     """Factor on the learning rate while the student is too far from its start (reference.kl_action: back_off)."""
+    kl_limit_reached: bool = False
+    """The student is as far from its start as it may get (reference.kl_limit)."""
     skipped_updates: int = 0
     """Updates left out for a non-finite loss or score."""
     seconds: dict[str, float] = field(default_factory=dict)
