@@ -99,7 +99,7 @@ def summary_of(run: Path) -> dict[str, Any] | None:
 def is_finished(run: Path, steps: int) -> bool:
     """Whether a run has done all its steps (training/main.py decides in the same way)."""
     summary = summary_of(run)
-    return summary is not None and summary["steps"] >= steps
+    return summary is not None and (summary["steps"] >= steps or bool(summary.get("kl_limit_reached")))
 
 
 def run_config(run: Path) -> dict[str, Any]:

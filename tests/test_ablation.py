@@ -261,6 +261,18 @@ def test_tables_are_those_worked_out_by_hand(made_up: tuple[Path, list[str]]) ->
     ]
 
 
+def test_which_runs_are_finished(made_up: tuple[Path, list[str]]) -> None:
+    """As training/run.py decides: all steps, or ended by the KL limit; not what was stopped, nor what is not there."""
+    runs, _ = made_up
+    assert is_finished(runs / "full-seed0", 10)
+    assert not is_finished(runs / "full-seed0", 11)
+    assert not is_finished(runs / "seqkd-seed1", 10)
+    assert not is_finished(runs / "nothing", 1)
+    summary = json.loads((runs / "full-seed0" / "summary.json").read_text())
+    (runs / "full-seed0" / "summary.json").write_text(json.dumps(summary | {"kl_limit_reached": True}))
+    assert is_finished(runs / "full-seed0", 11)
+
+
 def test_models_are_measured_once_and_again_when_they_change(made_up: tuple[Path, list[str]]) -> None:
     runs, measured = made_up
     first = results_of(runs)
