@@ -6,10 +6,11 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -17,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # says what DeepSpeed would find out with a warning
 
 import deepspeed
+from deepspeed.ops.op_builder import InferenceBuilder
 from deepspeed.runtime import hybrid_engine
 from deepspeed.runtime.rollout import base as rollout_interface
 from deepspeed.runtime.rollout.base import RolloutBatch as RolloutBatch
@@ -29,6 +31,9 @@ from configs.schema import ActorConfig
 from inference.packing import Group, PackedRow, pack_row
 from training import distributed
 
+log = logging.getLogger(__name__)
+FAMILIES = tuple(hybrid_engine.replace_policies)
+"""What DeepSpeed has injected kernels for."""
 RolloutSampling = rollout_interface.SamplingConfig
 """DeepSpeed's own sampling settings (ours have the same name)."""
 
@@ -58,6 +63,52 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: 
     return peak
 
 
+def kernels_can_be_had() -> bool:
+    """Whether the hybrid engine's kernels load here: on CUDA, where they are compiled at first use, with nvcc."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        InferenceBuilder().load()
+    except Exception as error:  # no CUDA toolkit, one of another version, a compiler's own errors
+        log.warning(
+            "actor.rollout = 'deepspeed': its kernels cannot be built (%s); it samples with transformers' generate",
+            " ".join(str(error).split())[:300],
+        )
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _injection(wanted: bool) -> Iterator[None]:
+    """How the hybrid engine sets itself up: with injected kernels where it can, or native.
+
+    Injected kernels replace the layers that grouped attention needs, exist for few models and for none on CPU. Without
+    families it stays native for every model, and needs no workspace of its kernels, which would be compiled for it.
+    """
+    hybrid_engine.replace_policies[:] = FAMILIES if wanted else ()
+    create = hybrid_engine.DeepSpeedHybridEngine.create_inference_module
+
+    def create_or_stay_native(engine: Any) -> None:
+        try:
+            create(engine)
+        except Exception as error:  # such as rotary embeddings that its kernels do not have
+            log.warning(
+                "actor.rollout = 'deepspeed': its kernels do not take this model (%s); it samples with transformers' "
+                "generate", " ".join(str(error).split())[:300],
+            )  # fmt: skip
+            hybrid_engine.replace_policies.clear()
+            for known in (engine._inference_containers, engine._orig_modules, engine._orig_fwds):
+                known.clear()
+            create(engine)
+
+    with contextlib.ExitStack() as stack:
+        target = hybrid_engine.DeepSpeedHybridEngine
+        stack.enter_context(mock.patch.object(target, "create_inference_module", create_or_stay_native))
+        if not wanted:
+            stack.enter_context(mock.patch.object(hybrid_engine, "WorkspaceOp", lambda: None))
+        yield
+
+
 class Engine:
     """A module under DeepSpeed. Losses carry their global denominators, so gradients are summed over ranks."""
 
@@ -78,11 +129,6 @@ class Engine:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        # The hybrid engine's injected kernels replace the layers that grouped attention needs, exist for few models
-        # and for none on CPU. Without policies it stays native for every model. `injected_tokens`, the longest sequence
-        # that its kernels are to sample, asks for them where they exist.
-        if not (injected_tokens and torch.cuda.is_available()):
-            hybrid_engine.replace_policies.clear()
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -97,8 +143,13 @@ class Engine:
             settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if config.offload and zero_stage > 0:
             settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        with contextlib.redirect_stdout(None):
+        # `injected_tokens`, the longest sequence that the hybrid engine's kernels are to sample, asks for them.
+        inject = injected_tokens > 0 and kernels_can_be_had()
+        with contextlib.redirect_stdout(None), _injection(inject):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        if zero_stage == 0 and distributed.world_size() == 1:
+            # DeepSpeed would copy all gradients into one tensor, "reduce" it over one rank and copy them back.
+            self.engine.enable_backward_allreduce = False
         self.device = torch.device(self.engine.device)
 
     @property
