@@ -29,12 +29,24 @@ from training.sampling import Mixture, prompt_generator, sample
 
 @dataclass
 class _Sums:
-    """Local sums over the rows of one optimizer step, for the log."""
+    """Local sums over the rows of one optimizer step, for the log. They stay on the device until `numbers`: a number
+    that is read makes the host wait for everything before it."""
 
-    values: dict[str, float]
+    values: dict[str, torch.Tensor]
 
-    def add(self, name: str, value: torch.Tensor | float) -> None:
-        self.values[name] = self.values.get(name, 0.0) + float(value)
+    def add(self, name: str, value: torch.Tensor) -> None:
+        value = value.detach().double()
+        self.values[name] = self.values[name] + value if name in self.values else value
+
+    def largest(self, name: str, value: torch.Tensor) -> None:
+        value = value.detach().double()
+        self.values[name] = torch.maximum(self.values[name], value) if name in self.values else value
+
+    def numbers(self) -> dict[str, float]:
+        """All of them, in one transfer."""
+        if not self.values:
+            return {}
+        return dict(zip(self.values, torch.stack([*self.values.values()]).tolist(), strict=True))
 
 
 Divergence = Callable[[WholeDistribution, RunConfig, int], TokenTerm]
@@ -196,8 +208,9 @@ class Actor:
         jobs = self._jobs(batch, counts, sums, step)
         measured = self._gradient_shares(batch, counts, step) if shares else {}
         norm, rate, applied = self.engine.update(jobs, step, rate_factor=rate_factor)
-        biggest = sums.values.pop("mismatch/max", 0.0)
-        metrics = distributed.sum_metrics(sums.values)
+        numbers = sums.numbers()
+        biggest = numbers.pop("mismatch/max", 0.0)
+        metrics = distributed.sum_metrics(numbers)
         if batch.experience is not None:
             metrics["mismatch/max"] = distributed.max_over_ranks(biggest)
         return {**metrics, **measured, "grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
@@ -288,6 +301,7 @@ class Actor:
             reference_S = experience.reference_logprobs_BR[at].to(device)
             with torch.no_grad():
                 k3 = torch.exp(reference_S - out.logprobs_S) - 1 + out.logprobs_S - reference_S
+                k3 = k3 if importance_S is None else k3 * importance_S
                 sums.add("kl/reference", k3.sum() * mean)
             if weights.kl > 0 and "kl" not in terms:
                 parts["kl"] = kl_loss(out.logprobs_S, reference_S, token_S, estimator=config.kl_estimator)
@@ -300,7 +314,7 @@ class Actor:
             sums.add("clip_share", clipped_S.sum() * mean)
             sums.add("mismatch/mean", gap_S.sum() * mean)
             if used and len(gap_S):
-                sums.values["mismatch/max"] = max(sums.values.get("mismatch/max", 0.0), float(gap_S.max()))
+                sums.largest("mismatch/max", gap_S.max())
         return self._weighted(parts, weights, sums)
 
     def _weighted(self, parts: dict[str, torch.Tensor], weights: LossWeights, sums: _Sums) -> dict[str, torch.Tensor]:
@@ -308,7 +322,7 @@ class Actor:
         weighted = {name: value * getattr(weights, name) for name, value in parts.items()}
         for name, value in parts.items():
             sums.add(f"loss/{name}", value.detach())
-        sums.add("loss/total", sum(float(v.detach()) for v in weighted.values()))
+        sums.add("loss/total", torch.stack([v.detach().double() for v in weighted.values()]).sum())
         return weighted
 
     def _language_model_loss(

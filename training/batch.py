@@ -28,6 +28,8 @@ class Batch:
     """float32 [B, R] log-probabilities of the start of the run, where they are limited."""
     values_BR: torch.Tensor | None
     """float32 [B, R] the critic's."""
+    importance_BR: torch.Tensor | None
+    """float32 [B, R] weights of samples that the policy itself did not draw, or None: all 1."""
     reference_states: WholeDistribution | None
     """The reference's whole distribution at each token, for the full KL."""
 
@@ -84,6 +86,7 @@ def replaced(batch: Batch, fresh: Batch, places: Sequence[int]) -> Batch:
         reference_BR=by_response(batch.reference_BR, fresh.reference_BR),
         start_BR=by_response(batch.start_BR, fresh.start_BR),
         values_BR=by_response(batch.values_BR, fresh.values_BR),
+        importance_BR=by_response(batch.importance_BR, fresh.importance_BR),
         reference_states=None
         if states[0] is None or states[1] is None
         else WholeDistribution(torch.cat([states[0].hidden_SD, states[1].hidden_SD])[tokens], states[0].output_VD),

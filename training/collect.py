@@ -89,7 +89,11 @@ def _answered(
     with clock("teacher"):
         view = waiting()
     reward = reward_of(rollout, view, config, weights.single_step > 0)
-    return Batch(rollout, view, reward, old_BR, reference_BR, start_BR, values_BR, states)
+    importance_BR = importance_of(rollout, view, config)
+    if old_BR is not None and config.loss.importance_cap is not None:
+        cut_BR = truncated_importance(old_BR, rollout.behavior_logprobs_BR, config.loss.importance_cap)
+        importance_BR = cut_BR if importance_BR is None else importance_BR * cut_BR
+    return Batch(rollout, view, reward, old_BR, reference_BR, start_BR, values_BR, importance_BR, states)
 
 
 def _answers(models: Models, config: RunConfig, prompts: Sequence[Prompt], step: int) -> Rollout:
@@ -144,7 +148,7 @@ def reward_of(rollout: Rollout, view: TeacherView, config: RunConfig, single_ste
 
 
 def make_experience(batch: Batch, config: RunConfig, kl_coef: float) -> tuple[Experience, int]:
-    """Advantages and importance weights; groups with a non-finite score, and on request those without signal, are left
+    """Advantages; groups with a non-finite score, and on request those without signal, are left
     out. Returns the number of non-finite groups too. Collective."""
     rollout, view = batch.rollout, batch.view
     finite_B = torch.isfinite(view.logprobs_BR).all(1) & torch.isfinite(rollout.behavior_logprobs_BR).all(1)
@@ -157,13 +161,9 @@ def make_experience(batch: Batch, config: RunConfig, kl_coef: float) -> tuple[Ex
         returns = None if reward.returns_BR is None else torch.where(ok_B1, reward.returns_BR, 0.0)
         reward = replace(reward, rewards_BR=torch.where(ok_B1, reward.rewards_BR, 0.0), returns_BR=returns)
     advantages_BR, returns_BR = _advantages(batch, reward, config, kl_coef)
-    importance_BR = importance_of(rollout, view, config)
-    if batch.old_BR is not None and config.loss.importance_cap is not None:
-        cut_BR = truncated_importance(batch.old_BR, rollout.behavior_logprobs_BR, config.loss.importance_cap)
-        importance_BR = cut_BR if importance_BR is None else importance_BR * cut_BR
     experience = Experience(
         rollout, advantages_BR, batch.reference_BR, view.hidden_SD, batch.values_BR, returns_BR, batch.old_BR,
-        importance_BR, view.entries, batch.reference_states,
+        batch.importance_BR, view.entries, batch.reference_states,
     )  # fmt: skip
     keep_N = finite_N
     if config.grpo.no_signal == "skip" and config.algo == "grpo":

@@ -158,7 +158,7 @@ def _supervised_phase(models: Models, corpus: Corpus, config: RunConfig, progres
 def describe(batch: Batch, experience: Experience, dropped: int) -> dict[str, float]:
     """Numbers of a step that do not come from the update, over all ranks. Collective."""
     rollout, view, reward = batch.rollout, batch.view, batch.reward
-    lengths_B, start_BR = rollout.lengths_B, batch.start_BR
+    lengths_B, start_BR, importance_BR = rollout.lengths_B, batch.start_BR, batch.importance_BR
     gap_BR = rollout.behavior_logprobs_BR - view.logprobs_BR
     sums = {
         "responses": float(len(lengths_B)),
@@ -173,10 +173,10 @@ def describe(batch: Batch, experience: Experience, dropped: int) -> dict[str, fl
     }
     if start_BR is not None:
         moved_BR = start_BR - rollout.behavior_logprobs_BR
-        sums["start"] = float(torch.where(rollout.mask_BR, moved_BR.exp() - 1 - moved_BR, 0.0).nan_to_num().sum())
-    if experience.importance_BR is not None:
-        kept = experience.rollout.mask_BR
-        sums["importance"] = float(experience.importance_BR[kept].sum())
+        k3_BR = torch.where(rollout.mask_BR, moved_BR.exp() - 1 - moved_BR, 0.0)
+        sums["start"] = float((k3_BR if importance_BR is None else k3_BR * importance_BR).nan_to_num().sum())
+    if importance_BR is not None:
+        sums["importance"] = float(importance_BR.nan_to_num().sum())
     sums = distributed.sum_metrics(sums)
     responses, tokens = max(sums["responses"], 1.0), max(sums["tokens"], 1.0)
     extra = {"kl/start": "start", "importance/mean": "importance"}
