@@ -148,7 +148,7 @@ def _flat_copy(p: Parameters, s: EngineSettings, *, only_overflow: bool = False)
     """The copy of a bucket that is sent: gradients of several owners are joined for the collective."""
     if only_overflow and p.trainable <= BUCKET:
         return 0
-    joined = s.world > 1 or s.zero_stage in (0, 3)  # a bucket with one owner is sent as it is
+    joined = s.world > 1 or s.zero_stage == 3  # a bucket with one owner is sent as it is, one rank's not at all
     return p.element * min(BUCKET, p.trainable) if joined else 0
 
 
@@ -168,17 +168,14 @@ def _reduction(p: Parameters, s: EngineSettings) -> int:
 
 
 def _adam(p: Parameters, s: EngineSettings) -> int:
-    """The optimizer step: float32 gradients of this rank's part and Adam's temporaries."""
+    """The optimizer step: float32 gradients of this rank's part; the fused AdamW has no temporaries."""
     if s.offloads:
         return 0  # on the host
     n, part, b = p.trainable, share(p.trainable, s.world), p.element
     if s.zero_stage == 0:
-        gradients = b * n + (4 * n if b == 2 else 0)
-        return gradients + (4 * n if s.device == "cuda" else 8 * p.largest)
+        return b * n + (4 * n if b == 2 else 0)
     if s.zero_stage == 3:
         part = min(part, SUB_GROUP)
-    # cuda: square roots of the second moment; CPU: those, and their quotient.
-    temporaries = (4 if s.device == "cuda" else 8) * part
     kept = b * part if s.zero_stage < 3 else 0  # gradients that the flat copy is made from
     flat = kept + b * part + (4 * part if b == 2 else 0)
-    return max(flat, 4 * part + temporaries)
+    return max(flat, 4 * part)
