@@ -21,6 +21,8 @@ from inference.wire import Request
 Evaluate = Callable[[PackedRow, torch.Tensor, torch.Tensor], list[torch.Tensor]]
 BLOCK_COLUMNS = 8192
 """Vocabulary columns that a bfloat16 output layer is widened to float32 by at a time."""
+WIDE_PRODUCT = "dtype" in torch.ops.aten.mm.overloads()
+"""Whether this torch (2.8) has bfloat16 products with a float32 result, on CUDA only."""
 
 
 class Scorer:
@@ -84,7 +86,7 @@ class Scorer:
         weight = self.teacher.output_weight[: self.teacher.columns]
         if weight.dtype == torch.float32:
             return hidden_SH @ weight.T
-        if weight.is_cuda:
+        if weight.is_cuda and WIDE_PRODUCT:
             return torch.mm(hidden_SH, weight.T, out_dtype=torch.float32)
         hidden = hidden_SH.float()
         out = hidden.new_empty(hidden.shape[0], weight.shape[0])

@@ -224,9 +224,18 @@ def _init_distributed(world: int, rank: int, store_address: str | None, listen_f
 
     from inference.session import c10d as dist
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        devices = torch.cuda.device_count()
+        torch.cuda.set_device(rank % devices)
+        alone = listen_fd is not None or store_address is not None
+        if devices >= (world if alone else int(os.environ.get("LOCAL_WORLD_SIZE", world))):  # ranks of this machine
+            backend = "cpu:gloo,cuda:nccl"
+        elif rank == 0:  # NCCL refuses two ranks on one device; gloo carries CUDA tensors through the host
+            logger.warning(
+                "teacher.tensor_parallel = %d: more than the %d GPUs here, so ranks share them and talk through the "
+                "host, which is slow; use %d", world, devices, devices,
+            )  # fmt: skip
     timeout = timedelta(seconds=COLLECTIVE_S)
     if listen_fd is None and store_address is None:
         dist.init_process_group(backend, timeout=timeout)  # torchrun

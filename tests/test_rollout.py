@@ -35,6 +35,16 @@ prompts = [Prompt(i, "", p, (), "") for i, p in enumerate([(3, 4, 5, 6), (7, 8),
 actor = Actor(config, path, total_steps=1, learning_rate=1e-3)
 case, out = sys.argv[3], {{}}
 
+class Broken(RolloutEngine):  # its kernels are broken: it draws whatever
+    name = "broken"
+    def generate(self, request, sampling):
+        batch = GroupedRollout(actor.policy, (), pad_token=0).generate(request, sampling)
+        start = int(batch.response_start_idx[0])
+        batch.input_ids[:, start:] = torch.randint(3, 50, batch.input_ids[:, start:].shape)
+        return batch
+    def sync_weights(self, step):
+        pass
+
 if case == "interface":
     engine = GroupedRollout(actor.policy, actor.end_tokens, pad_token=0)
     ids = torch.tensor([[0, 3, 4], [5, 6, 7]])
@@ -58,17 +68,14 @@ elif case == "check":
     out["lengths"] = rollout.lengths_B.tolist()
     out["ends"] = [bool(r[-1] in actor.end_tokens) for r in rollout.responses] == rollout.finished_B.tolist()
     out["again"] = actor.sample(prompts, step=0).responses == rollout.responses
-elif case == "gibberish":  # an engine whose kernels are broken: it draws whatever
-    class Broken(RolloutEngine):
-        name = "broken"
-        def generate(self, request, sampling):
-            batch = GroupedRollout(actor.policy, (), pad_token=0).generate(request, sampling)
-            start = int(batch.response_start_idx[0])
-            batch.input_ids[:, start:] = torch.randint(3, 50, batch.input_ids[:, start:].shape)
-            return batch
-        def sync_weights(self, step):
-            pass
+elif case == "gibberish":
     actor.rollout = Broken()
+    out["mismatch"] = check_sampling(actor, prompts, config)
+elif case == "raises":  # injected layers that the installed transformers does not know
+    class Raises(Broken):
+        def generate(self, request, sampling):
+            raise AttributeError("'tuple' object has no attribute 'size'")
+    actor.rollout = Raises()
     out["mismatch"] = check_sampling(actor, prompts, config)
 elif case == "packing":  # attention that is wrong only when packed: plain rows are the way out
     from inference.attention import DecodePlan
@@ -146,6 +153,13 @@ def test_gibberish_of_another_engine_is_left_for_our_sampler(student: Path) -> N
     assert out["mismatch"] < 1e-5
     assert "rollout engine broken" in log
     assert "goes native" in log
+
+
+def test_an_engine_that_fails_is_left_for_our_sampler(student: Path) -> None:
+    out, log = probe(student, "grouped", "raises")
+    assert out["native"]
+    assert out["mismatch"] < 1e-5
+    assert "it failed (AttributeError: 'tuple' object" in log
 
 
 def test_packed_rows_that_disagree_are_left_for_plain_rows(student: Path) -> None:

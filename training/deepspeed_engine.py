@@ -105,7 +105,7 @@ def _injection(wanted: bool) -> Iterator[None]:
         target = hybrid_engine.DeepSpeedHybridEngine
         stack.enter_context(mock.patch.object(target, "create_inference_module", create_or_stay_native))
         if not wanted:
-            stack.enter_context(mock.patch.object(hybrid_engine, "WorkspaceOp", lambda: None))
+            stack.enter_context(mock.patch.object(hybrid_engine, "WorkspaceOp", return_value=None))
         yield
 
 

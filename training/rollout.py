@@ -6,6 +6,7 @@ hybrid engine's injected kernels where they exist (CUDA, few model families), tr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -91,7 +92,8 @@ class DeepSpeedRollout(RolloutEngine):
 
     def generate(self, request: RolloutRequest, sampling: RolloutSampling) -> RolloutBatch:
         """See DeepSpeed."""
-        self._engine.engine.eval()  # the hybrid engine puts its inference layers in place
+        with contextlib.redirect_stdout(None):  # it prints its latencies
+            self._engine.engine.eval()  # the hybrid engine puts its inference layers in place
         try:
             return self._inner.generate(request, sampling)
         finally:

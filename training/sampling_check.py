@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from configs.schema import RunConfig
+from configs.schema import RunConfig, SamplingConfig
 from training import distributed
 from training.actor import Actor
 from training.experience import Prompt, Rollout
@@ -40,13 +40,13 @@ def check_sampling(actor: Actor, prompts: Sequence[Prompt], config: RunConfig) -
     )  # fmt: skip
     limit = TOLERANCE[config.student.dtype]
     if actor.rollout is not None:
-        gap, z = calibration(actor, actor.sample(prompts, step=-1, sampling=probe), config)
-        if abs(gap) <= 0.05 or abs(z) <= 6:
+        gap, z, failure = _other_engine(actor, prompts, probe, config)
+        if not failure and (abs(gap) <= 0.05 or abs(z) <= 6):
             return abs(gap)
-        log.warning(
-            "rollout engine %s: its samples are %.3f nats a token from what the student would draw (%.0f standard "
-            "errors); the actor goes native", actor.rollout.name, gap, z,
-        )  # fmt: skip
+        reason = failure or (
+            f"its samples are {gap:.3f} nats a token from what the student would draw ({z:.0f} standard errors)"
+        )
+        log.warning("rollout engine %s: %s; the actor goes native", actor.rollout.name, reason)
         actor.rollout = None
     found = mismatch(actor, actor.sample(prompts, step=-1, sampling=probe))
     if found <= limit:
@@ -64,6 +64,21 @@ def check_sampling(actor: Actor, prompts: Sequence[Prompt], config: RunConfig) -
             f"training forward's (limit {limit:g}), in plain rows too; try student.dtype float32, and report the model"
         )
     return found
+
+
+def _other_engine(
+    actor: Actor, prompts: Sequence[Prompt], probe: SamplingConfig, config: RunConfig
+) -> tuple[float, float, str]:
+    """`calibration` of another engine's samples, or why there are none: injected kernels may know an older model
+    library, whose layers returned something else. Collective: it has failed if it has on any rank."""
+    failure, rollout = "", None
+    try:
+        rollout = actor.sample(prompts, step=-1, sampling=probe)
+    except Exception as error:
+        failure = f"it failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+    if distributed.any_rank(rollout is None) or rollout is None:
+        return float("inf"), float("inf"), failure or "it failed on another rank"
+    return *calibration(actor, rollout, config), failure
 
 
 def mismatch(actor: Actor, rollout: Rollout) -> float:
