@@ -1,0 +1,380 @@
+"""The measurements of one model in one process, started by bench_gpu.py. Each is a line of JSON on standard output.
+
+What is timed runs between two CUDA events with a synchronisation at the end (on a CPU: the clock), after a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[0] = str(ROOT)
+
+import torch
+import transformers
+
+from configs.schema import ActorConfig, DataConfig, RunConfig, SamplingConfig, StudentConfig
+from inference import attention
+from inference.packing import groups_of, pack
+from tests.gpu import bench_shapes as shapes
+from tests.gpu.bench_shapes import GROUP, Shape, Work
+from training import actor as actor_module
+from training import deepspeed_engine
+from training.actor import Actor
+from training.composite import LossWeights, UpdateInput
+from training.decoders import make_decoder
+from training.deepspeed_engine import start_distributed
+from training.experience import Experience, Prompt, Rollout
+from training.policy import Policy
+from training.rollout import responses_of
+from training.sampling import sample
+from training.sampling_check import check_sampling
+
+MARK = "MEASURED "
+ENOUGH_S = 4.0
+"""A measurement that has taken this long is not repeated."""
+
+
+class Bench:
+    """One model's measurements."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = torch.device(options.device)
+        self.name, self.shape = options.model, {**shapes.MODELS, **shapes.TINY_MODELS}[options.model]
+        self.tokens = shapes.TINY_TOKENS if options.tiny else shapes.TOKENS
+        self.prompts, self.rounds = options.prompts, options.rounds
+        self.folder = Path(tempfile.mkdtemp(prefix="grpo-kd-gpu-"))
+        self.config = model_folder(self.shape, self.folder)
+        self.flash = attention.flash_attention(self.device) is not None
+
+    # What is measured ----------------------------------------------------------------------------------------------
+
+    def models(self) -> None:
+        """Everything but other engines' sampling."""
+        row_tokens = RunConfig().actor.micro_batch_tokens
+        trains = self.fits("update", "all", shapes.update_bytes(self.shape, row_tokens))
+        policy, actor = None, None
+        with self.part("build", "all", ""):
+            if trains:
+                actor = self.actor("grouped")
+                policy = actor.policy
+            else:
+                policy = self.policy()
+        if policy is None:
+            return
+        policy.eval()
+        for grouped in (True, False):
+            if not grouped:
+                policy.use_plain_rows()
+            for label in self.tokens if grouped else list(self.tokens)[:2]:
+                need = shapes.inference_bytes(self.shape, self.prompts, *self.tokens[label])
+                if self.fits("sampling, reference", label, need + (18 * self.shape.parameters if trains else 0)):
+                    self.student(policy, actor, label, grouped=grouped)
+        del policy, actor
+        self.clear()
+        if self.fits("teacher", "all", 2 * self.shape.parameters + 6e9):
+            self.teacher()
+
+    def student(self, policy: Policy, actor: Actor | None, label: str, *, grouped: bool) -> None:
+        """Prefill, decode, reference, update at one shape of prompt and response."""
+        P, R = self.tokens[label]
+        prompts, rollout = self.batch(P, R)
+        tokens = [p.tokens for p in prompts]
+        groups = pack(rollout.groups(), self.run_config(R).actor.micro_batch_tokens)
+        once = shapes.forward(self.prompts, P, R, grouped=grouped)
+
+        @torch.no_grad()
+        def reference() -> None:
+            for row in groups:
+                policy(row.to(self.device)).logprobs_S.cpu()
+
+        def update() -> None:
+            assert actor is not None
+            experience = Experience(rollout, torch.randn(rollout.behavior_logprobs_BR.shape), None, None)
+            metrics = actor.update([UpdateInput(experience, (), (), LossWeights(policy=1.0))], 0)
+            assert not metrics["skipped"]
+
+        @torch.no_grad()
+        def prefill() -> None:
+            make_decoder(policy, tokens, GROUP, R)
+
+        for kernel in self.kernels() if grouped else ["plain rows"]:
+            with self.kernel(kernel):
+                self.measure("prefill", label, kernel, shapes.prefill(self.prompts, P, grouped=grouped), prefill)
+                self.measure("reference", label, kernel, once, reference)
+                if actor is not None:
+                    self.measure("update", label, kernel, replace(once, factor=3), update)
+        variant = "grouped" if grouped else "plain rows"
+        work = shapes.decode(self.prompts, P, R)
+        self.measure("decode", label, variant, work, self.decoding(policy, tokens, R), self.decoding(policy, tokens, 3))
+
+    def decoding(self, policy: Policy, prompts: list[tuple[int, ...]], response: int) -> Callable[[], float]:
+        """Our sampler to the last token; it returns the seconds after the first."""
+        config = SamplingConfig(group_size=GROUP, max_new_tokens=response)
+
+        def run() -> float:
+            clock = Clock(self.device)
+            streams = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+            sample(
+                policy, prompts, config, end_tokens=(), generators=streams,
+                on_step=lambda t: clock.start() if t == 0 else None,
+            )  # fmt: skip
+            return clock.stop()
+
+        return run
+
+    def teacher(self) -> None:
+        """Megatron's model and our scoring, one rank, without the wire."""
+        from inference import teacher as teacher_module
+        from inference.scoring import Scorer
+        from inference.wire import Request
+
+        with self.part("teacher", "all", ""):
+            with (
+                mock.patch.object(teacher_module, "Checkpoint"),
+                mock.patch.object(teacher_module, "load_weights", random_weights),
+            ):
+                teacher = teacher_module.Teacher(self.folder, "bfloat16", device=self.device)
+            scorer = Scorer(teacher, max_batch_tokens=16384, logit_chunk=1024)
+            for label, (P, R) in self.tokens.items():
+                _, rollout = self.batch(P, R)
+                request = Request("score", tuple(rollout.groups()))
+                work = shapes.forward(self.prompts, P, R, grouped=True)
+                for kernel in self.kernels():
+                    with self.kernel(kernel):
+                        self.measure("teacher", label, kernel, work, lambda r=request: scorer.run(r))
+
+    def rollout(self, *, injected: bool) -> None:
+        """DeepSpeed's engine in place of our sampler: prompts and responses in one go."""
+        label = "injected" if injected else "generate"
+        families = deepspeed_engine.FAMILIES if injected else ()
+        notes = Notes()
+        logging.getLogger("training").addHandler(notes)
+        with self.part("sample", "all", label), mock.patch.object(deepspeed_engine, "FAMILIES", families):
+            actor = self.actor("deepspeed")
+            layers = len(actor.engine.engine._inference_containers)
+            prompts, _ = self.batch(*next(iter(self.tokens.values())))
+            check_sampling(actor, prompts[:2], self.run_config(8, "deepspeed"))
+            if actor.rollout is None or (injected and not layers):
+                self.report({"phase": "sample", "tokens": "all", "variant": label, "note": notes.text or "no kernels"})
+                return
+            for tokens, (P, R) in list(self.tokens.items())[:2]:
+                prompts, _ = self.batch(P, R)
+                sampling = SamplingConfig(group_size=GROUP, max_new_tokens=R)
+                first, later = shapes.prefill(self.prompts, P, grouped=False), shapes.decode(self.prompts, P, R)
+                work = Work(*(a + b for a, b in zip(asdict(first).values(), asdict(later).values(), strict=True)))
+
+                def run(prompts: list[Prompt] = prompts, sampling: SamplingConfig = sampling) -> None:
+                    assert actor.rollout is not None
+                    responses_of(
+                        actor.rollout, [p.tokens for p in prompts], sampling, end_tokens=(), greedy=False,
+                        pad_token=actor.pad_token, device=self.device,
+                    )  # fmt: skip
+
+                self.measure("sample", tokens, f"DeepSpeed {label}", replace(work, factor=1), run)
+
+    # How it is measured ----------------------------------------------------------------------------------------------
+
+    def measure(
+        self, phase: str, tokens: str, variant: str, work: Work, run: Callable[[], Any],
+        warm_up: Callable[[], Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Median seconds of `run` (or of what it returns), and the highest memory meanwhile."""
+        with self.part(phase, tokens, variant):
+            self.clear()
+            (warm_up or run)()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds: list[float] = []
+            while len(seconds) < self.rounds and sum(seconds) < ENOUGH_S:
+                clock = Clock(self.device)
+                clock.start()
+                own = run()
+                whole = clock.stop()
+                seconds.append(own if isinstance(own, float) else whole)
+            peak = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
+            self.report({
+                "phase": phase, "tokens": tokens, "variant": variant, "seconds": statistics.median(seconds),
+                "rounds": len(seconds), "count": work.tokens, "flops": work.flops(self.shape), "memory_gb": peak,
+            })  # fmt: skip
+
+    @contextmanager
+    def part(self, phase: str, tokens: str, variant: str) -> Iterator[None]:
+        """A failure is a line, and the rest goes on."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            self.report({"phase": phase, "tokens": tokens, "variant": variant, "error": reason})
+
+    def report(self, values: dict[str, Any]) -> None:
+        """One line to bench_gpu.py."""
+        print(MARK + json.dumps({"model": self.name, **values}), flush=True)
+
+    def fits(self, phase: str, tokens: str, need: float) -> bool:
+        """Whether the device has that much memory left; else a line says so."""
+        if self.device.type != "cuda":
+            return True
+        self.clear()
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+        if need <= free:
+            return True
+        note = f"does not fit: about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are there"
+        self.report({"phase": phase, "tokens": tokens, "variant": "all", "note": note})
+        return False
+
+    def clear(self) -> None:
+        """Give back what nobody holds."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def kernels(self) -> list[str]:
+        """Attention of packed rows."""
+        return ["grouped, SDPA", "grouped, flash"] if self.flash else ["grouped, SDPA"]
+
+    @contextmanager
+    def kernel(self, name: str) -> Iterator[None]:
+        """With that attention."""
+        if name == "grouped, flash":
+            yield
+        else:
+            with mock.patch.object(attention, "flash_attention", lambda device: None):  # noqa: PT008
+                yield
+
+    # What it is measured on ------------------------------------------------------------------------------------------
+
+    def policy(self) -> Policy:
+        """A student with random weights, made on the device."""
+        torch.manual_seed(0)
+        with self.device:
+            model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
+        model.set_attn_implementation(attention.register_with_transformers())
+        return Policy(model)
+
+    def actor(self, rollout: str) -> Actor:
+        """The same under DeepSpeed."""
+        longest = max(R for _, R in self.tokens.values())
+        with mock.patch.object(actor_module, "load_policy", lambda *_, **__: self.policy()):  # noqa: PT008
+            return Actor(self.run_config(longest, rollout), self.folder, total_steps=1, learning_rate=1e-6)
+
+    def run_config(self, response: int, rollout: str = "grouped") -> RunConfig:
+        """A run's own defaults, but for ZeRO 0: there is one rank, and nothing to share."""
+        return RunConfig(
+            student=StudentConfig(path=str(self.folder), dtype="bfloat16"),
+            data=DataConfig(max_prompt_tokens=max(P for P, _ in self.tokens.values())),
+            sampling=SamplingConfig(group_size=GROUP, max_new_tokens=response),
+            actor=ActorConfig(zero_stage=0, rollout=rollout),  # type: ignore[arg-type]
+        )
+
+    def batch(self, prompt: int, response: int) -> tuple[list[Prompt], Rollout]:
+        """Random prompts and responses."""
+        stream = torch.Generator().manual_seed(1)
+
+        def draw(count: int, length: int) -> list[tuple[int, ...]]:
+            return [tuple(r) for r in torch.randint(3, self.shape.vocab, (count, length), generator=stream).tolist()]
+
+        prompts = [Prompt(i, "", p, (), "") for i, p in enumerate(draw(self.prompts, prompt))]
+        responses = draw(self.prompts * GROUP, response)
+        logprobs_BR = torch.full((len(responses), response), -float(torch.tensor(self.shape.vocab).log()))
+        finished_B = torch.zeros(len(responses), dtype=torch.bool)
+        rollout = Rollout(prompts, GROUP, responses, finished_B, logprobs_BR, logprobs_BR, [""] * len(responses))
+        assert groups_of([p.tokens for p in prompts], responses, GROUP) == rollout.groups()
+        return prompts, rollout
+
+
+class Clock:
+    """Seconds on the device between two points of the program."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else []
+        self._began = 0.0
+
+    def start(self) -> None:
+        """From here."""
+        if self._cuda:
+            self._events[0].record()
+        self._began = time.perf_counter()
+
+    def stop(self) -> float:
+        """To here, when the device has come this far too."""
+        if not self._cuda:
+            return time.perf_counter() - self._began
+        self._events[1].record()
+        torch.cuda.synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000.0
+
+
+class Notes(logging.Handler):
+    """What was warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.text = f"{self.text} {' '.join(record.getMessage().split())}".strip()[:300]
+
+
+def model_folder(shape: Shape, folder: Path) -> Any:
+    """A model directory without weights; returns transformers' configuration."""
+    from tests.teacher_models import save_tokenizer
+
+    kind = {"llama": "Llama", "mistral": "Mistral"}[shape.family]
+    config = getattr(transformers, f"{kind}Config")(**shape.settings())
+    config.architectures = [f"{kind}ForCausalLM"]
+    config.save_pretrained(folder)
+    save_tokenizer(folder)
+    return config
+
+
+def random_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
+    """In place of a checkpoint: small numbers, written once and repeated, because drawing 7e9 of them takes a while."""
+    some = torch.randn(1 << 20) * 0.02
+    for name, parameter in model.named_parameters():
+        flat = parameter.data.view(-1)
+        if "norm" in name:
+            flat.fill_(1.0)
+            continue
+        for start in range(0, len(flat), len(some)):
+            flat[start : start + len(some)].copy_(some[: len(flat) - start])
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--part", choices=["models", "generate", "injected"], required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    start_distributed()
+    bench = Bench(options)
+    if options.part == "models":
+        bench.models()
+    else:
+        bench.rollout(injected=options.part == "injected")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Everything again on a CUDA GPU: the tests of this folder, then speed, memory and MFU; a Markdown page of both.
+#
+#   bash tests/gpu/run.sh [PAGE.md]                         on CUDA; under 8 minutes on an H100
+#   bash tests/gpu/run.sh [PAGE.md] --device cpu --tiny     a dry run: every line but the kernels, no number means anything
+#
+# PAGE.md is $OUT/gpu.md where OUT is set, else ./gpu.md. Exit code 1 if a test or a measurement failed.
+# Python is the active environment where it has all that pyproject.toml asks for, else .venv (slurm/env.sh).
+set -uo pipefail
+
+GRPO_KD_NEEDS=dev
+here="$(pwd)"
+page="${OUT:+$OUT/gpu.md}"
+page="${page:-$here/gpu.md}"
+if [[ $# -gt 0 && "$1" != --* ]]; then
+    page="$1"
+    shift
+fi
+[[ "$page" == /* ]] || page="$here/$page"
+
+# shellcheck source=slurm/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../slurm/env.sh" || exit 1
+
+device=cuda
+for ((i = 1; i <= $#; i++)); do
+    [[ "${!i}" == --device ]] && { j=$((i + 1)) && device="${!j:-cuda}"; }
+done
+if [[ "$device" == cpu ]]; then
+    export GRPO_KD_GPU_DRY_RUN=1
+elif ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: no CUDA device; a dry run: bash tests/gpu/run.sh PAGE.md --device cpu --tiny" >&2
+    exit 1
+fi
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+mkdir -p "$(dirname "$page")" && : >"$page" || exit 1
+log="$page.log"
+status=0
+
+# Three parts with a time limit each; one that hangs is a failed line.
+results="$(mktemp)"
+for part in "forward sampling" "actor teacher" "demo"; do
+    files=()
+    for name in $part; do files+=("tests/gpu/test_gpu_$name.py"); done
+    timeout --kill-after 10 150 python -m pytest -m gpu -q -rA -p no:cacheprovider "${files[@]}" >"$results" 2>&1
+    code=$?
+    cat "$results" >>"$log"
+    {
+        echo "- tests (${part// /, }): $(grep -E '[0-9]+ (passed|failed|error|skipped)' "$results" | tail -1 | tr -d '=')" \
+            "exit code $code"
+        grep -E '^(FAILED|ERROR|SKIPPED)' "$results" | cut -c1-300 | sed 's/^/  - /'
+        grep -E 'injected layers, ' "$results" | sort -u | sed 's/^/  - DeepSpeed rollout, /'
+    } >>"$page"
+    [[ $code == 0 ]] || status=1
+done
+rm -f "$results"
+{ echo "# On a GPU"; echo; cat "$page"; echo; } >"$page.new" && mv "$page.new" "$page"
+cat "$page"
+
+python tests/gpu/bench_gpu.py --out "$page" "$@" 2>>"$log" || status=1
+echo "written: $page (log: $log)"
+exit "$status"

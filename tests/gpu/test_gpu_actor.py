@@ -1,0 +1,136 @@
+"""The actor under DeepSpeed on one GPU, against the same steps in float32 on the CPU (ZeRO 0).
+
+Compared is how far three steps of AdamW moved the weights. Adam divides by the gradient's size, so an element whose
+gradient is little more than rounding may go either way: float32 is held to 2 % of the distance moved, not to the last
+bits. In bfloat16 the weights themselves are rounded to 8 bits, of the size of a step (1e-3 of weights of 0.3), so only
+the direction is compared (cosine), and the loss.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.gpu.device import DEVICE, DRY_RUN, ON_DEVICE, cosine, relative, worker_environment
+
+pytestmark = ON_DEVICE
+WORKER = Path(__file__).resolve().parent / "actor_worker.py"
+PLAIN: list[dict[str, Any]] = [
+    {"name": f"{dtype}-zero{zero}{'-offload' if offload else ''}", "dtype": dtype, "zero": zero, "offload": offload}
+    for dtype in ("float32", "bfloat16")
+    for zero, offload in ((0, False), (1, False), (2, False), (2, True), (3, False), (3, True))
+]
+ADAPTERS: list[dict[str, Any]] = [
+    {"name": "float32-adapter", "dtype": "float32", "zero": 1, "rank": 4},
+    {"name": "bfloat16-adapter", "dtype": "bfloat16", "zero": 1, "rank": 4},
+]
+FOUR_BIT: dict[str, Any] = {"name": "four-bit", "dtype": "bfloat16", "zero": 0, "rank": 4, "four_bit": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return a_model("llama", tmp_path_factory.mktemp("student"))
+
+
+def a_model(family: str, path: Path) -> Path:
+    from tests.student_models import save
+    from tests.teacher_models import save_tokenizer
+
+    save(family, path)
+    save_tokenizer(path)
+    return path
+
+
+def work(
+    model: Path, jobs: list[dict[str, Any]], out: Path, device: torch.device
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Results by name, and what the worker said."""
+    (out / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(model), str(out / "jobs.json"), str(out)],
+        env=worker_environment(device), capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == len(jobs), done.stdout[-1500:] + done.stderr[-3000:]
+    results = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    return {result["name"]: result for result in results}, done.stderr
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, Any]], Path]:
+    out = tmp_path_factory.mktemp("cpu")
+    jobs = [{"name": "plain", "dtype": "float32", "zero": 0}, {**ADAPTERS[0], "name": "adapter"}]
+    return work(model, jobs, out, torch.device("cpu"))[0], out
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, Any]], Path]:
+    out = tmp_path_factory.mktemp("device")
+    four_bit = [FOUR_BIT] if importlib.util.find_spec("bitsandbytes") else []
+    return work(model, PLAIN + ADAPTERS + four_bit, out, DEVICE)[0], out
+
+
+def moved(start: Path, end: Path) -> dict[str, torch.Tensor]:
+    """How far each parameter went."""
+    before, after = load_file(start / "model.safetensors"), load_file(end)
+    return {name: after[name] - before[name].float() for name in before}
+
+
+@pytest.mark.parametrize("job", [*PLAIN, *ADAPTERS], ids=lambda job: job["name"])
+def test_steps_are_those_of_the_cpu(
+    job: dict[str, Any], model: Path, expected: tuple[dict[str, Any], Path], trained: tuple[dict[str, Any], Path]
+) -> None:
+    kind = "adapter" if "rank" in job else "plain"
+    want, got = expected[0][kind], trained[0][job["name"]]
+    assert "error" not in want, want["error"]
+    assert "error" not in got, got["error"]
+    assert got["device"].startswith(DEVICE.type)
+    assert got["skipped"] == 0
+    went = moved(model, trained[1] / f"{job['name']}.safetensors")
+    meant = moved(model, expected[1] / f"{kind}.safetensors")
+    if job["dtype"] == "float32":
+        assert got["losses"] == pytest.approx(want["losses"], abs=1e-3)
+        assert relative(went, meant) <= 0.02
+    else:
+        assert got["losses"][0] == pytest.approx(want["losses"][0], abs=0.1)
+        if kind == "plain":
+            assert cosine(went, meant) >= 0.8
+        # An adapter's change of a weight is far below the 8 bits that merged weights are rounded to: only the loss.
+        assert got["losses"][-1] < got["losses"][0]
+
+
+def test_four_bit_weights_train_an_adapter(trained: tuple[dict[str, Any], Path]) -> None:
+    pytest.importorskip("bitsandbytes")
+    got = trained[0]["four-bit"]
+    assert "error" not in got, got["error"]
+    assert got["skipped"] == 0
+    assert got["losses"][-1] < got["losses"][0]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_deepspeeds_rollout_passes_the_check_or_is_left(family: str, tmp_path: Path) -> None:
+    """Injected kernels (llama) or transformers' generate (mistral, which DeepSpeed has none for): what samples in the
+    end samples the policy, and the log says where another engine was left."""
+    model = a_model(family, tmp_path / "student")
+    job = {
+        "name": "rollout", "dtype": "float32" if DRY_RUN else "bfloat16", "zero": 0, "rollout": "deepspeed",
+        "sample": True,
+    }  # fmt: skip
+    results, log = work(model, [job], tmp_path, DEVICE)
+    got = results["rollout"]
+    assert "error" not in got, got["error"]
+    print(f"{family}: {got['injected']} injected layers, {'stayed' if got['stayed'] else 'left'}\n{log[-1500:]}")
+    assert got["mismatch"] <= 0.05
+    assert got["tokens"] > 0
+    assert got["stayed"] or "goes native" in log
+    if family == "mistral":
+        assert got["injected"] == 0
+        assert got["stayed"]
