@@ -82,7 +82,8 @@ class Actor:
         """Another engine that samples, in place of ours."""
         if config.actor.rollout == "deepspeed":
             self.rollout = DeepSpeedRollout(self.engine, self.end_tokens, self.pad_token)
-        self._teacher_output_VD = None if teacher_output_VD is None else teacher_output_VD.to(self.engine.device)
+        self.teacher_output_VD = None if teacher_output_VD is None else teacher_output_VD.to(self.engine.device)
+        """[V, D] the teacher's output layer, on the student's device."""
 
     @property
     def policy(self) -> Policy:
@@ -182,8 +183,8 @@ class Actor:
 
     def _teacher(self, hidden_SD: torch.Tensor, index_S: torch.Tensor) -> WholeDistribution:
         """The teacher's distribution at the response tokens `index_S` of the batch."""
-        assert self._teacher_output_VD is not None
-        return WholeDistribution(hidden_SD[index_S].to(self.engine.device), self._teacher_output_VD)
+        assert self.teacher_output_VD is not None
+        return WholeDistribution(hidden_SD[index_S].to(self.engine.device), self.teacher_output_VD)
 
     def update(
         self, batches: Sequence[UpdateInput], step: int, *, rate_factor: float = 1.0, shares: bool = False

@@ -174,7 +174,7 @@ def start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
         address, secret=secret, tokenizer_fingerprint=fingerprint, timeout_s=config.teacher.timeout_s,
         prefer=distributed.rank(),
     )  # fmt: skip
-    link = TeacherLink(client, setup.facts, output_VD)
+    link = TeacherLink(client, setup.facts, actor.teacher_output_VD)
     stack.callback(link.close)
     return link, Models(actor, reference, critic, link, start)
 

@@ -1,5 +1,7 @@
-"""NCCL takes tensors of its own device only. Without a GPU: the same calls on fake CUDA tensors, which know their
-device and hold no numbers."""
+"""What crosses devices, without a GPU: calls on fake CUDA tensors, which know their device and hold no numbers.
+
+NCCL takes tensors of its own device only, and no operation mixes devices.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from training import distributed
+from training.teaching import chosen_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
 CALLS: dict[str, Callable[[], object]] = {
@@ -43,6 +46,14 @@ def test_collectives_get_tensors_on_nccls_device(name: str, monkeypatch: pytest.
         devices = {tensor.device for tensor in seen}
         assert devices == {torch.device("cuda", 0)}
         assert not isinstance(result, torch.Tensor) or result.device.type == "cpu"
+
+
+def test_the_teachers_output_layer_may_be_on_another_device_than_its_states() -> None:
+    with FakeTensorMode():
+        hidden_SD, labels_S = torch.zeros(7, 4, dtype=torch.bfloat16), torch.zeros(7, dtype=torch.int64)
+        out_S = chosen_logprobs(hidden_SD, torch.zeros(9, 4, device="cuda:0"), labels_S, chunk=3)
+    assert out_S.device.type == "cpu"
+    assert out_S.shape == (7,)
 
 
 def test_the_trainer_speaks_to_its_ranks_in_one_place() -> None:
