@@ -12,12 +12,16 @@ import json
 import logging
 import sys
 import traceback
+import types
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
+    # Some packages install their own tests under this name, which would win over a folder without __init__.py.
+    sys.modules["tests"] = types.ModuleType("tests")
+    sys.modules["tests"].__path__ = [str(ROOT / "tests")]
 
 import torch
 from safetensors.torch import save_file

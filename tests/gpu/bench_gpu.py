@@ -21,12 +21,18 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parent.parent)
+ROOT = HERE.parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    # Some packages install their own tests under this name, which would win over a folder without __init__.py.
+    sys.modules["tests"] = types.ModuleType("tests")
+    sys.modules["tests"].__path__ = [str(ROOT / "tests")]
 
 from tests.gpu import bench_shapes as shapes
 

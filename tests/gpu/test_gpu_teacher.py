@@ -42,7 +42,8 @@ def test_scores_and_answers_are_those_of_transformers(
         tmp_path / "model", address_file, log, "--dtype", dtype, tensor_parallel=tensor_parallel,
     )  # fmt: skip
     try:
-        client = TeacherClient(address_file.read_text().strip(), secret=SECRET, tokenizer_fingerprint=None)
+        address = address_file.read_text().strip()
+        client = TeacherClient(address, secret=SECRET, tokenizer_fingerprint=None, timeout_s=60.0)
         groups = groups_of(PROMPTS, RESPONSES, GROUP)
         score = client.score(groups).result(60)
         hidden = client.hidden(groups).result(60)
