@@ -212,7 +212,7 @@ class Actor:
         numbers = sums.numbers()
         biggest = numbers.pop("mismatch/max", 0.0)
         metrics = distributed.sum_metrics(numbers)
-        if batch.experience is not None:
+        if "mismatch/mean" in metrics:
             metrics["mismatch/max"] = distributed.max_over_ranks(biggest)
         return {**metrics, **measured, "grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
 
@@ -221,9 +221,10 @@ class Actor:
     ) -> list[Callable[[], dict[str, torch.Tensor]]]:
         """One job a packed row: a forward pass that returns the row's weighted terms by name."""
         jobs: list[Callable[[], dict[str, torch.Tensor]]] = []
-        if batch.experience is not None:
-            jobs += self._policy_jobs(batch.experience, batch.weights, counts, sums, step)
-        for name, groups, coef in (("pt", batch.text, batch.weights.pt), ("bc", batch.cloning, batch.weights.bc)):
+        weights = batch.weights
+        if batch.experience is not None and max(weights.policy, weights.kl, weights.single_step) > 0:
+            jobs += self._policy_jobs(batch.experience, weights, counts, sums, step)
+        for name, groups, coef in (("pt", batch.text, weights.pt), ("bc", batch.cloning, weights.bc)):
             if counts[name] > 0 and coef > 0:
                 jobs += [
                     partial(self._language_model_loss, row, used * coef, counts[name], name, sums, used)
