@@ -1,0 +1,237 @@
+"""How a tokenizer cuts Faroese, and new pieces for one that cuts it badly.
+
+    python training/tokenizer.py report --student DIR --teacher DIR --text FILE
+    python training/tokenizer.py extend --model DIR --text FILE --pieces 500 --output DIR
+
+FILE is JSONL with a `text` in each row, or plain text with one text a line. `extend` holds every tenth text out, learns
+the pieces on the others, and says how many bits the model needs for a byte of the held-out texts before and after,
+before any training. The result is a plain Hugging Face model directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from configs.files import write_atomically
+from configs.jsonl import read_jsonl
+
+LETTERS = "ðøáíóúýæ"
+WORST = 10
+"""Words listed."""
+LIMIT = 1.1
+"""Held-out bits a byte after `extend`, as a multiple of those before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Letter:
+    """How one letter of the texts is written (both cases)."""
+
+    count: int
+    """Occurrences."""
+    cut: float
+    """Share of them that takes more than one token."""
+    unknown: float
+    """Share of them in a token that means `unknown`: the letter is lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How a tokenizer cuts a text."""
+
+    vocabulary: int
+    tokens: int
+    tokens_per_word: float
+    """Words are what white space parts."""
+    bytes_per_token: float
+    worst: list[tuple[str, int, list[str]]]
+    """(word, occurrences, tokens), the most tokens a letter first, among words of at least four letters."""
+    letters: dict[str, Letter]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line that says what to mend."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    report_ = commands.add_parser("report", help="tokens a word, bytes a token, worst words, Faroese letters")
+    report_.add_argument("--student", required=True, help="directory of a model or a tokenizer")
+    report_.add_argument("--teacher", help="another one to put beside it")
+    report_.add_argument("--json", type=Path, help="write the numbers here as well")
+    extend_ = commands.add_parser("extend", help="add pieces and rows for them")
+    extend_.add_argument("--model", required=True, help="Hugging Face model directory")
+    extend_.add_argument("--pieces", type=int, default=500, help="new pieces, at most")
+    extend_.add_argument("--output", type=Path, required=True, help="directory of the new model")
+    for command in (report_, extend_):
+        command.add_argument("--text", type=Path, required=True, help="JSONL with `text`, or a text in each line")
+    options = parser.parse_args(arguments)
+    try:
+        texts = read_texts(options.text)
+        if options.command == "report":
+            _report(options, texts)
+        else:
+            extend(options.model, texts, options.pieces, options.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_texts(path: Path) -> list[str]:
+    """The `text` of each row of a JSONL file, or each line of another file that is not blank."""
+    if path.suffix == ".jsonl":
+        return [str(row["text"]).strip() for row in read_jsonl(path, ["text"])]
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give JSONL with a `text` in each row, or lines of plain text")
+    texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"{path}: the file has no text")
+    return texts
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """A fast tokenizer, or ValueError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # half-written files raise nearly anything
+        raise ValueError(f"{path}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"{path}: {type(tokenizer).__name__} does not say where its tokens lie; give a fast tokenizer")
+    return tokenizer
+
+
+def report(tokenizer: Any, texts: Sequence[str]) -> Report:
+    """How `tokenizer` cuts `texts`."""
+    tokens, seen, cut, lost = 0, Counter[str](), Counter[str](), Counter[str]()
+    words = Counter(word for text in texts for word in re.findall(r"[^\W\d_]+", text))
+    for text in texts:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens += len(found["input_ids"])
+        touching = Counter[int]()
+        unknown: set[int] = set()
+        for id_, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            touching.update(range(start, end))
+            if id_ == tokenizer.unk_token_id:
+                unknown.update(range(start, end))
+        for place, letter in enumerate(text.lower() if len(text.lower()) == len(text) else text):
+            if letter in LETTERS:
+                seen[letter] += 1
+                cut[letter] += touching[place] > 1
+                lost[letter] += place in unknown
+    pieces = {word: tokenizer.tokenize(" " + word) for word in words if len(word) >= 4}
+    worst = sorted(pieces, key=lambda word: (-len(pieces[word]) / len(word), -words[word], word))[:WORST]
+    letters = {
+        c: Letter(count=seen[c], cut=cut[c] / max(seen[c], 1), unknown=lost[c] / max(seen[c], 1)) for c in LETTERS
+    }
+    return Report(
+        vocabulary=len(tokenizer),
+        tokens=tokens,
+        tokens_per_word=tokens / max(sum(len(text.split()) for text in texts), 1),
+        bytes_per_token=sum(len(text.encode()) for text in texts) / max(tokens, 1),
+        worst=[(word, words[word], pieces[word]) for word in worst],
+        letters=letters,
+    )
+
+
+def _report(options: argparse.Namespace, texts: Sequence[str]) -> None:
+    paths = {"student": options.student} | ({"teacher": options.teacher} if options.teacher else {})
+    reports = {name: report(load_tokenizer(path), texts) for name, path in paths.items()}
+    print(f"{'':10}{'entries':>9}{'tokens':>9}{'tokens/word':>13}{'bytes/token':>13}")
+    for name, one in reports.items():
+        numbers = f"{one.vocabulary:9d}{one.tokens:9d}{one.tokens_per_word:13.3f}{one.bytes_per_token:13.3f}"
+        print(f"{name:10}{numbers}")
+    for name, one in reports.items():
+        print(f"\n{name}: of each letter's occurrences, the share that is cut into several tokens (lost: unknown)")
+        shown = [
+            f"{c} {100 * f.cut:.0f} %" + (f" (lost {100 * f.unknown:.0f} %)" if f.unknown else "")
+            for c, f in one.letters.items()
+        ]
+        print("  " + ", ".join(shown))
+        print("  words that split worst: " + ", ".join(f"{word} ({len(cut)})" for word, _, cut in one.worst))
+    if options.json is not None:
+        content = json.dumps({name: asdict(one) for name, one in reports.items()}, ensure_ascii=False, indent=2)
+        write_atomically(options.json, content + "\n")
+
+
+def extend(path: str | Path, texts: Sequence[str], pieces: int, output: Path) -> float:
+    """Write the model with new pieces to `output`; returns held-out bits a byte after over before.
+
+    Raises ValueError for what cannot be extended, and for an output that exists.
+    """
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    from training.tokenizer_pieces import extended, learn
+    from training.tokenizer_rows import add_rows, bits_per_byte
+
+    if pieces < 1:
+        raise ValueError(f"--pieces = {pieces}: must be at least 1")
+    if output.exists():
+        raise ValueError(f"--output = {str(output)!r}: exists already; give a new directory")
+    if len(texts) < 10:
+        raise ValueError(f"--text: {len(texts)} texts; every tenth is held out, so give at least 10")
+    held = list(texts[9::10])
+    corpus = [text for place, text in enumerate(texts) if place % 10 != 9]
+    tokenizer = load_tokenizer(path)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    extension = learn(content, corpus, pieces)
+    new_content = json.dumps(extended(content, extension), ensure_ascii=False)
+    old, new = tokenizer.backend_tokenizer, Tokenizer.from_str(new_content)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(f"{path}: the tokenizer names neither bos_token nor eos_token")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
+    except Exception as error:
+        raise ValueError(f"{path}: the model cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    size = sum(len(text.encode()) for text in held)
+    before = bits_per_byte(model, start, ids_of(old, held), size)
+    add_rows(model, extension, start, ids_of(old, corpus), ids_of(new, corpus))
+    after = bits_per_byte(model, start, ids_of(new, held), size)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    for stale in ("tokenizer.model", "vocab.json", "merges.txt"):
+        (output / stale).unlink(missing_ok=True)
+    write_atomically(output / "tokenizer.json", new_content)
+    _check_written(output, new, held)
+    counts = [sum(map(len, ids_of(one, held))) for one in (old, new)]
+    ratio = after / before
+    print(
+        f"{len(extension.pieces)} new pieces, {extension.first_id} to {extension.first_id + len(extension.pieces) - 1}"
+    )
+    print(f"held-out tokens {counts[0]} before, {counts[1]} after")
+    print(f"held-out bits a byte {before:.4f} before, {after:.4f} after ({ratio:.3f} times), before any training")
+    if ratio > LIMIT:
+        print(f"warning: that is more than {LIMIT} times; use fewer pieces, or more text", file=sys.stderr)
+    print(output)
+    return ratio
+
+
+def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text without special symbols, by a tokenizer of the tokenizers library."""
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _check_written(output: Path, expected: Any, texts: Sequence[str]) -> None:
+    """What transformers loads from the directory cuts the texts as the tokenizer that was measured."""
+    loaded = load_tokenizer(output)
+    if ids_of(loaded.backend_tokenizer, texts) != ids_of(expected, texts):
+        raise ValueError(f"{output}: transformers reads the new tokenizer differently ({type(loaded).__name__})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
