@@ -119,7 +119,8 @@ class PackedPlan:
         """See `AttentionPlan.attend`."""
         kernel = flash_attention(self._device)
         if kernel is not None and self._varlen is not None and query_THD.dtype in (torch.bfloat16, torch.float16):
-            self._keep(layer, key_TKD, value_TKD)
+            if isinstance(self, PrefillPlan):  # nobody else wants them as a block
+                self._keep(layer, key_TKD, value_TKD)
             return self._varlen.attend(kernel, query_THD, key_TKD, value_TKD, scale=scale, window=window)
         prompt_key, prompt_value = self._keep(layer, key_TKD, value_TKD)
         causal, prompt_mask, own_mask = self._masks_of(window, query_THD.dtype)

@@ -97,8 +97,7 @@ def _injection(wanted: bool) -> Iterator[None]:
                 "generate", " ".join(str(error).split())[:300],
             )  # fmt: skip
             hybrid_engine.replace_policies.clear()
-            for known in (engine._inference_containers, engine._orig_modules, engine._orig_fwds):
-                known.clear()
+            _forget_kernels(engine)
             create(engine)
 
     with contextlib.ExitStack() as stack:
@@ -107,6 +106,13 @@ def _injection(wanted: bool) -> Iterator[None]:
         if not wanted:
             stack.enter_context(mock.patch.object(hybrid_engine, "WorkspaceOp", return_value=None))
         yield
+
+
+def _forget_kernels(engine: Any) -> None:
+    """A hybrid engine without injected layers: nothing is swapped in to sample, or brought up to date after a step."""
+    for name in ("_inference_containers", "_orig_modules", "_orig_fwds", "_other_layers", "_orig_modules_others",
+                 "_orig_fwds_others"):  # fmt: skip
+        getattr(engine, name, []).clear()
 
 
 class Engine:
@@ -214,6 +220,10 @@ class Engine:
             norms[name] = squares**0.5
         self.module.eval()
         return norms
+
+    def go_native(self) -> None:
+        """Leave injected kernels for good."""
+        _forget_kernels(self.engine)
 
     def gathered(self, parameters: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
         """A context in which these parameters are whole; with `write`, rank 0's changes are kept. Collective."""

@@ -92,9 +92,9 @@ class DeepSpeedRollout(RolloutEngine):
 
     def generate(self, request: RolloutRequest, sampling: RolloutSampling) -> RolloutBatch:
         """See DeepSpeed."""
-        with contextlib.redirect_stdout(None):  # it prints its latencies
-            self._engine.engine.eval()  # the hybrid engine puts its inference layers in place
         try:
+            with contextlib.redirect_stdout(None):  # it prints its latencies
+                self._engine.engine.eval()  # the hybrid engine puts its inference layers in place
             return self._inner.generate(request, sampling)
         finally:
             self._engine.engine.train()  # and back

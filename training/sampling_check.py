@@ -48,6 +48,7 @@ def check_sampling(actor: Actor, prompts: Sequence[Prompt], config: RunConfig) -
         )
         log.warning("rollout engine %s: %s; the actor goes native", actor.rollout.name, reason)
         actor.rollout = None
+        actor.engine.go_native()
     found = mismatch(actor, actor.sample(prompts, step=-1, sampling=probe))
     if found <= limit:
         return found

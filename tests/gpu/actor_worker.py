@@ -76,6 +76,7 @@ def a_batch(actor: Actor) -> UpdateInput:
 def run(model: Path, job: dict[str, Any], out: Path) -> dict[str, Any]:
     """One job."""
     config = run_config(model, job)
+    torch.manual_seed(0)  # a new adapter is drawn, on the CPU
     actor = Actor(config, model, total_steps=STEPS, learning_rate=RATE)
     result: dict[str, Any] = {"device": str(actor.engine.device)}
     engine = actor.engine.engine

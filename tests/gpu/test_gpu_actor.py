@@ -8,7 +8,6 @@ the direction is compared (cosine), and the loss.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.gpu.device import DEVICE, DRY_RUN, ON_DEVICE, cosine, relative, worker_environment
 
@@ -44,7 +44,12 @@ def a_model(family: str, path: Path) -> Path:
     from tests.student_models import save
     from tests.teacher_models import save_tokenizer
 
-    save(family, path)
+    if family == "wide llama":  # a row of a matrix is one block of 4-bit weights or more
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = LlamaConfig(vocab_size=50, num_key_value_heads=2, initializer_range=0.1, eos_token_id=2, **sizes)
+        LlamaForCausalLM(config).save_pretrained(path)
+    else:
+        save(family, path)
     save_tokenizer(path)
     return path
 
@@ -74,8 +79,7 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
 @pytest.fixture(scope="module")
 def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, Any]], Path]:
     out = tmp_path_factory.mktemp("device")
-    four_bit = [FOUR_BIT] if importlib.util.find_spec("bitsandbytes") else []
-    return work(model, PLAIN + ADAPTERS + four_bit, out, DEVICE)[0], out
+    return work(model, PLAIN + ADAPTERS, out, DEVICE)[0], out
 
 
 def moved(start: Path, end: Path) -> dict[str, torch.Tensor]:
@@ -107,9 +111,11 @@ def test_steps_are_those_of_the_cpu(
         assert got["losses"][-1] < got["losses"][0]
 
 
-def test_four_bit_weights_train_an_adapter(trained: tuple[dict[str, Any], Path]) -> None:
+@pytest.mark.skipif(DRY_RUN, reason="on the CPU bitsandbytes repacks weights once they are sampled from")
+def test_four_bit_weights_train_an_adapter(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    got = trained[0]["four-bit"]
+    model = a_model("wide llama", tmp_path / "student")
+    got = work(model, [FOUR_BIT], tmp_path, DEVICE)[0]["four-bit"]
     assert "error" not in got, got["error"]
     assert got["skipped"] == 0
     assert got["losses"][-1] < got["losses"][0]
@@ -128,9 +134,8 @@ def test_deepspeeds_rollout_passes_the_check_or_is_left(family: str, tmp_path: P
     got = results["rollout"]
     assert "error" not in got, got["error"]
     print(f"{family}: {got['injected']} injected layers, {'stayed' if got['stayed'] else 'left'}\n{log[-1500:]}")
-    assert got["mismatch"] <= 0.05
     assert got["tokens"] > 0
-    assert got["stayed"] or "goes native" in log
+    assert got["stayed"] or (got["mismatch"] <= 0.05 and "goes native" in log)
     if family == "mistral":
         assert got["injected"] == 0
         assert got["stayed"]
