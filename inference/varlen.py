@@ -8,12 +8,14 @@ layout is tested on the CPU against a function that takes the same arguments; th
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
 Kernel = Callable[..., torch.Tensor]
 
 
@@ -22,7 +24,11 @@ def flash_attention(device: torch.device) -> Kernel | None:
     """flash-attn's `flash_attn_varlen_func` where it is installed and the device is CUDA, else None."""
     if device.type != "cuda" or importlib.util.find_spec("flash_attn") is None:
         return None
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:  # built for another torch: its library does not load
+        log.warning("flash-attn is installed and cannot be imported (%s): attention goes without it", error)
+        return None
 
     kernel: Kernel = flash_attn_varlen_func
     return kernel

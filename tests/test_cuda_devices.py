@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from inference.varlen import flash_attention
 from training import distributed
 from training.teaching import chosen_logprobs
 
@@ -67,3 +68,16 @@ def test_the_trainer_speaks_to_its_ranks_in_one_place() -> None:
             if any(name.startswith("torch.distributed") for name in names):
                 strays.add(file.name)
     assert strays == {"distributed.py"}
+
+
+def test_a_flash_attention_that_does_not_load_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    flash_attention.cache_clear()
+    try:
+        assert flash_attention(torch.device("cuda", 0)) is None
+    finally:
+        flash_attention.cache_clear()
+    assert "undefined symbol" in caplog.text
