@@ -20,9 +20,6 @@ from training.adapters import add_adapter, is_adapter, merged_model, quantizatio
 from training.token_logprobs import TokenLogprobs
 
 log = logging.getLogger(__name__)
-FEW_ROWS = 64
-"""Up to so many rows oneDNN multiplies by the output layer faster than MKL, which torch asks in float32: 2.5 times at
-8 rows and 49,152 columns."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -93,10 +90,7 @@ class Policy(nn.Module):
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits [S, V] in the model's type."""
-        layer = self.model.get_output_embeddings()
-        if len(hidden_SD) <= FEW_ROWS and not torch.is_grad_enabled() and _plain_on_cpu(layer):
-            return torch.ops.mkldnn._linear_pointwise(hidden_SD, layer.weight, None, "none", [], "")
-        return layer(hidden_SD)
+        return self.model.get_output_embeddings()(hidden_SD)
 
     def forward(
         self, row: PackedRow, *, temperature: float = 1.0, terms: Mapping[str, TokenTerm] | None = None
@@ -122,14 +116,6 @@ class Policy(nn.Module):
         logits = self.logits(hidden_SD)
         chosen, entropy = TokenLogprobs.apply(logits, labels_S, temperature, not terms)
         return chosen, entropy, *(term(logits, piece) for term in terms.values())
-
-
-def _plain_on_cpu(layer: nn.Module) -> bool:
-    """Whether the output layer is float32 weights on the CPU and nothing else: no bias, adapter or ZeRO 3 partition."""
-    if type(layer) is not nn.Linear or layer.bias is not None or not torch.backends.mkldnn.is_available():
-        return False
-    weight = layer.weight
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
 
 
 def response_states(backbone: Any, row: PackedRow, *, grouped: bool) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 
 from configs.schema import SamplingConfig
 from training.data import random_stream
-from training.decoders import make_decoder
+from training.decoders import Decoder, make_decoder
+from training.few_rows import few_rows
 from training.policy import Policy
 
 
@@ -87,8 +88,18 @@ def sample(
     """
     group, longest = config.group_size, config.max_new_tokens
     batch = len(prompts) * group
-    decoder = make_decoder(policy, prompts, group, longest)
-    logits = decoder.first_BV
+    with few_rows(policy.model, batch):
+        decoder = make_decoder(policy, prompts, group, longest)
+        return _decode(decoder, config, batch, end_tokens, generators, any_rank, on_step, mixture)
+
+
+def _decode(
+    decoder: Decoder, config: SamplingConfig, batch: int, end_tokens: Sequence[int],
+    generators: Sequence[torch.Generator] | None, any_rank: Callable[[bool], bool] | None,
+    on_step: Callable[[int], None] | None, mixture: Mixture | None,
+) -> Samples:  # fmt: skip
+    """Token by token; a finished response leaves the batch."""
+    group, longest, logits = config.group_size, config.max_new_tokens, decoder.first_BV
     device = logits.device  # the model's work is done there, the bookkeeping on the CPU
     uniform_BR = (
         torch.cat([torch.rand(group, longest, generator=g, dtype=torch.float64) for g in generators])
