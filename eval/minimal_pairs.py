@@ -4,9 +4,9 @@
 
 The mistakes are made by rule (rewards/minimal_pairs.py), the same for every model and for the same --seed. Chance is
 50 %. A whole sentence is compared with a whole one; `per char` compares the log-probability of a character, because a
-sentence with a word left out is the likelier one by its length alone. `r` is the correlation of the log-probability of a character with right and wrong: what a teacher's likelihood,
-taken as a reward, carries of grammar. Several models: the difference of their accuracies to the first one's, with
-its interval.
+sentence with a word left out is the likelier one by its length alone. `r` is the correlation of that with right and
+wrong: what a teacher's likelihood, taken as a reward, carries of grammar. With several models the difference of each
+one's accuracy to the first one's follows, with its interval.
 """
 
 from __future__ import annotations
@@ -107,9 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print(results: dict[str, tuple[PairScores, list[float]]], count: int) -> None:
     kinds = "".join(f"{kind:>10}" for kind in KINDS)
-    print(
-        f"{count} pairs; accuracy in percent\n{'accuracy':>9}{'95 %':>15}{kinds}{'per char':>10}{'bits/char':>11}{'r':>8}  model"
-    )
+    print(f"{count} pairs; accuracy in percent")
+    print(f"{'accuracy':>9}{'95 %':>15}{kinds}{'per char':>10}{'bits/char':>11}{'r':>8}  model")
     for path, (scores, _) in results.items():
         interval = f"{100 * scores.low:.1f} to {100 * scores.high:.1f}"
         by_kind = "".join(
