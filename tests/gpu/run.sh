@@ -40,9 +40,9 @@ log="$page.log"
 : >"$log"
 status=0
 
-# Parts with a time limit each (the actor's may compile DeepSpeed's kernels); one that hangs is a failed line.
+# Parts with a time limit each (the rollout's may compile DeepSpeed's kernels); one that hangs is a failed line.
 results="$(mktemp)"
-for part in "forward sampling" teacher demo actor; do
+for part in "forward sampling" teacher actor demo rollout; do
     files=()
     for name in $part; do files+=("tests/gpu/test_gpu_$name.py"); done
     timeout --kill-after 10 "$limit" python -m pytest -m gpu -q -rA -p no:cacheprovider "${files[@]}" >"$results" 2>&1
