@@ -273,7 +273,7 @@ def test_only_an_adapter_is_trained(public: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "student", "teacher", "equal"),
     [
-        ("gemma3_27b_mistral_7b", "mistral-7b", "gemma-3-27b", False),
+        pytest.param("gemma3_27b_mistral_7b", "mistral-7b", "gemma-3-27b", False, marks=pytest.mark.slow),
         ("llama2_70b_llama2_7b", "llama-2-7b", "llama-2-70b", True),
         ("gemma3_27b_gptsw3_6_7b", "gpt-sw3-6.7b", "gemma-3-27b", False),
     ],
