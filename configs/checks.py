@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from configs.learning import ApiConfig
     from configs.schema import RunConfig
 
 
@@ -85,6 +88,7 @@ def validate(config: RunConfig) -> None:
         f"recipe {config.recipe} needs the whole distribution: set it to 0",
     )
     _validate_around(config)
+    _validate_rewards(config)
     require(
         not loss.pt_coef or config.data.text is not None,
         "loss.pt_coef",
@@ -101,6 +105,7 @@ def validate(config: RunConfig) -> None:
     _at_least(config.sft, "sft.", 1, "steps", "batch")
     _above_zero(config.sft, "sft.", "learning_rate")
     _at_least(config.eval, "eval.", 1, "batch", "kl_samples")
+    _at_least(config.eval, "eval.", 0, "minimal_pairs")
     _at_least(config.checkpoint, "checkpoint.", 1, "every", "keep", "samples_every")
     require(
         config.name is None or ("/" not in config.name and config.name not in ("", ".", "..")),
@@ -134,6 +139,43 @@ def _validate_mixing(config: RunConfig) -> None:
         sampling.temperature,
         "sampling.teacher_mix mixes the two models' distributions at temperature 1",
     )
+
+
+def _validate_rewards(config: RunConfig) -> None:
+    """The extra parts of the reward."""
+    rewards = config.rewards
+    for name in ("exact_match", "similarity", "language", "format", "length", "judge"):
+        weight = getattr(rewards, f"{name}_weight")
+        require(math.isfinite(weight), f"rewards.{name}_weight", weight, "must be a finite number (0: off)")
+    _at_least(rewards, "rewards.", 1, "length_min_words")
+    require(
+        rewards.length_max_words >= rewards.length_min_words,
+        "rewards.length_max_words",
+        rewards.length_max_words,
+        f"must be at least rewards.length_min_words ({rewards.length_min_words})",
+    )
+    try:
+        re.compile(rewards.format_pattern)
+    except re.error as error:
+        require(False, "rewards.format_pattern", rewards.format_pattern, f"is no regular expression: {error}")
+    judge = rewards.judge
+    require(
+        rewards.judge_weight == 0 or judge.model is not None,
+        "rewards.judge.model",
+        judge.model,
+        "name the model that judges, or set rewards.judge_weight to 0",
+    )
+    validate_api(judge, "rewards.judge.")
+
+
+def validate_api(api: ApiConfig, prefix: str) -> None:
+    """An endpoint's settings. Raises ValueError."""
+    _at_least(api, prefix, 1, "attempts", "parallel", "max_tokens")
+    _at_least(
+        api, prefix, 0, "temperature", "backoff_s", "requests_per_minute", "dollars_per_million_in",
+        "dollars_per_million_out",
+    )  # fmt: skip
+    _above_zero(api, prefix, "timeout_s")
 
 
 def _validate_around(config: RunConfig) -> None:

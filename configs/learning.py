@@ -66,6 +66,34 @@ class ActorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ApiConfig:
+    """A model behind an OpenAI-compatible endpoint. The key is read from the environment (OPENAI_API_KEY)."""
+
+    model: str | None = None
+    """Name of the model, as the endpoint knows it."""
+    base_url: str = "https://api.openai.com/v1"
+    """Address of the endpoint."""
+    temperature: float = 0.0
+    """Sampling temperature of its replies."""
+    max_tokens: int = 256
+    """Longest reply, in its tokens."""
+    timeout_s: float = 60.0
+    """Seconds that a reply may take."""
+    attempts: int = 6
+    """Times that a question is asked before it counts as unanswered."""
+    backoff_s: float = 1.0
+    """Seconds before the second attempt; doubled before each further one, at most 60, or what the endpoint asks for."""
+    requests_per_minute: float = 0.0
+    """Most requests a minute of each process. 0: no limit."""
+    parallel: int = 4
+    """Requests under way at once."""
+    dollars_per_million_in: float = 0.0
+    """Price of a million prompt tokens, for the count of the cost."""
+    dollars_per_million_out: float = 0.0
+    """Price of a million reply tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """From log-probabilities to token rewards (DESIGN: docs/algorithms.md)."""
 
@@ -77,6 +105,29 @@ class RewardConfig:
     """minillm: discount of the long part, in powers relative to the token."""
     exact_match_weight: float = 0.0
     """Weight of an extra part: 1 where the answer equals one of the data's answers. Needs answers in the prompts."""
+    similarity_weight: float = 0.0
+    """Weight of an extra part: likeness 0..1 to the nearest of the data's answers. Needs answers in the prompts."""
+    similarity_metric: Literal["rouge_l", "chrf", "bleu", "exact_match", "token_f1", "edit"] = "rouge_l"
+    """How that likeness is measured (rewards/similarity.py)."""
+    language_weight: float = 0.0
+    """Weight of an extra part: is the response Faroese, 0..1 (rewards/language.py)."""
+    language_dictionary: str | None = None
+    """Half of that part is the share of words that a Hunspell dictionary knows: `auto` for the installed Faroese one,
+    or a path without .dic and .aff. None: no dictionary. Needs the package spylls."""
+    format_weight: float = 0.0
+    """Weight of an extra part: 1 where the response ended by itself and the whole of it matches `format_pattern`."""
+    format_pattern: str = r"[^\n]*\S[^\n]*"
+    """Regular expression for the whole response. Default: one line with something on it."""
+    length_weight: float = 0.0
+    """Weight of an extra part: 1 for a response of so many words, less outside, 0 at none and at twice the most."""
+    length_min_words: int = 1
+    """Words from which a response is long enough."""
+    length_max_words: int = 20
+    """Words up to which a response is short enough."""
+    judge_weight: float = 0.0
+    """Weight of an extra part: the mark 0..1 of a model behind an OpenAI-compatible endpoint (`judge`)."""
+    judge: ApiConfig = field(default_factory=ApiConfig)
+    """That endpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

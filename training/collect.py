@@ -10,8 +10,8 @@ import torch
 
 from configs.schema import RunConfig
 from inference.packing import Group
-from rewards.answers import exact_match
-from rewards.base import RewardInput, RewardOutput, place_on_last_token
+from rewards.base import RewardInput, RewardOutput
+from rewards.combine import add_parts
 from rewards.minillm import minillm_rewards
 from rewards.teacher_logprob import teacher_logprob_rewards
 from training import distributed
@@ -23,6 +23,7 @@ from training.composite import LossWeights
 from training.critic import Critic
 from training.data import replacement_positions
 from training.experience import Experience, Prompt, Rollout, TeacherView
+from training.extra_rewards import extra_parts
 from training.grpo import grpo_advantages
 from training.losses import truncated_importance
 from training.mixing import TokenMixture, importance_of, mix_responses, teacher_rollout
@@ -131,20 +132,7 @@ def reward_of(rollout: Rollout, view: TeacherView, config: RunConfig, single_ste
         )
     else:
         reward = teacher_logprob_rewards(inputs, length_alpha=config.rewards.length_alpha)
-    weight = config.rewards.exact_match_weight
-    if weight == 0:
-        return reward
-    right_B = torch.tensor(
-        [
-            exact_match(text, answers) if answers else 0.0
-            for text, answers in zip(inputs.texts, inputs.answers, strict=True)
-        ]
-    )
-    extra_BR = weight * place_on_last_token(right_B, inputs.lengths_B, reward.rewards_BR.shape[1])
-    returns_BR = reward.returns_BR
-    if returns_BR is not None:
-        returns_BR = returns_BR + torch.where(inputs.mask_BR, weight * right_B[:, None], 0.0)
-    return RewardOutput(reward.rewards_BR + extra_BR, returns_BR, {**reward.parts, "exact_match": right_B})
+    return add_parts(reward, inputs, extra_parts(inputs, rollout, config))
 
 
 def make_experience(batch: Batch, config: RunConfig, kl_coef: float) -> tuple[Experience, int]:

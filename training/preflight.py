@@ -14,6 +14,7 @@ from configs.schema import DEMO, RunConfig, require
 from inference.checks import check_teacher
 from training.data import Skipped, answer_group, load_prompts, text_blocks
 from training.experience import Prompt
+from training.extra_rewards import check_extra_rewards
 from training.loop import Corpus
 
 
@@ -43,6 +44,7 @@ def with_model_directories(config: RunConfig) -> RunConfig:
 
 def check_files(config: RunConfig) -> None:
     """What can be said before the demo is built: JSONL syntax, tensor-parallel size."""
+    check_extra_rewards(config)
     if config.teacher.path == DEMO:
         from training.demo_models import RECIPES
 
@@ -135,9 +137,8 @@ def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
     """Prompts, held-out questions, L_PT text and L_BC examples as tokens. All paths are resolved by now."""
     room = room_for_prompt(config)
     data = config.data
-    prompts, skipped = load_prompts(
-        data.prompts, data, tokenizer, key="data.prompts", room=room, need_answers=config.rewards.exact_match_weight > 0
-    )
+    compared = config.rewards.exact_match_weight != 0 or config.rewards.similarity_weight != 0
+    prompts, skipped = load_prompts(data.prompts, data, tokenizer, key="data.prompts", room=room, need_answers=compared)
     require(
         config.prompts_per_step <= len(prompts),
         "prompts_per_step",
