@@ -61,7 +61,7 @@ def work(
     (out / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
         [sys.executable, str(WORKER), str(model), str(out / "jobs.json"), str(out)],
-        env=worker_environment(device), capture_output=True, text=True, timeout=280, check=False,
+        env=worker_environment(device), capture_output=True, text=True, timeout=580 if DRY_RUN else 170, check=False,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == len(jobs), done.stdout[-1500:] + done.stderr[-3000:]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.device import DEVICE, ON_DEVICE, worker_environment
+from tests.gpu.device import DEVICE, DRY_RUN, ON_DEVICE, worker_environment
 from tests.runs import ROOT, command, metrics
 
 pytestmark = ON_DEVICE
@@ -24,7 +24,7 @@ def test_a_run(algo: str, dtype: str, tmp_path: Path, cache: Path) -> None:
     options = ["--algo", algo, "--student.dtype", dtype, "--teacher.dtype", dtype, "--steps", "3"]
     done = subprocess.run(
         command(tmp_path, cache, *options), cwd=ROOT, env=worker_environment(DEVICE), capture_output=True, text=True,
-        timeout=180, check=False,
+        timeout=580 if DRY_RUN else 120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     rows = metrics(tmp_path / f"{algo}-minillm")
