@@ -67,6 +67,9 @@ class EvalConfig:
     """Questions answered at a time."""
     kl_samples: int = 1
     """Sampled answers a question for the reverse KL to the teacher."""
+    minimal_pairs: int = 0
+    """Pairs of a right sentence and one with a mistake that teacher and student judge at the start of stage 2; a
+    teacher that is no better at it gets a warning. 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

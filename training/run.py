@@ -39,6 +39,7 @@ from training.reference import FrozenCopy, Reference, make_reference
 from training.run_folder import Progress, RunFolder, comparison_table
 from training.sampling_check import SamplingBroken, check_sampling
 from training.stopping import REQUEUE, StopRequest, watch_launcher
+from training.teacher_check import teacher_check, warning
 from training.teaching import TeacherFacts, TeacherLink, teacher_facts
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ def _run(setup: Setup, stack: ExitStack) -> int:
     before = _evaluation_once(
         setup, "before", lambda: evaluate_student(models.actor, link, setup.inputs.heldout, config)
     )
+    _check_teacher(setup, models)
     setup.stop.defer()
     try:
         status = train(config, models, setup.inputs.corpus, folder, progress, setup.stop)
@@ -218,6 +220,20 @@ def _evaluation_once(setup: Setup, name: str, evaluate: Any) -> dict[str, float]
         return {}
     _save_evaluation(setup, name, evaluation)
     return evaluation.scores()
+
+
+def _check_teacher(setup: Setup, models: Models) -> None:
+    """Minimal pairs, once a run, where the configuration asks for them. Collective."""
+    name = "eval/minimal_pairs.json"
+    saved = setup.folder.read_json(name)
+    distributed.barrier()
+    if setup.config.eval.minimal_pairs == 0 or saved is not None:
+        return
+    found = teacher_check(models.actor, models.teacher, setup.config, setup.inputs.heldout)
+    if distributed.is_main():
+        setup.folder.write_json(name, found)
+        if (line := warning(found)) is not None:
+            log.warning("%s", line)
 
 
 def _save_evaluation(setup: Setup, name: str, evaluation: Evaluation) -> None:
