@@ -51,6 +51,8 @@ class DataConfig:
     """How a question becomes a prompt."""
     context_template: str = "Tekstur: {context}\nSpurningur: {question}\nSvar:"
     """How a question with a context becomes a prompt."""
+    use_chat_template: bool = False
+    """The rendered template is a user's message, which student and teacher each read in their own chat template."""
     max_prompt_tokens: int = 512
     """Longer prompts are counted and skipped."""
     text_block_tokens: int = 64

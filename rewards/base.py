@@ -24,8 +24,8 @@ class RewardInput:
     behavior_logprobs_BR: torch.Tensor
     """float32 [B, R] student's log-probability at sampling time, nats; 0 on padding."""
     teacher_logprobs_BR: torch.Tensor
-    """float32 [B, R] teacher's log-probability, nats; 0 on padding. With different tokenizers the whole response's
-    log-probability sits on its last token."""
+    """float32 [B, R] teacher's log-probability, nats; 0 on padding. With different tokenizers a token has those of the
+    teacher tokens that end in it (rewards/alignment.py): 0 where none does; a response's total is the teacher's."""
     texts: Sequence[str]
     """B response texts without special symbols, stripped."""
     answers: Sequence[Sequence[str]]

@@ -76,6 +76,7 @@ def replaced(batch: Batch, fresh: Batch, places: Sequence[int]) -> Batch:
                 torch.cat([some[0].ids_SK, some[1].ids_SK])[tokens],
                 torch.cat([some[0].logprobs_SK, some[1].logprobs_SK])[tokens],
             ),
+            batch.view.unread_tokens + fresh.view.unread_tokens,
         ),
         reward=RewardOutput(
             padded(batch.reward.rewards_BR, fresh.reward.rewards_BR),

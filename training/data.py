@@ -45,7 +45,7 @@ def load_prompts(
     too_long: list[int] = []
     for row in rows:
         text = render(row, config)
-        tokens = tuple(tokenizer(text)["input_ids"])
+        tokens = chat_tokens(tokenizer, text) if config.use_chat_template else tuple(tokenizer(text)["input_ids"])
         if len(tokens) > limit or not tokens:
             too_long.append(len(tokens))
             continue
@@ -53,6 +53,7 @@ def load_prompts(
             Prompt(
                 index=len(prompts), text=text, tokens=tokens, answers=tuple(row.get("answers") or ()),
                 question=row["question"], context=row.get("context"), id=str(row.get("id", len(prompts))),
+                chat=config.use_chat_template,
             )
         )  # fmt: skip
     if not prompts:
@@ -61,6 +62,17 @@ def load_prompts(
             f"{max(too_long)}); raise data.max_prompt_tokens, or use a model with a longer context"
         )
     return prompts, Skipped(count=len(too_long), longest=max(too_long, default=0))
+
+
+def chat_tokens(tokenizer: Any, message: str) -> tuple[int, ...]:
+    """A user's message in the tokenizer's own chat template, up to where the answer begins."""
+    messages = [{"role": "user", "content": message}]
+    return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def answer_lead(prompt: Prompt) -> str:
+    """What stands between a prompt and its answer: the templates end in a colon, a chat template where text begins."""
+    return "" if prompt.chat else " "
 
 
 def random_stream(*numbers: int) -> torch.Generator:
@@ -102,8 +114,8 @@ def share_of_rank(items: Sequence[Any], rank: int, world: int) -> list[Any]:
 
 
 def answer_group(prompt: Prompt, answer: str, tokenizer: Any, end_token: int) -> Group:
-    """A prompt with one answer to imitate: ` answer` and the end symbol."""
-    tokens = tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
+    """A prompt with one answer to imitate: ` answer` (without the space in a chat) and the end symbol."""
+    tokens = tokenizer(answer_lead(prompt) + answer.strip(), add_special_tokens=False)["input_ids"]
     return Group(prompt=prompt.tokens, responses=((*tokens, end_token),))
 
 

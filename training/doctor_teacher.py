@@ -68,8 +68,8 @@ def tokenizers(patient: Patient) -> Finding:
     changed = [t for t in texts if other.decode(other(t)["input_ids"], skip_special_tokens=True).strip() != t.strip()]
     return Finding(
         not changed,
-        f"two tokenizers ({prints[0][:8]}, {prints[1][:8]}): text is tokenised again for the teacher, a response's "
-        f"total comes back on its last token; {len(changed)} of {len(texts)} prompts change on the way (allowed 0)",
+        f"two tokenizers ({prints[0][:8]}, {prints[1][:8]}): text is tokenised again for the teacher, "
+        f"whose scores come back token for token; {len(changed)} of {len(texts)} prompts change on the way (allowed 0)",
     )
 
 

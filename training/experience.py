@@ -33,6 +33,8 @@ class Prompt:
     """The context it is asked of."""
     id: str = ""
     """The data's own name for it."""
+    chat: bool = False
+    """`text` is a user's message, and each model reads it in its own chat template."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,15 @@ class TeacherView:
     """What the teacher says of a rollout, carried to the student's tokens."""
 
     logprobs_BR: torch.Tensor
-    """float32 [B, R] nats; with different tokenizers the response's total sits on its last token."""
+    """float32 [B, R] nats; with different tokenizers those of its own tokens, carried over (rewards/alignment.py)."""
     hidden_SD: torch.Tensor | None
     """float32 [S, D] teacher's last hidden state for each response token in batch order (b, then t), or None."""
     scored_tokens: int
     """Response tokens that the teacher scored, in its own tokens."""
     entries: TeacherEntries | None = None
     """The teacher's likeliest entries in place of its hidden states, or None."""
+    unread_tokens: int = 0
+    """Response tokens of the student that the teacher could not read: the beginning of a character that was cut off."""
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ def describe(batch: Batch, experience: Experience, dropped: int) -> dict[str, fl
         "tokens": float(lengths_B.sum()),
         "finished": float(rollout.finished_B.sum()),
         "scored": float(view.scored_tokens),
+        "unread": float(view.unread_tokens),
         "dropped": float(dropped),
         "silent": float((~has_signal(batch)).sum()),
         "kl": float(torch.where(rollout.mask_BR, gap_BR, 0.0).nan_to_num().sum()),
@@ -191,6 +192,7 @@ def describe(batch: Batch, experience: Experience, dropped: int) -> dict[str, fl
         "groups/without_signal": sums["silent"],
         "tokens/sampled": sums["tokens"],
         "tokens/scored": sums["scored"],
+        "tokens/unread": sums["unread"],
     }
 
 

@@ -37,7 +37,7 @@ class TokenMixture:
     ) -> None:
         self._link = link
         self._alpha = alpha
-        self._decoding = link.decode([p.tokens for p in prompts], group_size, max_new_tokens)
+        self._decoding = link.decode([link.prompt_tokens(p) for p in prompts], group_size, max_new_tokens)
 
     def __call__(self, t: int, active_A: torch.Tensor, last_A: torch.Tensor, policy_AV: torch.Tensor) -> torch.Tensor:
         """See `sampling.Mixture`; nats, float32 [A, V]."""

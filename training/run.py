@@ -40,7 +40,7 @@ from training.run_folder import Progress, RunFolder, comparison_table
 from training.sampling_check import SamplingBroken, check_sampling
 from training.stopping import REQUEUE, StopRequest, watch_launcher
 from training.teacher_check import teacher_check, warning
-from training.teaching import TeacherFacts, TeacherLink, teacher_facts
+from training.teaching import TeacherFacts, TeacherLink, check_tokenizers, teacher_facts
 
 log = logging.getLogger(__name__)
 FREE_KEYS = ("steps", "threads", "runs_dir", "cache_dir", "name", "checkpoint.", "teacher.address", "teacher.interface",
@@ -103,6 +103,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     single_step_coef(config, facts.same_tokenizer)
     check_recipe(config, facts.same_tokenizer)
     check_mixing(config, facts.same_tokenizer)
+    check_tokenizers(config, facts.same_tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(config.student.path)
     return config, facts, load_inputs(config, tokenizer, tokenizer.eos_token_id)
 

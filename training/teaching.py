@@ -1,7 +1,8 @@
 """The trainer's side of the teacher: ask for a rollout's scores while other work goes on, in whose tokens it takes.
 
 With one tokenizer, student tokens are teacher tokens. With two, the response's text is tokenised again for the
-teacher, each side's own end symbol stands for the other's, and the total comes back on the response's last token.
+teacher, each side's own end symbol stands for the other's, and the log-probabilities of the teacher's tokens come back
+on the student's, token for token (rewards/alignment.py).
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoTokenizer
 
+from configs.checks import require
+from configs.schema import RunConfig
 from inference.client import TeacherClient, TeacherDecoding
 from inference.fingerprint import tokenizer_fingerprint
 from inference.output_layer import load_output_layer
-from inference.packing import groups_of
+from inference.packing import Group, groups_of
 from inference.replies import TeacherNext
-from rewards.base import place_on_last_token
+from rewards.alignment import carry
+from training.data import answer_lead, chat_tokens
 from training.experience import Prompt, Rollout, TeacherEntries, TeacherView
+from training.token_bytes import TokenBytes
+from training.translation import Translator
 
 PendingView = Callable[[], TeacherView]
 """Waits for the teacher and returns what it said."""
@@ -35,6 +41,8 @@ class TeacherFacts:
     """Its model directory; tokenizer and output layer are read from there."""
     same_tokenizer: bool
     """Student tokens are teacher tokens."""
+    student: Path | str = ""
+    """The student's model directory; its tokenizer is read from there where the two differ."""
 
     def output_layer(self, dtype: torch.dtype) -> torch.Tensor:
         """[V, D] the teacher's output layer."""
@@ -43,7 +51,21 @@ class TeacherFacts:
 
 def teacher_facts(teacher: Path, student: Path | str) -> TeacherFacts:
     """Compare the two tokenizers."""
-    return TeacherFacts(teacher, tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student))
+    return TeacherFacts(teacher, tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student), student)
+
+
+def check_tokenizers(config: RunConfig, same_tokenizer: bool) -> None:
+    """Raises ValueError where responses cannot be carried between the tokenizers, or a chat template is missing."""
+    if same_tokenizer and not config.data.use_chat_template:
+        return
+    for key, path in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if not same_tokenizer:
+            TokenBytes(tokenizer, f"{key} = {str(path)!r}")
+        require(
+            not config.data.use_chat_template or bool(tokenizer.chat_template), "data.use_chat_template", True,
+            f"{key} = {str(path)!r} has a tokenizer without a chat template; leave it out",
+        )  # fmt: skip
 
 
 class StudentTokens(Protocol):
@@ -63,6 +85,12 @@ class TeacherLink:
         self._facts = facts
         self._output_VD = output_VD
         self._tokenizer: Any = AutoTokenizer.from_pretrained(facts.path)
+        self._translator: Translator | None = None
+        if not facts.same_tokenizer:
+            self._translator = Translator(
+                TokenBytes(AutoTokenizer.from_pretrained(facts.student), f"student.path = {str(facts.student)!r}"),
+                TokenBytes(self._tokenizer, f"teacher.path = {str(facts.path)!r}"),
+            )
 
     @property
     def same_tokenizer(self) -> bool:
@@ -76,8 +104,8 @@ class TeacherLink:
         its distribution over the whole vocabulary (equal tokenizers only). With `entries` K above 0, its K likeliest
         entries come in their place.
         """
-        if not self.same_tokenizer:
-            return self._ask_for_text(rollout)
+        if self._translator is not None:
+            return self._ask_for_text(rollout, self._translator)
         if whole_distribution and entries > 0:
             return self._ask_for_entries(rollout, entries)
         if whole_distribution and self._output_VD is not None:
@@ -85,7 +113,7 @@ class TeacherLink:
         return self._ask_for_tokens(rollout)
 
     def _ask_for_tokens(self, rollout: Rollout) -> PendingView:
-        future = self._client.score(rollout.groups())
+        future = self._client.score(self._groups(rollout))
 
         def wait() -> TeacherView:
             score = future.result()
@@ -95,7 +123,7 @@ class TeacherLink:
         return wait
 
     def _ask_for_entries(self, rollout: Rollout, count: int) -> PendingView:
-        tokens, likeliest = self._ask_for_tokens(rollout), self._client.topk(rollout.groups(), count)
+        tokens, likeliest = self._ask_for_tokens(rollout), self._client.topk(self._groups(rollout), count)
 
         def wait() -> TeacherView:
             answer = likeliest.result()
@@ -104,7 +132,7 @@ class TeacherLink:
         return wait
 
     def _ask_for_hidden(self, rollout: Rollout, output_VD: torch.Tensor) -> PendingView:
-        future = self._client.hidden(rollout.groups())
+        future = self._client.hidden(self._groups(rollout))
 
         def wait() -> TeacherView:
             states = future.result()
@@ -116,21 +144,26 @@ class TeacherLink:
 
         return wait
 
-    def _ask_for_text(self, rollout: Rollout) -> PendingView:
-        prompts = [self._encode(p.text, special=True) for p in rollout.prompts]
-        responses = []
-        for text, finished in zip(rollout.texts, rollout.finished_B.tolist(), strict=True):
-            tokens = self._encode(" " + text, special=False) if text else ()
-            responses.append((*tokens, self._end_token) if finished else tokens)
-        future = self._client.score(groups_of(prompts, responses, rollout.group_size))
-        lengths = torch.tensor([len(r) for r in responses], dtype=torch.int64)
+    def _groups(self, rollout: Rollout) -> list[Group]:
+        """One tokenizer: the rollout in its tokens, behind the teacher's own prompts."""
+        return groups_of([self.prompt_tokens(p) for p in rollout.prompts], rollout.responses, rollout.group_size)
+
+    def _ask_for_text(self, rollout: Rollout, translator: Translator) -> PendingView:
+        prompts = [self.prompt_tokens(p) for p in rollout.prompts]
+        ends = [self._end_token(p) for p in rollout.prompts for _ in range(rollout.group_size)]
+        read = [
+            translator.translate(response, finished=finished, end_token=end)
+            for response, finished, end in zip(rollout.responses, rollout.finished_B.tolist(), ends, strict=True)
+        ]
+        future = self._client.score(groups_of(prompts, [r.tokens for r in read], rollout.group_size))
 
         def wait() -> TeacherView:
             logprobs_S = future.result().logprobs_S
-            owner_S = torch.repeat_interleave(torch.arange(len(responses)), lengths)
-            totals_B = torch.zeros(len(responses)).index_add(0, owner_S, logprobs_S)
-            placed = place_on_last_token(totals_B, rollout.lengths_B, rollout.behavior_logprobs_BR.shape[1])
-            return TeacherView(placed, None, len(logprobs_S))
+            longest = rollout.behavior_logprobs_BR.shape[1]
+            of_response = logprobs_S.split([len(r.tokens) for r in read])
+            carried = [carry(s.tolist(), r.student_token, longest) for s, r in zip(of_response, read, strict=True)]
+            logprobs_BR = torch.tensor(carried, dtype=torch.float32).reshape(len(read), longest)
+            return TeacherView(logprobs_BR, None, len(logprobs_S), unread_tokens=sum(r.unread for r in read))
 
         return wait
 
@@ -138,7 +171,7 @@ class TeacherLink:
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
     ) -> Future[list[str]]:
         """The teacher's own answers as texts; temperature 0 is greedy."""
-        tokens = [p.tokens if self.same_tokenizer else self._encode(p.text, special=True) for p in prompts]
+        tokens = [self.prompt_tokens(p) for p in prompts]
         inner = self._client.generate(tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         out: Future[list[str]] = Future()
 
@@ -163,15 +196,15 @@ class TeacherLink:
         """
         if not prompts:
             return []
-        if self.same_tokenizer:
-            inner = self._client.generate(
-                [p.tokens for p in prompts], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-            )
+        if self._translator is None:
+            asked = [self.prompt_tokens(p) for p in prompts]
+            inner = self._client.generate(asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
             ends = set(student.end_tokens)
             return [(r, bool(r) and r[-1] in ends) for r in inner.result().responses]
         out = []
-        for text in self.answer(prompts, max_new_tokens, temperature=temperature, seed=seed).result():
-            words = student.tokenizer(" " + text, add_special_tokens=False)["input_ids"] if text else []
+        texts = self.answer(prompts, max_new_tokens, temperature=temperature, seed=seed).result()
+        for prompt, text in zip(prompts, texts, strict=True):
+            words = self._translator.student.encode(answer_lead(prompt) + text).tokens if text else ()
             tokens = (*words, int(student.tokenizer.eos_token_id))
             out.append((tokens[:max_new_tokens], len(tokens) <= max_new_tokens))
         return out
@@ -189,15 +222,27 @@ class TeacherLink:
         """End the session."""
         self._client.close()
 
-    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+    def prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt as the teacher reads it: in its own tokens, and in its own chat template where there is one."""
+        if prompt.chat:
+            return chat_tokens(self._tokenizer, prompt.text)
+        return prompt.tokens if self.same_tokenizer else tuple(self._tokenizer(prompt.text)["input_ids"])
 
-    @property
-    def _end_token(self) -> int:
-        end = self._tokenizer.eos_token_id
+    def _end_token(self, prompt: Prompt) -> int:
+        """What ends an answer of the teacher; in a chat, what its template puts behind one."""
+        end = end_of_turn(self._tokenizer) if prompt.chat else self._tokenizer.eos_token_id
         if end is None:
             raise ValueError(f"teacher.path = {str(self._facts.path)!r}: its tokenizer names no eos_token")
         return int(end)
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special symbol that a chat template puts behind an answer; where it puts none, the end symbol."""
+    messages = [{"role": "user", "content": "Hvat?"}, {"role": "assistant", "content": "Svar"}]
+    behind = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("Svar")[2]
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+    return ids[0] if ids and ids[0] in special else tokenizer.eos_token_id
 
 
 def chosen_logprobs(
