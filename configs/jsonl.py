@@ -1,4 +1,5 @@
-"""JSONL files, read strictly: a bad row is an error that names the file, the line and the mend."""
+"""JSONL files (and the tables of configs/tables.py), read strictly: a bad row is an error that names the file, the line
+and the mend."""
 
 from __future__ import annotations
 
@@ -7,18 +8,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.tables import is_table, read_table
+
 Row = dict[str, Any]
 
 
 def read_jsonl(
     path: str | Path, required: Sequence[str] = (), problem: Callable[[Row], str | None] | None = None
 ) -> list[Row]:
-    """All rows of a JSONL file; blank lines are skipped.
+    """All rows of a JSONL file (blank lines are skipped), or of a table.
 
     Raises ValueError where the file is missing or has no row, or where a line is not UTF-8, not a JSON object, or
     lacks one of the `required` keys. Required values must be there and not be null, empty or only white space.
     `problem` may look further: it returns what is wrong with a row, and the mend, or None.
     """
+    if is_table(path):
+        return _read_rows(path, required, problem)
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSONL file (one JSON object a line)")
@@ -33,6 +38,19 @@ def read_jsonl(
                 rows.append(row)
     if not rows:
         raise ValueError(f"{path}: the file has no row; write one JSON object a line")
+    return rows
+
+
+def _read_rows(path: str | Path, required: Sequence[str], problem: Callable[[Row], str | None] | None) -> list[Row]:
+    """The same for a table."""
+    rows = []
+    for where, row in read_table(path):
+        _require_keys(row, required, where)
+        if problem is not None and (found := problem(row)) is not None:
+            raise ValueError(f"{where}: {found}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: the table has no row")
     return rows
 
 
@@ -66,9 +84,14 @@ def _parse_row(raw: bytes, required: Sequence[str], where: str) -> Row:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); {mend}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a {type(row).__name__}, not an object; write a JSON object with keys, {{...}}")
+    _require_keys(row, required, where)
+    return row
+
+
+def _require_keys(row: Row, required: Sequence[str], where: str) -> None:
+    """Raise a ValueError that starts with `where` unless all keys are there and hold something."""
     for key in required:
         value = row.get(key)
         if value is None or value == [] or (isinstance(value, str) and not value.strip()):
             state = "is empty" if key in row else "is missing"
             raise ValueError(f"{where}: key {key!r} {state}; each row needs {', '.join(required)}")
-    return row
