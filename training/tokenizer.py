@@ -5,7 +5,8 @@
 
 FILE is JSONL with a `text` in each row, or plain text with one text a line. `extend` holds every tenth text out, learns
 the pieces on the others, and says how many bits the model needs for a byte of the held-out texts before and after,
-before any training. The result is a plain Hugging Face model directory.
+before any training; where that is more than 1.1 times as many, it takes half as many pieces, and again. The result is a
+plain Hugging Face model directory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -26,11 +27,14 @@ if __name__ == "__main__":
 from configs.files import write_atomically
 from configs.jsonl import read_jsonl
 
+if TYPE_CHECKING:
+    from training.tokenizer_pieces import Extension
+
 LETTERS = "ðøáíóúýæ"
 WORST = 10
 """Words listed."""
 LIMIT = 1.1
-"""Held-out bits a byte after `extend`, as a multiple of those before."""
+"""Held-out bits a byte after `extend`, as a multiple of those before, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,17 +170,13 @@ def _report(options: argparse.Namespace, texts: Sequence[str]) -> None:
         write_atomically(options.json, content + "\n")
 
 
-def extend(path: str | Path, texts: Sequence[str], pieces: int, output: Path) -> float:
+def extend(path: str | Path, texts: Sequence[str], pieces: int, output: Path, limit: float = LIMIT) -> float:
     """Write the model with new pieces to `output`; returns held-out bits a byte after over before.
 
+    Pieces that make that more than `limit` are halved in number until they do not: the frequent ones come first.
     Raises ValueError for what cannot be extended, and for an output that exists.
     """
-    import torch
-    from tokenizers import Tokenizer
-    from transformers import AutoModelForCausalLM
-
-    from training.tokenizer_pieces import extended, learn
-    from training.tokenizer_rows import add_rows, bits_per_byte
+    from training.tokenizer_pieces import learn
 
     if pieces < 1:
         raise ValueError(f"--pieces = {pieces}: must be at least 1")
@@ -188,37 +188,62 @@ def extend(path: str | Path, texts: Sequence[str], pieces: int, output: Path) ->
     corpus = [text for place, text in enumerate(texts) if place % 10 != 9]
     tokenizer = load_tokenizer(path)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    extension = learn(content, corpus, pieces)
-    new_content = json.dumps(extended(content, extension), ensure_ascii=False)
-    old, new = tokenizer.backend_tokenizer, Tokenizer.from_str(new_content)
+    while True:
+        trial = _try(path, tokenizer, content, learn(content, corpus, pieces), corpus, held)
+        if trial.ratio <= limit:
+            break
+        if pieces == 1:
+            raise ValueError(f"{path}: a single new piece makes held-out bits a byte {trial.ratio:.3f} times as many")
+        pieces //= 2
+        print(f"that is more than {limit:g} times: trying {pieces} pieces")
+    trial.model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    for stale in ("tokenizer.model", "vocab.json", "merges.txt"):
+        (output / stale).unlink(missing_ok=True)
+    write_atomically(output / "tokenizer.json", trial.tokenizer.to_str())
+    _check_written(output, trial.tokenizer, held)
+    print(output)
+    return trial.ratio
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A model with new pieces, and what they did to it."""
+
+    model: Any
+    tokenizer: Any
+    ratio: float
+
+
+def _try(
+    path: str | Path, tokenizer: Any, content: dict[str, Any], extension: Extension, corpus: list[str], held: list[str]
+) -> _Trial:
+    """The model at `path` with the extension's pieces, measured on the held-out texts and printed."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    from training.tokenizer_pieces import extended
+    from training.tokenizer_rows import add_rows, bits_per_byte
+
+    old = tokenizer.backend_tokenizer
+    new = Tokenizer.from_str(json.dumps(extended(content, extension), ensure_ascii=False))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError(f"{path}: the tokenizer names neither bos_token nor eos_token")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
-    except Exception as error:
+    except Exception as error:  # half-written files raise nearly anything
         raise ValueError(f"{path}: the model cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     size = sum(len(text.encode()) for text in held)
     before = bits_per_byte(model, start, ids_of(old, held), size)
     add_rows(model, extension, start, ids_of(old, corpus), ids_of(new, corpus))
     after = bits_per_byte(model, start, ids_of(new, held), size)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    for stale in ("tokenizer.model", "vocab.json", "merges.txt"):
-        (output / stale).unlink(missing_ok=True)
-    write_atomically(output / "tokenizer.json", new_content)
-    _check_written(output, new, held)
     counts = [sum(map(len, ids_of(one, held))) for one in (old, new)]
-    ratio = after / before
-    print(
-        f"{len(extension.pieces)} new pieces, {extension.first_id} to {extension.first_id + len(extension.pieces) - 1}"
-    )
+    print(f"{len(extension.pieces)} new pieces, ids from {extension.first_id}")
     print(f"held-out tokens {counts[0]} before, {counts[1]} after")
-    print(f"held-out bits a byte {before:.4f} before, {after:.4f} after ({ratio:.3f} times), before any training")
-    if ratio > LIMIT:
-        print(f"warning: that is more than {LIMIT} times; use fewer pieces, or more text", file=sys.stderr)
-    print(output)
-    return ratio
+    print(f"held-out bits a byte {before:.4f} before, {after:.4f} after ({after / before:.3f} times), before training")
+    return _Trial(model, new, after / before)
 
 
 def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
