@@ -29,8 +29,7 @@ from training.sampling import Mixture, prompt_generator, sample
 
 @dataclass
 class _Sums:
-    """Local sums over the rows of one optimizer step, for the log. They stay on the device until `numbers`: a number
-    that is read makes the host wait for everything before it."""
+    """Local sums over the rows of one optimizer step, for the log; on the device until `numbers`, which waits for it."""
 
     values: dict[str, torch.Tensor]
 
@@ -44,9 +43,8 @@ class _Sums:
 
     def numbers(self) -> dict[str, float]:
         """All of them, in one transfer."""
-        if not self.values:
-            return {}
-        return dict(zip(self.values, torch.stack([*self.values.values()]).tolist(), strict=True))
+        stacked = torch.stack([*self.values.values()]).tolist() if self.values else []
+        return dict(zip(self.values, stacked, strict=True))
 
 
 Divergence = Callable[[WholeDistribution, RunConfig, int], TokenTerm]
