@@ -29,7 +29,7 @@ from training.sampling import Mixture, prompt_generator, sample
 
 @dataclass
 class _Sums:
-    """Local sums over the rows of one optimizer step, for the log; on the device until `numbers`, which waits for it."""
+    """Local sums over the rows of one optimizer step, for the log; on the device until `numbers` waits for it."""
 
     values: dict[str, torch.Tensor]
 
