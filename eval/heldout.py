@@ -37,6 +37,8 @@ class AskSettings:
     """Questions answered at a time."""
     dtype: str
     """Parameter and compute type of the model."""
+    use_chat_template: bool = False
+    """The prompt is a user's message in the model's own chat template."""
 
     def prompt(self, question: Question) -> str:
         """The text that the model goes on from."""
@@ -74,7 +76,7 @@ def load_exam(model_dir: Path, questions: list[Question], settings: AskSettings)
     except Exception as error:  # half-written files raise nearly anything (safetensors: a class of its own)
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{model_dir}: the model cannot be loaded ({type(error).__name__}: {reason})") from error
-    prompts = [tokenizer(settings.prompt(question))["input_ids"] for question in questions]
+    prompts = [_prompt_tokens(tokenizer, settings, question) for question in questions]
     longest = _longest_prompt(model, settings)
     kept = [index for index, prompt in enumerate(prompts) if len(prompt) <= longest]
     if not kept:
@@ -166,6 +168,14 @@ def _end_ids(model: Any, tokenizer: Any) -> set[int]:
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     return {end for end in ends | {tokenizer.eos_token_id} if end is not None}
+
+
+def _prompt_tokens(tokenizer: Any, settings: AskSettings, question: Question) -> list[int]:
+    text = settings.prompt(question)
+    if not settings.use_chat_template:
+        return list(tokenizer(text)["input_ids"])
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
 def _longest_prompt(model: Any, settings: AskSettings) -> int:

@@ -108,6 +108,7 @@ def _plan(models: list[Path] | None, data: Path | None, runs_dir: Path) -> Plan:
             "template": config["data"]["template"],
             "context_template": config["data"]["context_template"],
             "max_prompt_tokens": config["data"]["max_prompt_tokens"],
+            "use_chat_template": config["data"]["use_chat_template"],
             "max_new_tokens": config["sampling"]["max_new_tokens"],
             "questions": config["eval"]["questions"],
             "batch": config["eval"]["batch"],
@@ -163,7 +164,8 @@ def _read_config(run: Path | None) -> dict[str, Any]:
     defaults = RunConfig()
     config: dict[str, Any] = {
         "data": {
-            key: getattr(defaults.data, key) for key in ("heldout", "template", "context_template", "max_prompt_tokens")
+            key: getattr(defaults.data, key)
+            for key in ("heldout", "template", "context_template", "max_prompt_tokens", "use_chat_template")
         },
         "sampling": {"max_new_tokens": defaults.sampling.max_new_tokens},
         "eval": {"batch": defaults.eval.batch, "questions": defaults.eval.questions},

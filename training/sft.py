@@ -129,7 +129,8 @@ def teacher_answers(config: RunConfig, prompts: Sequence[Prompt]) -> list[str]:
     from training.teaching import TeacherLink, teacher_facts
 
     teacher = Path(config.teacher.path)
-    key = hashlib.sha256(f"{tokenizer_fingerprint(teacher)} {teacher.resolve()}".encode()).hexdigest()[:16]
+    chat = " chat" if config.data.use_chat_template else ""
+    key = hashlib.sha256(f"{tokenizer_fingerprint(teacher)} {teacher.resolve()}{chat}".encode()).hexdigest()[:16]
     path = Path(config.cache_dir) / f"teacher-answers-{key}.json"
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     missing = [p for p in prompts if p.text not in known]
