@@ -37,7 +37,10 @@ Recipe = Literal["rl", "seqkd", "sampled_ce", "gkd", "bond", "warp"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts, held-out questions and raw text. JSONL rows have `question` and may have `context`, `answers`, `id`."""
+    """Prompts, held-out questions and raw text. JSONL rows have `question` and may have `context`, `answers`, `id`.
+
+    Where a JSONL file is asked for, a .csv, .tsv, .parquet or .txt file, a folder or a hub id (`owner/name:split`) will
+    do as well (configs/tables.py)."""
 
     prompts: str = DEMO
     """JSONL file of RL prompts (answers are not used), or `demo`."""
@@ -57,6 +60,8 @@ class DataConfig:
     """Longer prompts are counted and skipped."""
     text_block_tokens: int = 64
     """Tokens in one L_PT sequence."""
+    deduplicate: bool = False
+    """Leave out raw texts that occurred before (but for case and white space). They are counted in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from configs.jsonl import read_jsonl, read_questions
 from configs.schema import DataConfig
 from inference.packing import Group
 from training.experience import Prompt
+from training.overlap import folded
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,20 @@ def answer_group(prompt: Prompt, answer: str, tokenizer: Any, end_token: int) ->
     return Group(prompt=prompt.tokens, responses=((*tokens, end_token),))
 
 
-def text_blocks(path: str | Path, tokenizer: Any, end_token: int, block: int) -> list[Group]:
+def text_blocks(
+    path: str | Path, tokenizer: Any, end_token: int, block: int, *, deduplicate: bool = False
+) -> list[Group]:
     """Raw text for L_PT: all rows end to end, cut into blocks of `block` tokens.
 
-    The first token of a block is context, the others are predicted.
+    The first token of a block is context, the others are predicted. `deduplicate`: without rows that occurred before.
     """
     stream: list[int] = []
+    seen: set[str] = set()
     for row in read_jsonl(path, ["text"]):
+        if deduplicate and (key := folded(row["text"])) in seen:
+            continue
+        elif deduplicate:
+            seen.add(key)
         stream.extend(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
         stream.append(end_token)
     blocks = [stream[i : i + block] for i in range(0, len(stream), block)]

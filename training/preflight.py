@@ -149,7 +149,7 @@ def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
     text = []
     if config.pt_coef > 0:
         assert data.text is not None
-        text = text_blocks(data.text, tokenizer, end_token, data.text_block_tokens)
+        text = text_blocks(data.text, tokenizer, end_token, data.text_block_tokens, deduplicate=data.deduplicate)
         require(
             config.loss.pt_batch <= len(text), "loss.pt_batch", config.loss.pt_batch,
             f"is more than the {len(text)} blocks of text in {data.text}",

@@ -33,6 +33,7 @@ from training.demo import resolve_demo
 from training.evaluation import Evaluation, evaluate_student, evaluate_teacher
 from training.loop import resume, save_checkpoint, train
 from training.mixing import check_mixing
+from training.overlap import data_warnings
 from training.preflight import Inputs, check_files, check_world, load_inputs, with_model_directories
 from training.recipes import RECIPES, check_recipe
 from training.reference import FrozenCopy, Reference, make_reference
@@ -75,6 +76,9 @@ def run(config: RunConfig) -> int:
             "%d prompts are too long and are skipped (the longest has %d tokens)",
             inputs.skipped.count, inputs.skipped.longest,
         )  # fmt: skip
+    if distributed.environment_rank() == 0:
+        for line in data_warnings(config, inputs.heldout):
+            log.warning("%s", line)
     if already_finished(folder, config):
         return 0
     setup = Setup(config, inputs, facts, folder, stop)

@@ -1,0 +1,58 @@
+"""Evaluation contexts in the training text, by hand; repetitions; what a run says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from configs.schema import DataConfig, LossConfig, RunConfig
+from training.data import text_blocks
+from training.experience import Prompt
+from training.overlap import data_warnings, overlap, repeated
+
+CONTEXT = "Tórshavn er høvuðsstaður í Føroyum og størsti býur í landinum við fleiri enn tjúgu túsund."
+"""15 words: three sequences of 13."""
+
+
+def test_a_context_is_found_whatever_stands_around_it() -> None:
+    assert overlap([CONTEXT], ["Nakað. " + CONTEXT.upper().replace(" ", "\n") + " Meira."]).found == [CONTEXT]
+    assert overlap([CONTEXT, CONTEXT], [CONTEXT]).contexts == 1
+
+
+def test_half_of_the_sequences_decide() -> None:
+    words = CONTEXT.split()
+    assert overlap([CONTEXT], [" ".join(words[:14])]).found == [CONTEXT]  # two of three
+    assert overlap([CONTEXT], [" ".join(words[:13])]).found == []  # one of three
+    assert overlap([CONTEXT], [" ".join(words[:12]), " ".join(words[12:])]).found == []
+
+
+def test_a_short_context_must_be_there_as_a_whole() -> None:
+    assert overlap(["Tað regnar í Havn"], ["So hann segði: tað regnar, í Havn!"]).found == ["Tað regnar í Havn"]
+    assert overlap(["Tað regnar í Havn"], ["tað regnar ikki í Havn"]).found == []
+    assert overlap(["?!", ""], ["?!"]).contexts == 0
+
+
+def test_repetitions_are_counted_but_for_case_and_space() -> None:
+    assert repeated(["Ein  tveir", "ein tveir", "ein tveir.", "Ein tveir\n"]) == 2
+
+
+def test_a_run_says_what_is_wrong_and_leaves_repetitions_out(tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in (CONTEXT, "Annað", "annað")), encoding="utf-8")
+    prompt = Prompt(index=0, text="", tokens=(1,), answers=(), question="?", context=CONTEXT)
+    config = RunConfig(data=DataConfig(text=str(file)), loss=LossConfig(pt_coef=0.1))
+    first, second = data_warnings(config, [prompt])
+    assert "1 of 1 held-out contexts" in first
+    assert "1 of 3 texts are repetitions" in second
+    without = dataclasses.replace(config, data=DataConfig(text=str(file), deduplicate=True))
+    assert len(data_warnings(without, [prompt])) == 1
+    assert data_warnings(dataclasses.replace(config, loss=LossConfig(pt_coef=0.0)), [prompt]) == []
+
+    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [len(text)]}
+
+    whole = text_blocks(file, tokenizer, 0, 100)[0]
+    unique = text_blocks(file, tokenizer, 0, 100, deduplicate=True)[0]
+    assert [*whole.prompt, *whole.responses[0]] == [len(CONTEXT), 0, 5, 0, 5, 0]
+    assert [*unique.prompt, *unique.responses[0]] == [len(CONTEXT), 0, 5, 0]

@@ -1,0 +1,92 @@
+"""Is what the student is judged on in what it is trained on? And is the raw text full of repetitions?
+
+FoQA's contexts come from the Faroese Wikipedia, and so does most Faroese text: a model that has read the contexts as
+raw text is not judged on what it can find in them. The rule: a context is in the training text where at least half of
+its sequences of 13 words are (letter case and punctuation do not count); one of fewer words, where all of it is, in this
+order. Raw texts are repeated where they agree but for case and white space.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from configs.jsonl import read_jsonl
+from configs.schema import RunConfig
+from training.experience import Prompt
+
+WORDS = 13
+"""Words in a sequence, as in GPT-3's check (arXiv 2005.14165, appendix C); fewer find turns of phrase."""
+SHARE = 0.5
+"""Share of a context's sequences from which it counts as read."""
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What was found."""
+
+    contexts: int
+    """Different contexts looked for."""
+    found: list[str]
+    """Those that are in the training text."""
+
+
+def overlap(contexts: Iterable[str], texts: Iterable[str]) -> Overlap:
+    """Which contexts are in the texts. Memory: the contexts' sequences; the texts are read once."""
+    unique = [context for context in dict.fromkeys(contexts) if _WORD.search(context)]
+    sequences = [set(_sequences(_words(context), min(WORDS, len(_words(context))))) for context in unique]
+    wanted = set[tuple[str, ...]]().union(*sequences)
+    lengths = {len(sequence) for sequence in wanted}
+    seen: set[tuple[str, ...]] = set()
+    for text in texts:
+        words = _words(text)
+        for length in lengths:
+            seen.update(s for s in _sequences(words, length) if s in wanted)
+    hit = [context for context, own in zip(unique, sequences, strict=True) if len(own & seen) >= SHARE * len(own)]
+    return Overlap(len(unique), hit)
+
+
+def repeated(texts: Iterable[str]) -> int:
+    """Texts that occurred before."""
+    seen: set[int] = set()
+    count = 0
+    for text in texts:
+        key = hash(folded(text))
+        count += key in seen
+        seen.add(key)
+    return count
+
+
+def folded(text: str) -> str:
+    """Lower case, single spaces: two texts that agree in this are one."""
+    return " ".join(text.casefold().split())
+
+
+def data_warnings(config: RunConfig, heldout: Sequence[Prompt]) -> list[str]:
+    """One line for each thing that is wrong with the run's raw text and prompts; all paths are resolved by now."""
+    lines = []
+    if config.pt_coef > 0 and config.data.text is not None:
+        texts = [str(row["text"]) for row in read_jsonl(config.data.text, ["text"])]
+        found = overlap((prompt.context for prompt in heldout if prompt.context), texts)
+        if found.found:
+            lines.append(
+                f"data.text = {config.data.text!r}: {len(found.found)} of {found.contexts} held-out contexts are in it "
+                f"(at least half of their sequences of {WORDS} words), so the evaluation reads what was trained on; "
+                f"the first: {found.found[0][:80]!r}"
+            )
+        if (again := repeated(texts)) and not config.data.deduplicate:
+            lines.append(
+                f"data.text = {config.data.text!r}: {again} of {len(texts)} texts are repetitions; set "
+                "data.deduplicate to leave them out"
+            )
+    return lines
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _sequences(words: Sequence[str], length: int) -> Iterable[tuple[str, ...]]:
+    return (tuple(words[i : i + length]) for i in range(len(words) - length + 1))
