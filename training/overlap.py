@@ -2,8 +2,8 @@
 
 FoQA's contexts come from the Faroese Wikipedia, and so does most Faroese text: a model that has read the contexts as
 raw text is not judged on what it can find in them. The rule: a context is in the training text where at least half of
-its sequences of 13 words are (letter case and punctuation do not count); one of fewer words, where all of it is, in this
-order. Raw texts are repeated where they agree but for case and white space.
+its sequences of 13 words are (letter case and punctuation do not count); one of fewer words, where all of it is, in
+this order. Raw texts are repeated where they agree but for case and white space.
 """
 
 from __future__ import annotations

@@ -42,6 +42,11 @@ def sentences(config: RunConfig, heldout: Sequence[Prompt]) -> list[str]:
         texts = [str(row["text"]) for row in read_jsonl(config.data.text, ["text"])]
     else:
         texts = [prompt.context for prompt in heldout if prompt.context]
+    return split_sentences(texts)
+
+
+def split_sentences(texts: Sequence[str]) -> list[str]:
+    """What ends in a full stop, question mark or exclamation mark before white space."""
     parts = [part.strip() for text in texts for part in re.split(r"(?<=[.!?])\s+", text)]
     return [part for part in parts if part]
 
