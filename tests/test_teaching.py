@@ -17,6 +17,7 @@ from configs.models import StudentConfig, TeacherConfig
 from configs.schema import DataConfig, RunConfig
 from inference.client import TeacherHidden, TeacherScore
 from inference.packing import Group
+from tests.tokenizer_zoo import build
 from training.data import answer_group, load_prompts
 from training.experience import Prompt, Rollout
 from training.teaching import (
@@ -27,6 +28,7 @@ from training.teaching import (
     end_of_turn,
     teacher_facts,
 )
+from training.token_bytes import TokenBytes
 
 TEXTS = ["Spurningur: Hvat eitur høvuðsstaðurin?\nSvar:", " Tórshavn", " Keypmannahavn", "Svar: Tórshavn er ein býur."]
 
@@ -159,6 +161,16 @@ def test_each_side_has_its_own_chat_template(tmp_path: Path) -> None:
     assert answer_group(prompt, "já", student, 0).responses == ((*student("já")["input_ids"], 0),)
     plain = replace(prompt, chat=False)
     assert answer_group(plain, "já", student, 0).responses == ((*student(" já")["input_ids"], 0),)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "byte_level", "sentencepiece"])
+def test_an_answer_to_imitate_begins_with_one_space(kind: str, tmp_path: Path) -> None:
+    made = build(kind, tmp_path)
+    prompt = Prompt(0, "Svar:", (1, 2), (), "")
+    ((*words, end),) = answer_group(prompt, "Havn", made, 7).responses
+    assert end == 7
+    pieces = TokenBytes(made, kind)
+    assert b"".join(pieces.piece(t) for t in words) == b" Havn"
 
 
 def test_what_ends_an_answer_in_a_chat(tmp_path: Path) -> None:

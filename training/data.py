@@ -116,8 +116,19 @@ def share_of_rank(items: Sequence[Any], rank: int, world: int) -> list[Any]:
 
 def answer_group(prompt: Prompt, answer: str, tokenizer: Any, end_token: int) -> Group:
     """A prompt with one answer to imitate: ` answer` (without the space in a chat) and the end symbol."""
-    tokens = tokenizer(answer_lead(prompt) + answer.strip(), add_special_tokens=False)["input_ids"]
+    text = answer_lead(prompt) + answer.strip()
+    if text.startswith(" ") and _adds_a_space(tokenizer):
+        text = text[1:]  # the tokenizer's own space, or the answer would have two
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Group(prompt=prompt.tokens, responses=((*tokens, end_token),))
+
+
+def _adds_a_space(tokenizer: Any) -> bool:
+    """Llama-2's and Mistral's tokenizers put a space in front of every text."""
+    first = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    return any(
+        piece.startswith(("\N{LOWER ONE EIGHTH BLOCK}", "Ġ")) for piece in tokenizer.convert_ids_to_tokens(first)
+    )
 
 
 def text_blocks(
