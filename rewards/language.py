@@ -53,6 +53,8 @@ SPELLING_WEIGHT = 1.5
 """Nats against those languages for each word with such a spelling."""
 PRIOR = 1.5
 """Nats for Faroese before anything is read: it is what was asked for."""
+KNOWN, UNKNOWN = 0.25, -2.0
+"""Nats for Faroese for each word that its dictionary has or lacks: neighbours share words, and it lacks compounds."""
 SHARPNESS = 3.5
 """Factor on py3langid's calibrated log-odds."""
 
@@ -142,11 +144,11 @@ def common_words(text: str) -> list[str]:
     return kept
 
 
-def identify(text: str) -> dict[str, float]:
+def identify(text: str, accepts: Callable[[str], bool] | None = None) -> dict[str, float]:
     """Probability of each near language (they sum to 1); all equal where the text has no word that could tell.
 
     Naive Bayes log-posteriors of py3langid, divided by the square root of the number of bytes (its own calibration),
-    plus the evidence of letters and closed-class words above.
+    plus the evidence of letters, spellings and closed-class words above, and of a dictionary (`accepts`).
     """
     words = common_words(text)
     if not words:
@@ -159,6 +161,8 @@ def identify(text: str) -> dict[str, float]:
         ranked = dict.fromkeys(NEAR, 0.0)
     scale = SHARPNESS / math.sqrt(len(joined.encode()))
     scores = np.array([ranked[language] * scale + _evidence(words, language) for language in NEAR])
+    if accepts is not None:
+        scores[NEAR.index("fo")] += sum(KNOWN if accepts(word) else UNKNOWN for word in words)
     odds = np.exp(scores - scores.max())
     return dict(zip(NEAR, (odds / odds.sum()).tolist(), strict=True))
 
@@ -196,8 +200,8 @@ def language_score(text: str, accepts: Callable[[str], bool] | None = None) -> f
 
     An empty response scores 0. One of names, figures and signs alone scores its share of Latin letters: nothing in it
     speaks against Faroese. Text that is mostly figures (`digit_share` above a half) beside a few words of another
-    language is judged by those words. With `accepts` (a dictionary) half of the score is the share of common words
-    that it knows.
+    language is judged by those words. With `accepts` (a dictionary) each word is evidence, and a response without a
+    single known word keeps half of its score at most, in proportion to the share of common words that are known.
     """
     if not any(char.isalnum() for char in text):
         return 0.0
@@ -205,7 +209,7 @@ def language_score(text: str, accepts: Callable[[str], bool] | None = None) -> f
     words = common_words(text)
     if not words:
         return script
-    score = identify(text)["fo"]
+    score = identify(text, accepts)["fo"]
     if accepts is not None:
-        score = (score + sum(accepts(word) for word in words) / len(words)) / 2
+        score *= (1 + sum(accepts(word) for word in words) / len(words)) / 2
     return score * script

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rewards.language import NEAR, common_words, digit_share, identify, language_score, script_share
+from training.extra_rewards import dictionary, dictionary_path
 
 FAROESE = Path(__file__).resolve().parents[2] / "shared" / "data" / "faroese"
 
@@ -50,6 +53,13 @@ COUNTERPARTS = {
         The realm got a new government. When the sun shone, we went out. Somebody has stolen my bicycle.
         The sheep are in the pasture. The war ended in spring. Nobody knows where he has gone.""",
 }
+
+
+def installed() -> bool:
+    try:
+        return dictionary_path("auto").name.startswith("fo") and importlib.util.find_spec("spylls") is not None
+    except ValueError:
+        return False
 
 
 def sentences(language: str) -> list[str]:
@@ -113,11 +123,28 @@ def test_probabilities_are_probabilities() -> None:
     assert list(identify("Tórshavn").values()) == pytest.approx([1 / len(NEAR)] * len(NEAR))
 
 
-def test_a_dictionary_is_half_of_the_score() -> None:
-    known: Callable[[str], bool] = {"hon", "býr", "í", "ti"}.__contains__
-    plain, checked = language_score("Hon býr í gubbulli"), language_score("Hon býr í gubbulli", known)
-    assert checked == pytest.approx((plain + 0.75) / 2)
+def test_a_dictionary_is_evidence_and_grades_the_score() -> None:
+    """Word by word: +0.25 nats for one that is known, -2 for another; then the share of known words."""
+    text = "Hon býr í gubbulli"
+    known: Callable[[str], bool] = {"hon", "býr", "í"}.__contains__
+    plain, checked = identify(text)["fo"], identify(text, known)["fo"]
+    assert math.log(checked / (1 - checked)) - math.log(plain / (1 - plain)) == pytest.approx(3 * 0.25 - 2.0, abs=1e-6)
+    assert language_score(text, known) == pytest.approx(checked * (1 + 3 / 4) / 2)
+    none = identify(text, lambda _: False)["fo"]
+    assert math.log(none / (1 - none)) - math.log(plain / (1 - plain)) == pytest.approx(4 * -2.0, abs=1e-6)
     assert language_score("Tórshavn", lambda _: False) == 1.0  # a name is in no dictionary
+
+
+@pytest.mark.skipif(not installed(), reason="no Faroese Hunspell dictionary, or no spylls")
+def test_the_installed_dictionary_knows_faroese_words() -> None:
+    accepts = dictionary("auto")
+    assert [accepts(word) for word in ("hevur", "oyggj", "skipið", "føroyar")] == [True] * 4
+    assert [accepts(word) for word in ("drongrin", "høvustað", "hovedstaden")] == [False] * 3
+
+
+def test_a_dictionary_that_is_not_there_names_the_mend(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rewards.language_dictionary = '.*nowhere': no such Hunspell dictionary"):
+        dictionary_path(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.skipif(not FAROESE.is_dir(), reason="the folder with Faroese text is not there")
