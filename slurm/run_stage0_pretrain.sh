@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Stage 0: continued pre-training of the student on raw text (training/pretrain.py).
+#
+#   bash slurm/run_stage0_pretrain.sh [--steps 5 ...]      on this machine
+#   sbatch slurm/run_stage0_pretrain.sh [--steps 5 ...]    under SLURM
+#
+# Resources and processes only; every setting of the run is in configs/ (arguments are passed on).
+#SBATCH --job-name=grpo-kd-pretrain
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=32
+#SBATCH --gpus-per-node=4
+#SBATCH --mem=240G
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --signal=B:USR1@180
+set -uo pipefail
+
+# sbatch runs a copy of this file from a spool folder; the repository is then where sbatch was called.
+for root in "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
+    [[ -f "$root/slurm/env.sh" ]] && break
+done
+# shellcheck source-path=SCRIPTDIR source=env.sh
+source "$root/slurm/env.sh" || exit 1
+launch training/pretrain.py "$@"

@@ -1,0 +1,155 @@
+"""Stage 0: continued pre-training of the student on raw text (data.text), before anything else.
+
+    bash slurm/run_stage0_pretrain.sh
+    deepspeed training/pretrain.py --config configs/gemma3_27b_mistral_7b.yaml --data.text faroese.jsonl \\
+        --data.text_block_tokens 512 --sft.steps 1000
+
+The L_PT term alone, in the same engine as the other stages; steps, batch (blocks a step, over all ranks), learning rate
+and output are those of `sft` in the configuration. Every twentieth block is held out; how many bits the model needs for
+a byte of those, before and after, is printed and written to runs/NAME/summary.json. There are no checkpoints: a run
+that is stopped starts again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from configs.schema import DEMO, RunConfig, as_dict, require, validate
+from training.cli import DEMO_CONFIGS, dump_config, fail, parse
+
+if TYPE_CHECKING:
+    from inference.packing import Group
+    from training.actor import Actor
+
+HELD_OUT_EVERY = 20
+"""Blocks of which one is held out."""
+
+
+def main(argv: list[str]) -> int:
+    """Parse, check, train."""
+    config = parse(argv, "Stage 0: continued pre-training on raw text.", lambda _: DEMO_CONFIGS / "sft.yaml")
+    try:
+        validate(config)
+        require(config.data.text is not None, "data.text", None, "give raw text: a file with a `text` in each row")
+    except ValueError as error:
+        fail(str(error))
+    from training.stopping import StopRequest, watch_launcher
+
+    StopRequest()  # a signal ends the program at once, through `finally`
+    watch_launcher()
+    return run(config)
+
+
+def run(config: RunConfig) -> int:
+    """Run stage 0; returns the exit code."""
+    from transformers import AutoTokenizer
+
+    from training import distributed
+    from training.data import text_blocks
+    from training.deepspeed_engine import start_distributed
+    from training.demo import resolve_demo
+    from training.preflight import check_files, with_model_directories
+    from training.run import quiet_logging, set_threads
+
+    quiet_logging()
+    try:
+        config = with_model_directories(config)
+        check_files(config)
+        set_threads(config)
+        if DEMO in (config.student.path, config.data.text):
+            config = resolve_demo(config, stage=1)
+        tokenizer = AutoTokenizer.from_pretrained(config.student.path)
+        data, end_token = config.data, int(tokenizer.eos_token_id)
+        assert data.text is not None
+        blocks = text_blocks(data.text, tokenizer, end_token, data.text_block_tokens, deduplicate=data.deduplicate)
+        held = blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        text = [block for place, block in enumerate(blocks) if (place + 1) % HELD_OUT_EVERY]
+        require(bool(held), "data.text", data.text, f"gives {len(blocks)} blocks; {HELD_OUT_EVERY} are needed at least")
+        require(
+            config.sft.batch <= len(text), "sft.batch", config.sft.batch, f"is more than {len(text)} blocks of text"
+        )
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    start_distributed()
+    before, after = fit(config, text, held)
+    if distributed.is_main():
+        print(f"stage 0: held-out bits a byte {before:.4f} before, {after:.4f} after", flush=True)
+    return 0
+
+
+def fit(config: RunConfig, text: Sequence[Group], held: Sequence[Group]) -> tuple[float, float]:
+    """Train on blocks of text and export; returns held-out bits a byte before and after. Collective."""
+    import torch
+    from tqdm import tqdm
+
+    from training import distributed
+    from training.actor import Actor
+    from training.composite import LossWeights, UpdateInput
+    from training.data import positions_of_step, share_of_rank
+    from training.run_folder import RunFolder
+
+    torch.manual_seed(config.seed)
+    folder = RunFolder(Path(config.runs_dir) / (config.name or "pretrain"))
+    actor = Actor(config, config.student.path, total_steps=config.sft.steps, learning_rate=config.sft.learning_rate)
+    if distributed.is_main():
+        folder.start_afresh(dump_config(as_dict(config)))
+    before = bits_per_byte(actor, config, held)
+    bar = tqdm(range(config.sft.steps), desc="stage 0", unit="step", disable=not distributed.is_main())
+    for step in bar:
+        chosen = positions_of_step(step, config.sft.batch, len(text), config.seed)
+        mine = [text[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
+        metrics = actor.update([UpdateInput(None, mine, [], LossWeights(pt=1.0))], step)
+        if distributed.is_main():
+            folder.append_metrics({"step": step + 1, **metrics})
+            bar.set_postfix(loss=f"{metrics['loss/pt']:.3f}", refresh=False)
+    after = bits_per_byte(actor, config, held)
+    actor.export(Path(config.sft.output) if config.sft.output else folder.export)
+    if distributed.is_main():
+        folder.write_json(
+            "summary.json",
+            {
+                "status": "finished",
+                "steps": config.sft.steps,
+                "bits_per_byte_before": before,
+                "bits_per_byte_after": after,
+                "held_out_blocks": len(held),
+                "data": config.data.text,
+            },
+        )
+        folder.close()
+    return before, after
+
+
+def bits_per_byte(actor: Actor, config: RunConfig, blocks: Sequence[Group]) -> float:
+    """Bits that the student needs for a byte of the blocks' text behind each one's first token; the end symbols cost
+    bits and are no bytes. Collective."""
+    import torch
+
+    from inference.packing import pack
+    from training import distributed
+    from training.data import share_of_rank
+    from training.deepspeed_engine import in_step
+
+    mine = share_of_rank(blocks, distributed.rank(), distributed.world_size())
+    nats = 0.0
+    with torch.no_grad():
+        for row, used in in_step(pack(mine, config.actor.micro_batch_tokens)):
+            nats -= float(actor.policy(row.to(actor.engine.device)).logprobs_S.double().sum()) * used
+    texts = actor.tokenizer.batch_decode([list(b.responses[0]) for b in mine], skip_special_tokens=True)
+    total = distributed.sum_metrics({"nats": nats, "bytes": float(sum(len(text.encode()) for text in texts))})
+    return total["nats"] / math.log(2) / max(total["bytes"], 1.0)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
