@@ -218,3 +218,16 @@ def test_a_judge_in_a_real_run(tmp_path: Path, demo_cache: Path, monkeypatch: py
     assert 0.0 < row["reward/judge"] <= 0.7 + 1e-6  # 0.7 where something was written
     assert row["reward/mean"] == pytest.approx(row["reward/teacher_logprob"] + 0.5 * row["reward/judge"], rel=1e-5)
     assert max(endpoint.answered.values()) == 1  # a response that comes twice is judged once
+
+
+def test_a_run_without_the_key_or_the_dictionary_ends_before_any_model_is_loaded(
+    tmp_path: Path, demo_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(KEY)
+    judged = ["--rewards.judge_weight", "1", "--rewards.judge.model", "m"]
+    assert f"error: {KEY} is not set" in finish(command(tmp_path, demo_cache, *judged), code=2).stderr
+    checked = ["--rewards.language_weight", "1", "--rewards.language_dictionary", "nowhere"]
+    message = "error: rewards.language_dictionary = 'nowhere': no such Hunspell dictionary"
+    assert message in finish(command(tmp_path, demo_cache, *checked), code=2).stderr
+    unknown = finish(command(tmp_path, demo_cache, "--rewards.similarity_metric", "meteor"), code=2).stderr
+    assert all(name in unknown for name in ("rouge_l", "chrf", "bleu", "exact_match", "token_f1", "edit"))
