@@ -31,8 +31,45 @@ def _above_zero(config: object, prefix: str, *names: str) -> None:
 
 def validate(config: RunConfig) -> None:
     """Check everything that the values alone decide. Raises ValueError naming key, value and mend."""
-    sampling, loss = config.sampling, config.loss
     _at_least(config, "", 1, "steps", "prompts_per_step")
+    require(
+        config.name is None or ("/" not in config.name and config.name not in ("", ".", "..")),
+        "name",
+        config.name,
+        "must be a plain folder name; choose the parent with runs_dir",
+    )
+    require(
+        config.prompts_per_step % config.actor.updates_per_rollout == 0,
+        "prompts_per_step",
+        config.prompts_per_step,
+        f"must be a multiple of actor.updates_per_rollout ({config.actor.updates_per_rollout})",
+    )
+    _validate_sampling(config)
+    _validate_mixing(config)
+    _validate_loss(config)
+    _validate_around(config)
+    _validate_rewards(config)
+    _at_least(config.teacher, "teacher.", 1, "tensor_parallel", "threads", "max_batch_tokens", "logit_chunk")
+    _above_zero(config.teacher, "teacher.", "timeout_s")
+    _above_zero(config.actor, "actor.", "learning_rate", "max_grad_norm")
+    _above_zero(config.critic, "critic.", "learning_rate")
+    _at_least(config.actor, "actor.", 1, "micro_batch_tokens", "updates_per_rollout")
+    _at_least(config.data, "data.", 2, "max_prompt_tokens", "text_block_tokens")
+    for key in ("template", "context_template"):
+        value = getattr(config.data, key)
+        require("{question}" in value, f"data.{key}", value, "must contain {question}")
+    context = config.data.context_template
+    require("{context}" in context, "data.context_template", context, "must contain {context}")
+    _at_least(config.sft, "sft.", 1, "steps", "batch")
+    _above_zero(config.sft, "sft.", "learning_rate")
+    _at_least(config.eval, "eval.", 1, "batch", "kl_samples")
+    _at_least(config.eval, "eval.", 0, "minimal_pairs")
+    _at_least(config.checkpoint, "checkpoint.", 1, "every", "keep", "samples_every")
+
+
+def _validate_sampling(config: RunConfig) -> None:
+    """How many responses, from which part of the distribution."""
+    sampling = config.sampling
     _at_least(sampling, "sampling.", 1, "group_size", "max_new_tokens")
     _at_least(sampling, "sampling.", 0, "top_k")
     _above_zero(sampling, "sampling.", "temperature", "top_p")
@@ -43,75 +80,48 @@ def validate(config: RunConfig) -> None:
         sampling.group_size,
         "GRPO compares the responses of a group, so it needs at least 2 (4 to 16 are usual), or use --algo ppo",
     )
-    _validate_mixing(config)
-    _at_least(config.teacher, "teacher.", 1, "tensor_parallel", "threads", "max_batch_tokens", "logit_chunk")
-    _above_zero(config.teacher, "teacher.", "timeout_s")
-    _above_zero(config.actor, "actor.", "learning_rate", "max_grad_norm")
-    _above_zero(config.critic, "critic.", "learning_rate")
-    _at_least(config.actor, "actor.", 1, "micro_batch_tokens", "updates_per_rollout")
-    _at_least(config.data, "data.", 2, "max_prompt_tokens", "text_block_tokens")
-    for key in ("template", "context_template"):
-        value = getattr(config.data, key)
-        require("{question}" in value, f"data.{key}", value, "must contain {question}")
-    require(
-        "{context}" in config.data.context_template,
-        "data.context_template",
-        config.data.context_template,
-        "must contain {context}",
-    )
+
+
+def _validate_loss(config: RunConfig) -> None:
+    """Clipping, weights and their courses."""
+    loss = config.loss
     require(0 < loss.clip_low < 1, "loss.clip_low", loss.clip_low, "must lie between 0 and 1")
     _above_zero(loss, "loss.", "clip_high")
-    _at_least(loss, "loss.", 0, "policy_coef", "kl_coef", "bc_coef")
+    _at_least(loss, "loss.", 0, "policy_coef", "kl_coef", "bc_coef", "gradient_shares_every", "single_step_entries")
+    _at_least(loss, "loss.", 1, "pt_batch", "bc_batch")
     for key in ("pt_coef", "single_step_coef"):
         value = getattr(loss, key)
         require(value is None or value >= 0, f"loss.{key}", value, "must be at least 0")
+    cap = loss.importance_cap
     require(
-        loss.importance_cap is None or loss.importance_cap >= 1,
+        cap is None or cap >= 1,
         "loss.importance_cap",
-        loss.importance_cap,
+        cap,
         "cuts weights whose mean is 1, so it must be at least 1 (2 is usual)",
     )
     for key in ("policy", "kl", "pt", "bc", "single_step"):
         schedule = getattr(loss, f"{key}_schedule")
         _at_least(schedule, f"loss.{key}_schedule.", 0, "final")
-        require(
-            schedule.steps is None or schedule.steps >= 1,
-            f"loss.{key}_schedule.steps",
-            schedule.steps,
-            "must be at least 1",
-        )
-    _at_least(loss, "loss.", 0, "gradient_shares_every", "single_step_entries")
+        steps = schedule.steps
+        require(steps is None or steps >= 1, f"loss.{key}_schedule.steps", steps, "must be at least 1")
+    require(
+        loss.gradient_shares_every == 0 or config.actor.zero_stage < 3,
+        "loss.gradient_shares_every",
+        loss.gradient_shares_every,
+        "measures gradients outside DeepSpeed's own pass, which ZeRO 3 does not allow: set it to 0, or "
+        "actor.zero_stage to 2",
+    )
     require(
         loss.single_step_entries == 0 or config.recipe not in ("gkd", "sampled_ce"),
         "loss.single_step_entries",
         loss.single_step_entries,
         f"recipe {config.recipe} needs the whole distribution: set it to 0",
     )
-    _validate_around(config)
-    _validate_rewards(config)
     require(
         not loss.pt_coef or config.data.text is not None,
         "loss.pt_coef",
         loss.pt_coef,
         "needs raw text: set data.text to a JSONL file with a `text` in each row",
-    )
-    _at_least(loss, "loss.", 1, "pt_batch", "bc_batch")
-    require(
-        config.prompts_per_step % config.actor.updates_per_rollout == 0,
-        "prompts_per_step",
-        config.prompts_per_step,
-        f"must be a multiple of actor.updates_per_rollout ({config.actor.updates_per_rollout})",
-    )
-    _at_least(config.sft, "sft.", 1, "steps", "batch")
-    _above_zero(config.sft, "sft.", "learning_rate")
-    _at_least(config.eval, "eval.", 1, "batch", "kl_samples")
-    _at_least(config.eval, "eval.", 0, "minimal_pairs")
-    _at_least(config.checkpoint, "checkpoint.", 1, "every", "keep", "samples_every")
-    require(
-        config.name is None or ("/" not in config.name and config.name not in ("", ".", "..")),
-        "name",
-        config.name,
-        "must be a plain folder name; choose the parent with runs_dir",
     )
 
 

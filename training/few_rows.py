@@ -29,7 +29,7 @@ def few_rows(model: nn.Module, rows: int) -> Iterator[None]:
     `rows` a step, for which the layout is chosen. Layers that it does not take (another device, ZeRO 3's partitions,
     quantised or adapted layers themselves) stay as they are.
     """
-    layers = [m for m in model.modules() if _taken(m)] if 0 < rows <= MOST_ROWS and _available() else []
+    layers: list[Any] = [m for m in model.modules() if _taken(m)] if 0 < rows <= MOST_ROWS and _available() else []
     for layer in layers:
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
         layer.forward = partial(_product, layer, packed)
