@@ -30,11 +30,8 @@ STYLE_FILE = Path(__file__).with_name("report.css")
 
 def render_page(run: RunFiles, plots: list[Plot]) -> str:
     """The whole page."""
-    body = "\n".join(
-        part
-        for part in (_header(run), _scores(run), _curves(run, plots), _answers(run), _config(run), _footer(run))
-        if part
-    )
+    parts = (_header(run), _scores(run), _pairs(run), _curves(run, plots), _answers(run), _config(run), _footer(run))
+    body = "\n".join(part for part in parts if part)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -92,6 +89,39 @@ def _scores(run: RunFiles) -> str:
     note = f"{asked}{source}, answered greedily; reverse KL of the student to the teacher on sampled answers.{missing}"
     return f"""<section>
 <h2>Held-out questions</h2>
+<table>
+<thead><tr><td></td>{head}</tr></thead>
+<tbody>{rows}</tbody>
+</table>
+<p class="note">{note}</p>
+</section>"""
+
+
+def _pairs(run: RunFiles) -> str:
+    """Who knew right from wrong Faroese at the start; nothing where nobody was asked."""
+    found = run.minimal_pairs
+    if not found.get("pairs"):
+        return ""
+    names = ("Right sentence likelier, %", "95 %", "The same per character, %", "Bits a character", "Correlation")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    rows = ""
+    for who in ("student", "teacher"):
+        one = found[who]
+        cells = (
+            f"{100 * one['accuracy']:.1f}",
+            f"{100 * one['low']:.1f} to {100 * one['high']:.1f}",
+            f"{100 * one['accuracy_per_character']:.1f}",
+            f"{one['bits_per_character']:.3f}",
+            f"{one['correlation']:.3f}",
+        )
+        rows += f'<tr><th scope="row">{who.capitalize()}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    note = (
+        f"{found['pairs']} sentences of <code>{escape(str(found.get('text')))}</code> beside the same with one mistake "
+        "each, before the first step. Correlation: of the log-probability of a character with right and wrong: what a "
+        "reward made of that likelihood carries of grammar."
+    )
+    return f"""<section>
+<h2>Right and wrong sentences</h2>
 <table>
 <thead><tr><td></td>{head}</tr></thead>
 <tbody>{rows}</tbody>

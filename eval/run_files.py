@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class RunFiles:
     """The held-out file."""
     config: str
     """Text of config.yaml, or empty."""
+    minimal_pairs: dict[str, Any] = field(default_factory=dict)
+    """What teacher and student said of right and wrong sentences at the start, or empty."""
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -68,6 +70,7 @@ def read_run(run_dir: Path) -> RunFiles:
         questions=first.get("questions"),
         data=first.get("data"),
         config=config,
+        minimal_pairs=_read_json(run_dir / "eval" / "minimal_pairs.json"),
     )
 
 

@@ -48,6 +48,18 @@ def test_the_run_warns_as_the_numbers_say(checked: tuple[Path, str]) -> None:
     assert line is None or line in said
 
 
+def test_the_report_shows_it(checked: tuple[Path, str]) -> None:
+    run, _ = checked
+    found = json.loads((run / "eval" / "minimal_pairs.json").read_text())
+    page = (run / "report.html").read_text()
+    assert "Right and wrong sentences" in page
+    for who in ("student", "teacher"):
+        scores = found[who]
+        row = f'<tr><th scope="row">{who.capitalize()}</th><td>{100 * scores["accuracy"]:.1f}</td>'
+        assert row in page
+        assert f"<td>{scores['correlation']:.3f}</td></tr>" in page
+
+
 @pytest.mark.parametrize(
     ("teacher", "student", "low", "words"),
     [(0.9, 0.6, 0.1, None), (0.7, 0.6, -0.1, "not clearly a better judge"), (0.5, 0.6, -0.3, "no better judge")],
