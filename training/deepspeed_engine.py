@@ -126,6 +126,7 @@ class Engine:
             peak=peak_learning_rate, schedule=config.schedule, warmup=config.warmup_steps, total=total_steps
         )
         self.zero_stage = zero_stage
+        self._max_grad_norm = config.max_grad_norm
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._frozen = len(self._trained) < len(list(module.parameters()))
         optimizer = torch.optim.AdamW(
@@ -138,7 +139,8 @@ class Engine:
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.max_grad_norm,
+            # Without ZeRO, DeepSpeed takes the norm of bfloat16 gradients in bfloat16: `update` clips there itself.
+            "gradient_clipping": config.max_grad_norm if zero_stage > 0 else 0.0,
             "zero_optimization": {"stage": zero_stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -156,6 +158,11 @@ class Engine:
         if zero_stage == 0 and distributed.world_size() == 1:
             # DeepSpeed would copy all gradients into one tensor, "reduce" it over one rank and copy them back.
             self.engine.enable_backward_allreduce = False
+        if zero_stage == 0 and dtype == "bfloat16":
+            # DeepSpeed makes the states by a step on zeros, which Adam's bias correction would take for a real one: the
+            # first real step would be 0.73 of what it is at the other stages.
+            for state in self.engine.optimizer.optimizer.state.values():
+                state["step"].zero_()
         self.device = torch.device(self.engine.device)
 
     @property
@@ -184,12 +191,15 @@ class Engine:
             self.engine.set_gradient_accumulation_boundary(i == len(jobs) - 1)
             self.engine.backward(torch.stack([*job().values()]).sum() * scale)
         if self.zero_stage == 0:
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
+            grads = [p.grad for p in self._trained if p.grad is not None]
+            norm = float(sum(torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in grads)) ** 0.5
             if not torch.isfinite(torch.tensor(norm)):
                 self.engine.zero_grad()
                 self.module.eval()
                 return norm, rate, False
+            if norm > self._max_grad_norm:
+                for gradient in grads:
+                    gradient.mul_(self._max_grad_norm / norm)
         with contextlib.redirect_stdout(None):
             self.engine.step()
         if self.zero_stage > 0:
