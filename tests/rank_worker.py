@@ -144,9 +144,12 @@ def update(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat_state(engine: Engine) -> list[float]:
-    """All parameters one after the other; empty but on rank 0. Collective."""
-    state = engine.full_state_dict()
-    return [] if state is None else torch.cat([state[name].flatten() for name in sorted(state)]).tolist()
+    """All parameters end to end, on rank 0; nothing elsewhere. Collective under ZeRO 3."""
+    values: list[torch.Tensor] = []
+    for parameter in engine.module.parameters():
+        with engine.gathered([parameter]):
+            values.append(parameter.detach().double().flatten().clone())
+    return torch.cat(values).tolist() if distributed.is_main() else []
 
 
 def sample_and_update(job: dict[str, Any]) -> dict[str, Any]:
