@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 from configs.schema import DEMO, RunConfig, as_dict, require, validate
 from training.cli import DEMO_CONFIGS, dump_config, fail, parse
+from training.sft import train_supervised
 
 if TYPE_CHECKING:
     from inference.packing import Group
@@ -88,12 +89,10 @@ def run(config: RunConfig) -> int:
 def fit(config: RunConfig, text: Sequence[Group], held: Sequence[Group]) -> tuple[float, float]:
     """Train on blocks of text and export; returns held-out bits a byte before and after. Collective."""
     import torch
-    from tqdm import tqdm
 
     from training import distributed
     from training.actor import Actor
     from training.composite import LossWeights, UpdateInput
-    from training.data import positions_of_step, share_of_rank
     from training.run_folder import RunFolder
 
     torch.manual_seed(config.seed)
@@ -102,16 +101,10 @@ def fit(config: RunConfig, text: Sequence[Group], held: Sequence[Group]) -> tupl
     if distributed.is_main():
         folder.start_afresh(dump_config(as_dict(config)))
     before = bits_per_byte(actor, config, held)
-    bar = tqdm(range(config.sft.steps), desc="stage 0", unit="step", disable=not distributed.is_main())
-    for step in bar:
-        chosen = positions_of_step(step, config.sft.batch, len(text), config.seed)
-        mine = [text[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
-        metrics = actor.update([UpdateInput(None, mine, [], LossWeights(pt=1.0))], step)
-        if distributed.is_main():
-            folder.append_metrics({"step": step + 1, **metrics})
-            bar.set_postfix(loss=f"{metrics['loss/pt']:.3f}", refresh=False)
+    train_supervised(
+        actor, config, folder, text, lambda mine: UpdateInput(None, mine, [], LossWeights(pt=1.0)), stage=0, term="pt"
+    )
     after = bits_per_byte(actor, config, held)
-    actor.export(Path(config.sft.output) if config.sft.output else folder.export)
     if distributed.is_main():
         folder.write_json(
             "summary.json",

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,10 @@ from training.cli import DEMO_CONFIGS, dump_config, fail, parse
 
 if TYPE_CHECKING:
     from inference.packing import Group
+    from training.actor import Actor
+    from training.composite import UpdateInput
     from training.experience import Prompt
+    from training.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> int:
@@ -86,12 +89,10 @@ def run(config: RunConfig) -> int:
 def fit(config: RunConfig, examples: Sequence[Group], heldout: Sequence[Prompt]) -> dict[str, float]:
     """Train on (prompt, answer) groups, export, and score greedy answers on the held-out questions. Collective."""
     import torch
-    from tqdm import tqdm
 
     from training import distributed
     from training.actor import Actor
     from training.composite import SUPERVISED, UpdateInput
-    from training.data import positions_of_step, share_of_rank
     from training.evaluation import greedy_answers, score_answers
     from training.run_folder import RunFolder
 
@@ -100,21 +101,39 @@ def fit(config: RunConfig, examples: Sequence[Group], heldout: Sequence[Prompt])
     actor = Actor(config, config.student.path, total_steps=config.sft.steps, learning_rate=config.sft.learning_rate)
     if distributed.is_main():
         folder.start_afresh(dump_config(as_dict(config)))
-    bar = tqdm(range(config.sft.steps), desc="stage 1", unit="step", disable=not distributed.is_main())
-    for step in bar:
-        chosen = positions_of_step(step, config.sft.batch, len(examples), config.seed)
-        mine = [examples[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
-        metrics = actor.update([UpdateInput(None, [], mine, SUPERVISED)], step)
-        if distributed.is_main():
-            folder.append_metrics({"step": step + 1, **metrics})
-            bar.set_postfix(loss=f"{metrics['loss/bc']:.3f}", refresh=False)
-    actor.export(Path(config.sft.output) if config.sft.output else folder.export)
+    train_supervised(
+        actor, config, folder, examples, lambda mine: UpdateInput(None, [], mine, SUPERVISED), stage=1, term="bc"
+    )
     evaluation = score_answers(heldout, greedy_answers(actor, heldout, config), float("nan"))
     scores = {"f1": evaluation.f1, "exact_match": evaluation.exact_match}
     if distributed.is_main():
         folder.write_json("summary.json", {"status": "finished", "steps": config.sft.steps, "eval_after": scores})
         folder.close()
     return scores
+
+
+def train_supervised(
+    actor: Actor, config: RunConfig, folder: RunFolder, groups: Sequence[Group],
+    learnt: Callable[[list[Group]], UpdateInput], *, stage: int, term: str,
+) -> None:  # fmt: skip
+    """config.sft.steps optimizer steps on this rank's share of `groups`, logged by step, and the export. Collective.
+
+    `learnt` makes the update of a step's groups; `term` is the loss that the bar shows.
+    """
+    from tqdm import tqdm
+
+    from training import distributed
+    from training.data import positions_of_step, share_of_rank
+
+    bar = tqdm(range(config.sft.steps), desc=f"stage {stage}", unit="step", disable=not distributed.is_main())
+    for step in bar:
+        chosen = positions_of_step(step, config.sft.batch, len(groups), config.seed)
+        mine = [groups[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
+        metrics = actor.update([learnt(mine)], step)
+        if distributed.is_main():
+            folder.append_metrics({"step": step + 1, **metrics})
+            bar.set_postfix(loss=f"{metrics[f'loss/{term}']:.3f}", refresh=False)
+    actor.export(Path(config.sft.output) if config.sft.output else folder.export)
 
 
 def teacher_answers(config: RunConfig, prompts: Sequence[Prompt]) -> list[str]:
