@@ -286,16 +286,16 @@ class Actor:
         out = self.engine.engine(row.to(device), temperature=self._config.sampling.temperature, terms=terms)
         token_S = weights_BR[at].to(device) * used
         importance_S = None if experience.importance_BR is None else experience.importance_BR[at].to(device)
-        if importance_S is not None:
-            token_S = token_S * importance_S
         old_BR = experience.old_logprobs_BR
         behavior_S = experience.rollout.behavior_logprobs_BR[at].to(device)
         old_S = behavior_S if old_BR is None else old_BR[at].to(device)
         loss, clipped_S = policy_loss(
             out.logprobs_S, old_S, experience.advantages_BR[at].to(device), token_S, row.response_S.to(device),
-            clip_low=config.clip_low, clip_high=config.clip_high, ratio=config.ratio,
+            clip_low=config.clip_low, clip_high=config.clip_high, ratio=config.ratio, importance_S=importance_S,
         )  # fmt: skip
         parts = {"policy": loss}
+        if importance_S is not None:
+            token_S = token_S * importance_S
         mean = used / max(counts["tokens"], 1.0)
         if experience.reference_logprobs_BR is not None:
             reference_S = experience.reference_logprobs_BR[at].to(device)

@@ -171,7 +171,7 @@ def _advantages(
             reward, rollout.lengths_B, rollout.behavior_logprobs_BR, batch.reference_BR, batch.values_BR, config.ppo,
             kl_coef,
         )  # fmt: skip
-    if config.recipe == "bond":
+    if RECIPES[config.recipe].quantile_reward:
         scores_B = quantile_rewards(reward.rewards_BR.sum(1), rollout.group_size)
         advantage_B = group_scores_advantage(
             scores_B, rollout.group_size, scale="none", epsilon=0.0, baseline=config.grpo.baseline

@@ -37,6 +37,8 @@ class Recipe:
     """Those answers, or the best of a group, are imitated (cross-entropy)."""
     policy_gradient: bool = True
     """L_policy and the KL to the reference take part."""
+    quantile_reward: bool = False
+    """The policy gradient is of a response's rank in its group, not of its score."""
     divergence: Callable[[WholeDistribution, RunConfig, int], TokenTerm] = _reverse_kl
     """What compares the student with the teacher at each state; the last argument seeds its draws, if it has any."""
     always_divergence: bool = False
@@ -70,7 +72,7 @@ RECIPES: dict[str, Recipe] = {
     # On-policy generalised knowledge distillation (arXiv 2306.13649): no gradient through sampling.
     "gkd": Recipe(policy_gradient=False, divergence=_jsd, always_divergence=True),
     # Best-of-N distillation (arXiv 2407.14622): imitate the best, and climb the quantile reward.
-    "bond": Recipe(cloning=True),
+    "bond": Recipe(cloning=True, quantile_reward=True),
     # Averaged policies (arXiv 2406.16768): set reference.update: ema as the anchor.
     "warp": Recipe(interpolate=True),
 }
