@@ -104,13 +104,26 @@ def test_command_line(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "a.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     assert read_texts(tmp_path / "a.txt") == read_texts(tmp_path / "a.jsonl") == TEXTS
-    out = tmp_path / "found.json"
-    assert main(["--model", str(model_dir), "--text", str(tmp_path / "a.txt"), "--json", str(out)]) == 0
-    (numbers,) = json.loads(out.read_text()).values()
-    assert f"{numbers['bits_per_byte']:.4f}" in capsys.readouterr().out
-    assert main(["--model", str(tmp_path / "none"), "--text", str(tmp_path / "a.txt")]) == 2
-    assert main(["--model", str(model_dir), "--text", str(tmp_path / "none.txt")]) == 2
+    (tmp_path / "da.txt").write_text("Mandag er en dag.\nAnna er hjemme.\n", encoding="utf-8")
+    runs = ["--runs_dir", str(tmp_path / "runs")]
+    both = [f"fo={tmp_path / 'a.txt'}", str(tmp_path / "da.txt")]
+    assert main(["--model", str(model_dir), "--text", *both, *runs]) == 0
+    (file,) = (tmp_path / "runs" / "models").glob("*/eval/perplexity.json")
+    found = json.loads(file.read_text())["texts"]
+    assert list(found) == ["fo", "da"]
+    assert f"{found['fo']['bits_per_byte']:.4f}" in capsys.readouterr().out
+    for numbers in found.values():  # the texts' own bits add up to the mean; a single word has none
+        each = [one for one in numbers["each"] if one is not None]
+        assert len(each) == numbers["texts"]
+        assert sum(one[0] for one in each) / sum(one[1] for one in each) == pytest.approx(
+            numbers["bits_per_byte"], rel=1e-4
+        )
+    assert [one is None for one in found["fo"]["each"]] == [False, False, True, False]
+    assert main(["--model", str(tmp_path / "none"), "--text", str(tmp_path / "a.txt"), *runs]) == 2
+    assert main(["--model", str(model_dir), "--text", str(tmp_path / "none.txt"), *runs]) == 2
     assert "no such file" in capsys.readouterr().err
+    assert main(["--model", str(model_dir), "--text", "fo=a", "fo=b", *runs]) == 2
+    assert "a second text called 'fo'" in capsys.readouterr().err
 
 
 # --- language ------------------------------------------------------------------------------------------------------
