@@ -1,6 +1,6 @@
 """How well a model predicts text, in bits a byte and a character, so that different tokenizers can be compared.
 
-    python eval/perplexity.py --model runs/NAME/export [TEACHER ...] --text fo=faroese.jsonl da=danish.txt en=english.txt
+    python eval/perplexity.py --model runs/NAME/export [TEACHER ...] --text fo=faroese.jsonl da=danish.txt en=a.txt
 
 Several languages show drift: what the student gains in Faroese and loses elsewhere, beside the teacher.
 

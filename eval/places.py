@@ -1,4 +1,4 @@
-"""Where the evaluations of a model lie: RUN/eval for a run's export, RUNS_DIR/models/NAME-HASH/eval for another model."""
+"""Where evaluations lie: RUN/eval for a run's export, RUNS_DIR/models/NAME-HASH/eval for another model."""
 
 from __future__ import annotations
 
