@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.ops.op_builder import InferenceBuilder
 from deepspeed.runtime import hybrid_engine
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.rollout import base as rollout_interface
 from deepspeed.runtime.rollout.base import RolloutBatch as RolloutBatch
 from deepspeed.runtime.rollout.base import RolloutEngine as RolloutEngine
@@ -115,6 +116,21 @@ def _forget_kernels(engine: Any) -> None:
         getattr(engine, name, []).clear()
 
 
+class _Collected(TorchCheckpointEngine):
+    """DeepSpeed's door to the disk: what it would write is collected, and what it reads are files of torch.save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[tuple[Path, Any]] = []
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Whoever writes makes them."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Written by training/checkpoints.py."""
+        self.states.append((Path(path), state_dict))
+
+
 class Engine:
     """A module under DeepSpeed. Losses carry their global denominators, so gradients are summed over ranks."""
 
@@ -164,6 +180,9 @@ class Engine:
             for state in self.engine.optimizer.optimizer.state.values():
                 state["step"].zero_()
         self.device = torch.device(self.engine.device)
+        self._collected = self.engine.checkpoint_engine = _Collected()
+        # It would copy a script into each checkpoint, on rank 0 between two barriers, where a full disk means a hang.
+        self.engine._copy_recovery_script = lambda save_path: None
 
     @property
     def module(self) -> torch.nn.Module:
@@ -241,15 +260,24 @@ class Engine:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
 
-    def save(self, directory: Path, tag: str) -> None:
-        """Write model and optimizer of all ranks into directory/tag; of the model, what is trained. Collective."""
-        self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=self._frozen)
+    def save(self, directory: Path) -> list[tuple[Path, Any]]:
+        """This rank's files of model (what is trained of it) and optimizer with their content, for
+        training/checkpoints.py to write. Collective.
 
-    def load(self, directory: Path, tag: str) -> None:
-        """Read what `save` wrote. Collective."""
-        path, _ = self.engine.load_checkpoint(str(directory), tag=tag, load_module_strict=not self._frozen)
+        Without ZeRO 3 the content is the live tensors: write it before the next update."""
+        self.engine.save_checkpoint(
+            str(directory.parent), tag=directory.name, save_latest=False, exclude_frozen_parameters=self._frozen
+        )
+        states, self._collected.states = self._collected.states, []
+        return states
+
+    def load(self, directory: Path) -> None:
+        """Read what was written of `save`. Collective."""
+        path, _ = self.engine.load_checkpoint(
+            str(directory.parent), tag=directory.name, load_module_strict=not self._frozen
+        )
         if path is None:
-            raise ValueError(f"checkpoint {directory / tag} cannot be read: delete it to go on from the one before")
+            raise ValueError(f"checkpoint {directory} cannot be read by DeepSpeed")
 
 
 def in_step(rows: Sequence[PackedRow]) -> list[tuple[PackedRow, float]]:

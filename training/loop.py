@@ -14,6 +14,7 @@ from configs.schema import RunConfig
 from inference.packing import Group
 from training import distributed
 from training.batch import Batch, has_signal
+from training.checkpoints import Checkpoints, Saveable
 from training.clock import Clock
 from training.collect import Models, collect, imitated, make_experience
 from training.composite import SUPERVISED, LossWeights, UpdateInput
@@ -21,7 +22,7 @@ from training.data import positions_of_step, share_of_rank
 from training.experience import Experience, Prompt
 from training.ppo import next_kl_coefficient
 from training.recipes import RECIPES
-from training.run_folder import Progress, RunFolder, step_tag
+from training.run_folder import Progress, RunFolder
 from training.stopping import StopRequest
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,9 @@ class Corpus:
 
 
 def train(
-    config: RunConfig, models: Models, corpus: Corpus, folder: RunFolder, progress: Progress, stop: StopRequest
-) -> str:
+    config: RunConfig, models: Models, corpus: Corpus, folder: RunFolder, checkpoints: Checkpoints, progress: Progress,
+    stop: StopRequest,
+) -> str:  # fmt: skip
     """Run steps until config.steps, a stop request or too many skipped updates; returns the run's status.
 
     `progress` is brought up to date after each step. Collective: all ranks run it together.
@@ -75,7 +77,7 @@ def train(
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
         if due or stopping or gave_up or progress.kl_limit_reached:
-            save_checkpoint(models, folder, progress, config)
+            checkpoints.save(saved_parts(models), progress)
         if gave_up:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
@@ -246,33 +248,11 @@ def _record(folder: RunFolder, step: int, metrics: dict[str, float], batch: Batc
     bar.update()
 
 
-def save_checkpoint(models: Models, folder: RunFolder, progress: Progress, config: RunConfig) -> None:
-    """Model and optimizer states of all ranks, then progress, then `latest`. Collective."""
-    tag = step_tag(progress.step)
-    models.actor.engine.save(folder.checkpoints, tag)
-    if models.critic is not None:
-        models.critic.engine.save(folder.checkpoints / tag, "critic")
-    distributed.barrier()
-    if models.reference is not None:
-        models.reference.save(folder.checkpoints / tag)
-    if distributed.is_main():
-        folder.save_progress(tag, progress)
-        folder.prune(config.checkpoint.keep)
-    distributed.barrier()
-
-
-def resume(models: Models, folder: RunFolder) -> Progress | None:
-    """Load the newest checkpoint into the models; None where there is none. Collective."""
-    found = folder.latest()
-    if found is None:
-        return None
-    tag, progress = found
-    models.actor.engine.load(folder.checkpoints, tag)
-    if models.critic is not None:
-        models.critic.engine.load(folder.checkpoints / tag, "critic")
-    if models.reference is not None:
-        models.reference.load(folder.checkpoints / tag)
-    if distributed.is_main():
-        folder.forget_after(progress.step)
-    distributed.barrier()
-    return progress
+def saved_parts(models: Models) -> dict[str, Saveable]:
+    """What a checkpoint holds besides Progress, by the name of its folder."""
+    parts: dict[str, Saveable | None] = {
+        "student": models.actor.engine,
+        "critic": None if models.critic is None else models.critic.engine,
+        "reference": models.reference,
+    }
+    return {name: part for name, part in parts.items() if part is not None}

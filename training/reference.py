@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 
 from configs.schema import RunConfig
 from inference.packing import PackedRow, pack, scatter_responses
@@ -32,8 +33,8 @@ class Reference(Protocol):
         """Take what the actor has learnt by the end of step `step` (from 0), if it is that kind of reference."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Its weights, where they cannot be made again."""
+    def save(self, directory: Path) -> list[tuple[Path, bytes]]:
+        """Files with its weights, where they cannot be made again."""
         ...
 
     def load(self, directory: Path) -> None:
@@ -66,8 +67,9 @@ class AdapterOff:
     def follow(self, actor: Actor, step: int) -> None:
         """It stays the start of the run."""
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path) -> list[tuple[Path, bytes]]:
         """Nothing to save."""
+        return []
 
     def load(self, directory: Path) -> None:
         """Nothing was saved."""
@@ -76,7 +78,7 @@ class AdapterOff:
 class FrozenCopy:
     """A copy of the student, held whole by each rank."""
 
-    FILE = "reference.safetensors"
+    FILE = "model.safetensors"
 
     def __init__(self, config: RunConfig, path: str | Path, device: torch.device, *, update: str | None = None) -> None:
         self._config = config
@@ -129,11 +131,13 @@ class FrozenCopy:
             else:
                 mine[name].lerp_(value.to(mine[name]), 1.0 - keep)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path) -> list[tuple[Path, bytes]]:
         """See `Reference.save`; rank 0 writes."""
-        if self._update != "fixed" and distributed.is_main():
-            named = self._average or dict(self._policy.model.named_parameters())
-            save_file({name: value.detach().cpu().contiguous() for name, value in named.items()}, directory / self.FILE)
+        if self._update == "fixed" or not distributed.is_main():
+            return []
+        named = self._average or dict(self._policy.model.named_parameters())
+        tensors = {name: value.detach().cpu().contiguous() for name, value in named.items()}
+        return [(directory / self.FILE, safetensors_bytes(tensors))]
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:

@@ -24,6 +24,7 @@ from inference.fingerprint import tokenizer_fingerprint
 from inference.launch import TeacherDied, start_local_teacher
 from training import distributed
 from training.actor import Actor
+from training.checkpoints import Checkpoints, NoWholeCheckpoint, step_numbers
 from training.cli import ROOT, dump_config, fail
 from training.collect import Models
 from training.composite import single_step_coef
@@ -31,7 +32,7 @@ from training.critic import Critic
 from training.deepspeed_engine import start_distributed
 from training.demo import resolve_demo
 from training.evaluation import Evaluation, evaluate_student, evaluate_teacher
-from training.loop import resume, save_checkpoint, train
+from training.loop import saved_parts, train
 from training.mixing import check_mixing
 from training.overlap import data_warnings
 from training.preflight import Inputs, check_files, check_world, load_inputs, with_model_directories
@@ -116,21 +117,29 @@ def _run(setup: Setup, stack: ExitStack) -> int:
     """Start everything, run the loop, evaluate, write the summary."""
     config, folder = setup.config, setup.folder
     start_distributed()
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+    try:
+        found = checkpoints.find()
+    except NoWholeCheckpoint as error:
+        fail(str(error))
     link, models = start_models(setup, stack)
-    progress = resume(models, folder) or Progress(kl_coef=config.ppo.kl_penalty)
-    if progress.step == 0:
-        if distributed.is_main():
+    progress = Progress(kl_coef=config.ppo.kl_penalty)
+    if found is not None:
+        progress = checkpoints.load(found, saved_parts(models))
+    if distributed.is_main():
+        if found is None:
             folder.start_afresh(dump_config(as_dict(config)))
-        distributed.barrier()
+        folder.forget_after(progress.step)
+    distributed.barrier()
     before = _evaluation_once(
         setup, "before", lambda: evaluate_student(models.actor, link, setup.inputs.heldout, config)
     )
     _check_teacher(setup, models)
     setup.stop.defer()
     try:
-        status = train(config, models, setup.inputs.corpus, folder, progress, setup.stop)
+        status = train(config, models, setup.inputs.corpus, folder, checkpoints, progress, setup.stop)
     except TeacherLost:
-        save_checkpoint(models, folder, progress, config)
+        checkpoints.save(saved_parts(models), progress)
         raise
     setup.stop.undefer()
     if status != "finished":
@@ -297,7 +306,7 @@ def _report(folder: RunFolder) -> None:
 def check_same_run(folder: RunFolder, config: RunConfig) -> None:
     """A run goes on only with the settings that it was started with. Raises ValueError naming what differs."""
     path = folder.path / "config.yaml"
-    if not path.is_file() or folder.latest() is None:
+    if not path.is_file() or not step_numbers(folder.checkpoints):
         return
     old, new = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(as_dict(config))))
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(FREE_KEYS)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,35 +91,10 @@ class RunFolder:
                         kept.append(line + "\n")
                 write_atomically(path, "".join(kept))
 
-    def save_progress(self, tag: str, progress: Progress) -> None:
-        """The last file of a checkpoint, then `latest`, which makes it count."""
-        write_atomically(self.checkpoints / tag / "progress.json", json.dumps(asdict(progress)))
-        write_atomically(self.checkpoints / "latest", tag)
-
-    def latest(self) -> tuple[str, Progress] | None:
-        """Tag and progress of the newest whole checkpoint."""
-        pointer = self.checkpoints / "latest"
-        if not pointer.is_file():
-            return None
-        tag = pointer.read_text(encoding="utf-8").strip()
-        values = json.loads((self.checkpoints / tag / "progress.json").read_text(encoding="utf-8"))
-        return tag, Progress(**values)
-
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints."""
-        tags = sorted(p for p in self.checkpoints.glob("step-*") if p.is_dir())
-        for old in tags[:-keep]:
-            shutil.rmtree(old)
-
     def close(self) -> None:
         """Flush TensorBoard."""
         if self._board is not None:
             self._board.close()
-
-
-def step_tag(step: int) -> str:
-    """Name of the checkpoint after `step` steps."""
-    return f"step-{step:06d}"
 
 
 def comparison_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:

@@ -1,0 +1,145 @@
+"""Files of a checkpoint: written with a checksum and forced to disk, listed in a manifest, checked against it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from configs.files import write_atomically
+
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 24
+"""Bytes read at a time while checking."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file has to be."""
+
+    size: int
+    """Bytes."""
+    xxh3: str
+    """xxHash XXH3 of its content, 128 bits in hex. It finds damage, not malice, at memory speed."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole checkpoint consists of."""
+
+    step: int
+    """Steps that are done."""
+    world_size: int
+    """Trainer ranks that wrote it."""
+    zero_stages: Mapping[str, int]
+    """ZeRO stage of each engine, by the name of its folder."""
+    versions: Mapping[str, str]
+    """Versions of the libraries that wrote it."""
+    files: Mapping[str, Written]
+    """Every file, by its path below the checkpoint."""
+
+    def save(self, directory: Path) -> None:
+        """Write it into the checkpoint, as the last of its files."""
+        write_atomically(directory / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Raises OSError or ValueError where it is missing or cannot be understood."""
+        try:
+            values = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+            return cls(**{**values, "files": {k: Written(**v) for k, v in values["files"].items()}})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{MANIFEST}: {error}") from None
+
+
+class _HashedFile:
+    """A file for torch.save: hashes what passes, and keeps the first error, which torch replaces by one of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self.error: OSError | None = None
+        self._hash, self._out = xxhash.xxh3_128(), path.open("wb", buffering=0)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self.size += len(view)
+        try:
+            done = 0
+            while done < len(view):
+                done += self._out.write(view[done:])
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def finish(self) -> Written:
+        os.fsync(self._out.fileno())
+        return Written(self.size, self._hash.hexdigest())
+
+    def close(self) -> None:
+        self._out.close()
+
+
+def write_state(path: Path, state: Any) -> Written:
+    """Write bytes as they are and everything else by torch.save, and force it to disk. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out = _HashedFile(path)
+    checked = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)  # the zip archive's own checksum halves the speed
+        if isinstance(state, bytes):
+            out.write(state)
+        else:
+            torch.save(state, out)  # type: ignore[arg-type]
+        return out.finish()
+    except RuntimeError as error:
+        raise (out.error or error) from None
+    finally:
+        torch.serialization.set_crc32_options(checked)
+        out.close()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def wrong_size(directory: Path, files: Mapping[str, Written]) -> str | None:
+    """The first file that is missing or of another size, in words; None where all are there. Reads no file."""
+    for name, expected in files.items():
+        try:
+            size = (directory / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != expected.size:
+            return f"{name} has {size} bytes in place of {expected.size}"
+    return None
+
+
+def wrong_content(directory: Path, names: Iterable[str], files: Mapping[str, Written]) -> str | None:
+    """The first of these files whose content is not what was written, in words; None where all are as they were."""
+    for name in names:
+        digest = xxhash.xxh3_128()
+        try:
+            with (directory / name).open("rb", buffering=0) as file:
+                while block := file.read(_CHUNK):
+                    digest.update(block)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if digest.hexdigest() != files[name].xxh3:
+            return f"{name} is damaged (its checksum differs)"
+    return None
