@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from html import escape
-from pathlib import Path
-from typing import Any
 
+from eval.page_parts import answer_card, answer_key, chart_grid, drawn, page, signed, table_region
 from eval.report_plots import Plot, smoothing_window
 from eval.run_files import RunFiles
 
@@ -25,30 +23,12 @@ HEADLINES = (
 """Slugs of the charts that are shown first; the rest waits in a fold."""
 STAGE_NAMES = {"before": "Student before", "after": "Student after", "teacher": "Teacher"}
 MEASURE_NAMES = {"f1": "F1, %", "exact_match": "Exact match, %", "reverse_kl": "Reverse KL, nats a token"}
-STYLE_FILE = Path(__file__).with_name("report.css")
 
 
 def render_page(run: RunFiles, plots: list[Plot]) -> str:
     """The whole page."""
     parts = (_header(run), _scores(run), _pairs(run), _curves(run, plots), _answers(run), _config(run), _footer(run))
-    body = "\n".join(part for part in parts if part)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(run.name)} - GRPO-KD</title>
-<style>
-{STYLE_FILE.read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    return page(run.name, parts)
 
 
 def _header(run: RunFiles) -> str:
@@ -87,12 +67,13 @@ def _scores(run: RunFiles) -> str:
     source = f" of <code>{escape(run.data)}</code>" if run.data else ""
     missing = "" if run.scores["after"] else " The run has not been evaluated at its end yet."
     note = f"{asked}{source}, answered greedily; reverse KL of the student to the teacher on sampled answers.{missing}"
-    return f"""<section>
-<h2>Held-out questions</h2>
-<table>
+    table = f"""<table>
 <thead><tr><td></td>{head}</tr></thead>
 <tbody>{rows}</tbody>
-</table>
+</table>"""
+    return f"""<section>
+<h2>Held-out questions</h2>
+{table_region("Held-out questions", table)}
 <p class="note">{note}</p>
 </section>"""
 
@@ -120,12 +101,13 @@ def _pairs(run: RunFiles) -> str:
         "each, before the first step. Correlation: of the log-probability of a character with right and wrong: what a "
         "reward made of that likelihood carries of grammar."
     )
-    return f"""<section>
-<h2>Right and wrong sentences</h2>
-<table>
+    table = f"""<table>
 <thead><tr><td></td>{head}</tr></thead>
 <tbody>{rows}</tbody>
-</table>
+</table>"""
+    return f"""<section>
+<h2>Right and wrong sentences</h2>
+{table_region("Right and wrong sentences", table)}
 <p class="note">{note}</p>
 </section>"""
 
@@ -142,12 +124,8 @@ def _change(measure: str, run: RunFiles) -> str:
     if before is None or after is None:
         return "–"
     if measure != "reverse_kl":
-        return _signed(after - before, 1)
-    return _signed(100 * (after - before) / before, 0) + " %" if before > 0 else "–"
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+        return signed(after - before, 1)
+    return signed(100 * (after - before) / before, 0) + " %" if before > 0 else "–"
 
 
 def _curves(run: RunFiles, plots: list[Plot]) -> str:
@@ -159,75 +137,34 @@ def _curves(run: RunFiles, plots: list[Plot]) -> str:
     more = [plot for plot in plots if plot not in first]
     window = smoothing_window(len(run.steps))
     note = f"Points are steps, lines the mean over {window} steps around." if window > 1 else "One point a step."
-    fold = f"<details><summary>{len(more)} more curves</summary>{_grid(more)}</details>" if more else ""
+    fold = f"<details><summary>{len(more)} more curves</summary>{chart_grid(more)}</details>" if more else ""
     return f"""<section>
 <h2>Curves</h2>
 <p class="note">{note}</p>
-{_grid(first)}
+{chart_grid(first)}
 {fold}
 </section>"""
 
 
-def _grid(plots: list[Plot]) -> str:
-    figures = "\n".join(
-        f'<figure role="img" aria-label="{escape(plot.alt)}"><figcaption>{escape(plot.title)}</figcaption>'
-        f"{plot.svg}</figure>"
-        for plot in plots
-    )
-    return f'<div class="grid">{figures}</div>'
-
-
 def _answers(run: RunFiles) -> str:
     """Ten questions, drawn with a fixed seed, so that nobody has picked them."""
-    by_stage = {stage: {_key(row): row for row in rows} for stage, rows in run.answers.items()}
-    stage = next((stage for stage in ("before", "after", "teacher") if run.answers[stage]), None)
+    by_stage = {stage: {answer_key(row): row for row in rows} for stage, rows in run.answers.items()}
+    stage = next((stage for stage in STAGE_NAMES if run.answers[stage]), None)
     if stage is None:
         return ""
     rows = run.answers[stage]
-    count = min(SHOWN_ANSWERS, len(rows))
-    chosen = [rows[index] for index in sorted(random.Random(0).sample(range(len(rows)), count))]
-    cards = "\n".join(_card(row, {stage: found.get(_key(row)) for stage, found in by_stage.items()}) for row in chosen)
+    chosen = drawn(rows, SHOWN_ANSWERS)
+    cards = "\n".join(
+        answer_card(row, {name: by_stage[stage].get(answer_key(row)) for stage, name in STAGE_NAMES.items()})
+        for row in chosen
+    )
     return f"""<section>
 <h2>Answers before and after</h2>
-<p class="note">{count} of {len(rows)} held-out questions, drawn at random. ✓ right, ◐ partly (its F1), ✗ wrong.</p>
+<p class="note">{len(chosen)} of {len(rows)} held-out questions, drawn at random. ✓ right, ◐ partly (F1), ✗ wrong.</p>
 <div class="cards">
 {cards}
 </div>
 </section>"""
-
-
-def _key(row: dict[str, Any]) -> str:
-    """What makes a question the same in two evaluations."""
-    return str(row["id"]) if row.get("id") is not None else f"{row.get('context') or ''}\n{row.get('question')}"
-
-
-def _card(row: dict[str, Any], replies: dict[str, dict[str, Any] | None]) -> str:
-    context = f'<blockquote lang="fo">{escape(row["context"])}</blockquote>' if row.get("context") else ""
-    reference = " / ".join(map(str, row.get("answers") or [])) or "–"
-    lines = "".join(
-        f"<dt>{name}</dt><dd>{_reply(replies[stage])}</dd>" for stage, name in STAGE_NAMES.items() if replies.get(stage)
-    )
-    return f"""<article>
-<h3 lang="fo">{escape(str(row.get("question", "")))}</h3>
-{context}
-<dl><dt>Reference</dt><dd lang="fo">{escape(reference)}</dd>{lines}</dl>
-</article>"""
-
-
-def _reply(row: dict[str, Any] | None) -> str:
-    """An answer with its mark; the mark is a sign and a word, not only a colour."""
-    if row is None:
-        return "–"
-    f1 = float(row.get("f1") or 0.0)
-    if f1 >= 100.0 - 1e-6:
-        mark = '<span class="right" title="right">✓<span class="hidden"> right</span></span>'
-    elif f1 > 0:
-        mark = f'<span class="partly" title="partly right">◐ {f1:.0f}<span class="hidden"> partly right</span></span>'
-    else:
-        mark = '<span class="wrong" title="wrong">✗<span class="hidden"> wrong</span></span>'
-    text = str(row.get("prediction") or "")
-    said = f'<span lang="fo">{escape(text)}</span>' if text.strip() else "<em>(empty)</em>"
-    return f"{mark} {said}"
 
 
 def _config(run: RunFiles) -> str:

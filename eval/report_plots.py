@@ -95,7 +95,7 @@ def draw_plots(steps: Sequence[int], metrics: Series) -> list[Plot]:
     for key in [*(key for key in CURVES if key in left), *(key for key in left if key not in CURVES)]:
         title, unit, factor = CURVES.get(key, (key, "", 1.0))
         values = [value * factor for value in left[key]]
-        plots.append(_plot(_slug(key), title, unit, _alt(title, unit, steps, values), _curve(steps, values)))
+        plots.append(_plot(slug_of(key), title, unit, _alt(title, unit, steps, values), _curve(steps, values)))
         if key == "reward/mean" and len(parts) > 1:
             plots.append(_group_plot("reward parts", steps, parts))
     if len(parts) == 1 and "reward/mean" not in left:
@@ -149,7 +149,7 @@ def _group_plot(group: str, steps: Sequence[int], series: Series) -> Plot:
         _legend(axes)
 
     alt = "; ".join(_alt(key, unit, steps, values) for key, values in series.items())
-    return _plot(_slug(group), title, unit, f"{title}: {alt}", draw)
+    return _plot(slug_of(group), title, unit, f"{title}: {alt}", draw)
 
 
 def _seconds_plot(steps: Sequence[int], seconds: Series) -> Plot:
@@ -200,7 +200,7 @@ def format_number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _slug(key: str) -> str:
+def slug_of(key: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-") or "curve"
 
 
@@ -217,11 +217,16 @@ def _plot(slug: str, title: str, unit: str, alt: str, draw: Draw) -> Plot:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
-        vector, pixels = io.StringIO(), io.BytesIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(vector, format="svg", transparent=True, metadata=nothing)
-        figure.suptitle(title, fontsize=10)
-        figure.savefig(pixels, format="png", dpi=160)
+        return save_plot(figure, slug, title, alt)
+
+
+def save_plot(figure: Figure, slug: str, title: str, alt: str, dpi: int = 160) -> Plot:
+    """A finished figure as inline SVG without a title (the page has it) and as PNG with one. Call within STYLE."""
+    vector, pixels = io.StringIO(), io.BytesIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(vector, format="svg", transparent=True, metadata=nothing)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(pixels, format="png", dpi=dpi)
     return Plot(slug=slug, title=title, alt=alt, svg=_inline(vector.getvalue(), slug), png=pixels.getvalue())
 
 

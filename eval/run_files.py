@@ -52,8 +52,8 @@ def read_run(run_dir: Path) -> RunFiles:
     known = ("config.yaml", "metrics.jsonl", "summary.json")
     if not any((run_dir / file).is_file() for file in known):
         raise ValueError(f"--run = {str(run_dir)!r}: has none of {', '.join(known)}; give the folder of a run")
-    summary = _read_json(run_dir / "summary.json")
-    evals = {stage: _read_json(run_dir / "eval" / f"{stage}.json") for stage in STAGES}
+    summary = read_json(run_dir / "summary.json")
+    evals = {stage: read_json(run_dir / "eval" / f"{stage}.json") for stage in STAGES}
     steps, metrics = _read_metrics(run_dir / "metrics.jsonl")
     file = run_dir / "config.yaml"
     config = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -70,7 +70,7 @@ def read_run(run_dir: Path) -> RunFiles:
         questions=first.get("questions"),
         data=first.get("data"),
         config=config,
-        minimal_pairs=_read_json(run_dir / "eval" / "minimal_pairs.json"),
+        minimal_pairs=read_json(run_dir / "eval" / "minimal_pairs.json"),
     )
 
 
@@ -83,7 +83,7 @@ def _setting(config: str, key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} where there is no file."""
     if not path.is_file():
         return {}
@@ -98,10 +98,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _scores(found: dict[str, Any]) -> dict[str, float]:
     """The measures that are finite numbers."""
-    return {key: float(found[key]) for key in MEASURES if _is_number(found.get(key))}
+    return {key: float(found[key]) for key in MEASURES if is_number(found.get(key))}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -119,10 +119,9 @@ def _read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
             if number < len(lines):  # the last line of a killed run may be half a line
                 raise ValueError(f"{path}:{number}: not an object with a `step`; mend or delete the line") from None
     steps = sorted(by_step)
-    keys = dict.fromkeys(key for step in steps for key, value in by_step[step].items() if _is_number(value))
+    keys = dict.fromkeys(key for step in steps for key, value in by_step[step].items() if is_number(value))
     keys.pop("step", None)
     nan = float("nan")
     return steps, {
-        key: [float(by_step[step][key]) if _is_number(by_step[step].get(key)) else nan for step in steps]
-        for key in keys
+        key: [float(by_step[step][key]) if is_number(by_step[step].get(key)) else nan for step in steps] for key in keys
     }

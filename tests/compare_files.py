@@ -1,0 +1,127 @@
+"""A run's folder with every kind of evaluation, in the formats of the programs that write them, with chosen numbers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.places import eval_dir
+
+WORDS = ["Oslo", "Havn", "Tórshavn", "Klaksvík", "Reykjavík"]
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def evaluation(right: int, questions: int = 40, reverse_kl: float = 1.0, data: str = "h.jsonl") -> dict[str, Any]:
+    """A held-out evaluation whose first `right` answers are right and whose others are wrong."""
+    answers = [
+        {
+            "id": f"q{n}", "question": f"Hvat eitur høvuðsstaðurin {n}?", "answers": ["Tórshavn"],
+            "context": "Her er Tórshavn." if n % 3 else None, "prediction": "Tórshavn" if n < right else WORDS[n % 2], "f1": 100.0 * (n < right),
+        }
+        for n in range(questions)
+    ]  # fmt: skip
+    share = 100.0 * right / questions
+    return {
+        "f1": share, "exact_match": share, "reverse_kl": reverse_kl, "questions": questions, "data": data,
+        "answers": answers,
+    }  # fmt: skip
+
+
+def perplexity(bits: float, texts: int = 12, sha256: str = "f0") -> dict[str, Any]:
+    """Texts of 100 bytes and `bits` bits a byte, some of them a little easier."""
+    rng = random.Random(0)
+    each = [[100 * bits + rng.choice([-20, 20]) * (n > 1), 100, 90] for n in range(texts)]
+    each.append(None)  # type: ignore[arg-type]
+    mean = sum(one[0] for one in each if one) / (100 * texts)
+    text = {"file": "fo.txt", "sha256": sha256, "bits_per_byte": mean, "each": each}
+    return {"texts": {"fo": text, "da": {**text, "sha256": "da"}}}
+
+
+def euroeval(mean: float, *, comparable: bool, source: str = "demo") -> dict[str, Any]:
+    """Ten iterations, half a point to either side of the mean."""
+    scores = [mean - 0.5, mean + 0.5] * 5
+    metric = {"mean": mean, "ci95": 2.5, "scores": scores}
+    task = {
+        "data": {"source": source, "id": f"{source}/foqa", "revision": None, "sha256": {"test": "t0"}, "rows": {}},
+        "comparable": comparable,
+        "why_not": None if comparable else f"{source} data",
+    }
+    return {
+        "model": "m", "kind": "base", "harness": {"euroeval": "16.11.0"},
+        "settings": {"iterations": len(scores), "split": "test", "few_shot": True},
+        "tasks": {
+            "foqa": {**task, "metrics": {"f1": metric, "em": metric}},
+            "scala-fo": {**task, "metrics": {"mcc": metric, "macro_f1": metric}},
+        },
+        "seconds": 1.0,
+    }  # fmt: skip
+
+
+def translate(written: list[str]) -> dict[str, Any]:
+    references = ["Hon er heima í dag.", "Bilurin er bláur.", "Eg veit tað ikki."]
+    sources = ["She is at home today.", "The car is blue.", "I do not know."]
+    rows = [
+        {"id": n, "source": source, "reference": reference, "written": text}
+        for n, (source, reference, text) in enumerate(zip(sources, references, written, strict=True))
+    ]
+    one = {
+        "sentences": rows, "data": {"sha256": "d0"}, "few_shot": 5,
+        "metrics": {name: {"score": 50.0, "signature": "s"} for name in ("chrf", "bleu")},
+    }  # fmt: skip
+    return {"directions": {"eng-fao": one}}
+
+
+def write_run(runs: Path, name: str, student: str, *, right: tuple[int, int, int] = (4, 20, 38)) -> Path:
+    """A finished run: held-out evaluations before and after and of the teacher, a few steps of metrics."""
+    run = runs / name
+    config = {
+        "algo": "grpo", "reward": "minillm", "student": {"path": student}, "teacher": {"path": str(runs / "teacher")},
+        "data": {"template": "{question}", "heldout": "h.jsonl"}, "sampling": {"max_new_tokens": 8},
+    }  # fmt: skip
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    names = {"before": 4.0, "after": 2.0, "teacher": 0.0}
+    for (file, reverse_kl), count in zip(names.items(), right, strict=True):
+        write_json(run / "eval" / f"{file}.json", evaluation(count, reverse_kl=reverse_kl))
+    with (run / "metrics.jsonl").open("w") as out:
+        for step in range(1, 31):
+            row = {"step": step, "reward/mean": step / 4, "kl/teacher": 3 - step / 20, "length/mean": 9.0}
+            out.write(json.dumps(row | {"seconds/sample": 1.0, "seconds/update": 2.0, "seconds/total": 3.5}) + "\n")
+    write_json(run / "summary.json", {"status": "finished", "steps": 30, "seconds": {"total": 100.0}})
+    return run
+
+
+def write_everything(runs: Path) -> tuple[Path, Path]:
+    """(a run with all evaluations of student and teacher, a model outside of it that was evaluated as well)."""
+    start, model = runs / "start", runs / "stranger"
+    run = write_run(runs, "one", str(start))
+    one = {"accuracy": 0.6, "low": 0.5, "high": 0.7, "accuracy_per_character": 0.6, "bits_per_character": 1.5,
+           "correlation": 0.1}  # fmt: skip
+    write_json(run / "eval" / "minimal_pairs.json", {"pairs": 50, "text": "fo.txt", "student": one, "teacher": one})
+    folders = {
+        "start": eval_dir(start, runs),
+        "after": run / "eval",
+        "teacher": eval_dir(runs / "teacher", runs),
+        "model": eval_dir(model, runs),
+    }
+    for name, bits, mean, comparable in (
+        ("start", 2.0, 12.0, False),
+        ("after", 1.8, 22.0, False),
+        ("teacher", 1.5, 61.0, False),
+        ("model", 2.5, 41.0, True),
+    ):
+        write_json(folders[name] / "perplexity.json", perplexity(bits))
+        source = "hub" if comparable else "demo"
+        write_json(folders[name] / "euroeval.json", euroeval(mean, comparable=comparable, source=source))
+    write_json(folders["start"] / "translate.json", translate(["Hon er í dag.", "Bilur bláur", "Nei."]))
+    after = ["Hon er heima í dag.", "Bilurin er reyður.", "Eg veit ikki."]
+    write_json(folders["after"] / "translate.json", translate(after))
+    return run, model
