@@ -24,7 +24,8 @@ def evaluation(right: int, questions: int = 40, reverse_kl: float = 1.0, data: s
     answers = [
         {
             "id": f"q{n}", "question": f"Hvat eitur høvuðsstaðurin {n}?", "answers": ["Tórshavn"],
-            "context": "Her er Tórshavn." if n % 3 else None, "prediction": "Tórshavn" if n < right else WORDS[n % 2], "f1": 100.0 * (n < right),
+            "context": "Her er Tórshavn." if n % 3 else None,
+            "prediction": "Tórshavn" if n < right else WORDS[n % 2], "f1": 100.0 * (n < right),
         }
         for n in range(questions)
     ]  # fmt: skip
