@@ -51,6 +51,13 @@ def validate(config: RunConfig) -> None:
     _validate_rewards(config)
     _at_least(config.teacher, "teacher.", 1, "tensor_parallel", "threads", "max_batch_tokens", "logit_chunk")
     _above_zero(config.teacher, "teacher.", "timeout_s")
+    require(
+        config.time_limit_s is None or config.time_limit_s > 0, "time_limit_s", config.time_limit_s, "must be above 0"
+    )
+    require(
+        config.stuck_timeout_s > config.teacher.timeout_s, "stuck_timeout_s", config.stuck_timeout_s,
+        f"must be above teacher.timeout_s ({config.teacher.timeout_s:g}), which a rank may wait for",
+    )  # fmt: skip
     _above_zero(config.actor, "actor.", "learning_rate", "max_grad_norm")
     _above_zero(config.critic, "critic.", "learning_rate")
     _at_least(config.actor, "actor.", 1, "micro_batch_tokens", "updates_per_rollout")

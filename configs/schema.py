@@ -103,6 +103,9 @@ class CheckpointConfig:
     """Steps between checkpoints; one more is written at the end."""
     keep: int = 2
     """Checkpoints kept."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """Where a checkpoint cannot be written (full disk): end the run with the reason, or warn and go on without it. The
+    ones before it stay whole in both cases."""
     samples_every: int = 10
     """Steps between entries in samples.jsonl."""
 
@@ -135,6 +138,12 @@ class RunConfig:
     """N: prompts sampled a step, over all ranks."""
     threads: int | None = None
     """CPU threads of each trainer process. None: the cores divided among the trainer's local ranks."""
+    time_limit_s: float | None = None
+    """Seconds that one start of the run may take: it checkpoints in time and leaves with 75. Where SLURM says when the
+    job ends, that counts as well. None: no limit of our own."""
+    stuck_timeout_s: float = 900.0
+    """Seconds without any progress on any rank after which the run ends and says who has not arrived. Longer than
+    teacher.timeout_s and than a checkpoint takes."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,28 +24,9 @@ from training.experience import Experience, Prompt, Rollout
 from training.losses import kl_loss, policy_loss, token_weights
 from training.policy import Policy, TokenTerm, load_policy
 from training.rollout import DeepSpeedRollout, responses_of
+from training.safe_points import nothing
 from training.sampling import Mixture, prompt_generator, sample
-
-
-@dataclass
-class _Sums:
-    """Local sums over the rows of one optimizer step, for the log; on the device until `numbers` waits for it."""
-
-    values: dict[str, torch.Tensor]
-
-    def add(self, name: str, value: torch.Tensor) -> None:
-        value = value.detach().double()
-        self.values[name] = self.values[name] + value if name in self.values else value
-
-    def largest(self, name: str, value: torch.Tensor) -> None:
-        value = value.detach().double()
-        self.values[name] = torch.maximum(self.values[name], value) if name in self.values else value
-
-    def numbers(self) -> dict[str, float]:
-        """All of them, in one transfer."""
-        stacked = torch.stack([*self.values.values()]).tolist() if self.values else []
-        return dict(zip(self.values, stacked, strict=True))
-
+from training.sums import Sums
 
 Divergence = Callable[[WholeDistribution, RunConfig, int], TokenTerm]
 """From the teacher's distribution at a row's response tokens to the term that compares the student with it."""
@@ -101,7 +82,8 @@ class Actor:
         generators = None if greedy else [prompt_generator(self._config.seed, step, p.index) for p in prompts]
         samples = sample(
             self.policy, [p.tokens for p in prompts], sampling, end_tokens=self.end_tokens, generators=generators,
-            any_rank=distributed.any_rank if self.engine.zero_stage == 3 else None, on_step=on_step,
+            any_rank=distributed.any_rank if self.engine.zero_stage == 3 else None,
+            on_step=on_step or (lambda _: distributed.beat()),
             mixture=mixture,
         )  # fmt: skip
         return Rollout(
@@ -185,28 +167,34 @@ class Actor:
         return WholeDistribution(hidden_SD[index_S].to(self.engine.device), self.teacher_output_VD)
 
     def update(
-        self, batches: Sequence[UpdateInput], step: int, *, rate_factor: float = 1.0, shares: bool = False
-    ) -> dict[str, float]:
+        self, batches: Sequence[UpdateInput], step: int, *, rate_factor: float = 1.0, shares: bool = False,
+        between: Callable[[], None] = nothing,
+    ) -> dict[str, float]:  # fmt: skip
         """One optimizer step for each mini-batch. Metrics are over all ranks. Collective.
 
         `rate_factor` scales the learning rate. `shares`: measure each term's gradient on the first mini-batch as well.
+        `between` is called before each pass of the first mini-batch, and may raise: nothing has changed then.
         """
         merged: dict[str, float] = {}
         for i, batch in enumerate(batches):
             number = step * len(batches) + i
-            for key, value in self._optimizer_step(batch, number, rate_factor, shares and i == 0).items():
+            first = i == 0
+            metrics = self._optimizer_step(batch, number, rate_factor, shares and first, between if first else nothing)
+            for key, value in metrics.items():
                 if key.startswith("mismatch/") and i > 0:
                     continue  # after the first optimizer step the policy is meant to differ
                 merged[key] = merged.get(key, 0.0) + value
         whole = ("mismatch/", "skipped", "gradient/")
         return {k: v if k.startswith(whole) else v / len(batches) for k, v in merged.items()}
 
-    def _optimizer_step(self, batch: UpdateInput, step: int, rate_factor: float, shares: bool) -> dict[str, float]:
-        sums = _Sums({})
+    def _optimizer_step(
+        self, batch: UpdateInput, step: int, rate_factor: float, shares: bool, between: Callable[[], None]
+    ) -> dict[str, float]:
+        sums = Sums({})
         counts = distributed.sum_metrics(counts_of(batch))
         jobs = self._jobs(batch, counts, sums, step)
         measured = self._gradient_shares(batch, counts, step) if shares else {}
-        norm, rate, applied = self.engine.update(jobs, step, rate_factor=rate_factor)
+        norm, rate, applied = self.engine.update(jobs, step, rate_factor=rate_factor, between=between)
         numbers = sums.numbers()
         biggest = numbers.pop("mismatch/max", 0.0)
         metrics = distributed.sum_metrics(numbers)
@@ -215,7 +203,7 @@ class Actor:
         return {**metrics, **measured, "grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
 
     def _jobs(
-        self, batch: UpdateInput, counts: dict[str, float], sums: _Sums, step: int
+        self, batch: UpdateInput, counts: dict[str, float], sums: Sums, step: int
     ) -> list[Callable[[], dict[str, torch.Tensor]]]:
         """One job a packed row: a forward pass that returns the row's weighted terms by name."""
         jobs: list[Callable[[], dict[str, torch.Tensor]]] = []
@@ -232,13 +220,13 @@ class Actor:
 
     def _gradient_shares(self, batch: UpdateInput, counts: dict[str, float], step: int) -> dict[str, float]:
         """Norm of each weighted term's gradient by itself, and its share of their sum. Collective; not under ZeRO 3."""
-        norms = self.engine.gradient_norms(lambda: self._jobs(batch, counts, _Sums({}), step), list(TERMS))
+        norms = self.engine.gradient_norms(lambda: self._jobs(batch, counts, Sums({}), step), list(TERMS))
         total = max(sum(norms.values()), 1e-30)
         shares = {f"gradient/{name}_share": norm / total for name, norm in norms.items()}
         return {**{f"gradient/{name}": norm for name, norm in norms.items()}, **shares}
 
     def _policy_jobs(
-        self, experience: Experience, weights: LossWeights, counts: dict[str, float], sums: _Sums, step: int
+        self, experience: Experience, weights: LossWeights, counts: dict[str, float], sums: Sums, step: int
     ) -> list[Callable[[], dict[str, torch.Tensor]]]:
         """One job a packed row: forward, and every term that is a sum over response tokens."""
         rollout = experience.rollout
@@ -277,7 +265,7 @@ class Actor:
 
     def _policy_loss(
         self, experience: Experience, row: PackedRow, used: float, weights_BR: torch.Tensor, index_BR: torch.Tensor,
-        weights: LossWeights, counts: dict[str, float], sums: _Sums, seed: int,
+        weights: LossWeights, counts: dict[str, float], sums: Sums, seed: int,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """The weighted terms of one packed row; token weights hold the global denominators."""
         config, device = self._config.loss, self.engine.device
@@ -317,7 +305,7 @@ class Actor:
                 sums.largest("mismatch/max", gap_S.max())
         return self._weighted(parts, weights, sums)
 
-    def _weighted(self, parts: dict[str, torch.Tensor], weights: LossWeights, sums: _Sums) -> dict[str, torch.Tensor]:
+    def _weighted(self, parts: dict[str, torch.Tensor], weights: LossWeights, sums: Sums) -> dict[str, torch.Tensor]:
         """Each term times its weight; logs both."""
         weighted = {name: value * getattr(weights, name) for name, value in parts.items()}
         for name, value in parts.items():
@@ -326,7 +314,7 @@ class Actor:
         return weighted
 
     def _language_model_loss(
-        self, row: PackedRow, weight: float, tokens: float, name: str, sums: _Sums, used: float
+        self, row: PackedRow, weight: float, tokens: float, name: str, sums: Sums, used: float
     ) -> dict[str, torch.Tensor]:
         """Weighted cross-entropy of the row's response tokens: L_PT or L_BC."""
         out = self.engine.engine(row.to(self.engine.device))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from configs.schema import RunConfig
+from inference.client import TeacherLost
 from inference.packing import Group
 from rewards.base import RewardInput, RewardOutput
 from rewards.combine import add_parts
@@ -76,7 +77,7 @@ def _answered(
 ) -> Batch:  # fmt: skip
     """Sample, then the teacher's scores while reference and critic run."""
     with clock("sample"):
-        rollout = _answers(models, config, prompts, step)
+        rollout = distributed.together(lambda: _answers(models, config, prompts, step), TeacherLost)
     waiting = models.teacher.ask(
         rollout, whole_distribution=weights.single_step > 0, entries=config.loss.single_step_entries
     )
@@ -88,7 +89,7 @@ def _answered(
         values_BR = models.critic.values(rollout) if models.critic else None
         old_BR = models.actor.logprobs(rollout) if config.loss.importance_cap is not None else None
     with clock("teacher"):
-        view = waiting()
+        view = distributed.together(waiting, TeacherLost)
     reward = reward_of(rollout, view, config, weights.single_step > 0)
     importance_BR = importance_of(rollout, view, config)
     if old_BR is not None and config.loss.importance_cap is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from training.deepspeed_engine import Engine, in_step
 from training.experience import Experience, Rollout
 from training.losses import token_weights, value_loss
 from training.policy import load_policy, response_states
+from training.safe_points import nothing
 
 
 class ValueModel(nn.Module):
@@ -67,8 +68,13 @@ class Critic:
         outputs = [self.engine.module(row.to(self.engine.device)).cpu() for row, _ in in_step(rows)]
         return scatter_responses(rows, outputs[: len(rows)], *rollout.behavior_logprobs_BR.shape)
 
-    def update(self, experiences: Sequence[Experience], step: int) -> dict[str, float]:
-        """One optimizer step a mini-batch on the clipped value loss; returns metrics over all ranks. Collective."""
+    def update(
+        self, experiences: Sequence[Experience], step: int, *, between: Callable[[], None] = nothing
+    ) -> dict[str, float]:
+        """One optimizer step a mini-batch on the clipped value loss; returns metrics over all ranks. Collective.
+
+        `between`: see `Actor.update`.
+        """
         loss_sum, norm = 0.0, 0.0
         for i, experience in enumerate(experiences):
             lengths = experience.rollout.lengths_B
@@ -84,7 +90,7 @@ class Critic:
                 partial(self._loss, experience, row, weights * used, losses)
                 for row, used in in_step(self._rows(experience.rollout))
             ]
-            norm, _, _ = self.engine.update(jobs, step * len(experiences) + i)
+            norm, _, _ = self.engine.update(jobs, step * len(experiences) + i, between=between if i == 0 else nothing)
             loss_sum += sum(float(x) for x in losses)
         total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
         return {**total, "critic/grad_norm": norm}

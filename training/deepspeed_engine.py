@@ -31,6 +31,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from configs.schema import ActorConfig
 from inference.packing import Group, PackedRow, pack_row
 from training import distributed
+from training.safe_points import nothing
 
 log = logging.getLogger(__name__)
 FAMILIES = tuple(hybrid_engine.replace_policies)
@@ -190,13 +191,15 @@ class Engine:
         return self.engine.module
 
     def update(
-        self, jobs: Sequence[Callable[[], dict[str, torch.Tensor]]], step: int, *, rate_factor: float = 1.0
-    ) -> tuple[float, float, bool]:
+        self, jobs: Sequence[Callable[[], dict[str, torch.Tensor]]], step: int, *, rate_factor: float = 1.0,
+        between: Callable[[], None] = nothing,
+    ) -> tuple[float, float, bool]:  # fmt: skip
         """One optimizer step on the sum of the jobs' losses over all ranks.
 
         Each job runs one forward pass and returns its terms, which are added up; all ranks give the same number of
         jobs. Returns (gradient norm before clipping, learning rate, applied). A non-finite gradient is skipped on every
         rank, and so is a step without a job (every group was dropped): DeepSpeed cannot step on no gradient.
+        `between` is called before each job and may raise, which leaves the step.
         """
         rate = rate_factor * learning_rate(step, **self._schedule)  # type: ignore[arg-type]
         if not jobs:
@@ -207,6 +210,7 @@ class Engine:
         # DeepSpeed averages over ranks; our losses are already divided by global counts.
         scale = distributed.world_size()
         for i, job in enumerate(jobs):
+            between()
             self.engine.set_gradient_accumulation_boundary(i == len(jobs) - 1)
             self.engine.backward(torch.stack([*job().values()]).sum() * scale)
         if self.zero_stage == 0:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+_beats = 0
+
+
+def beat() -> None:
+    """Say that this process gets on; every collective of this module says so when it is left."""
+    global _beats
+    _beats += 1
+
+
+def beats() -> int:
+    """How often it was said (training/watchdog.py looks)."""
+    return _beats
 
 
 def environment_rank() -> int:
@@ -56,7 +71,9 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
         return values
     moved = values.to(_device(), copy=True)
     dist.all_reduce(moved)
-    return moved.cpu()
+    summed = moved.cpu()
+    beat()
+    return summed
 
 
 def max_over_ranks(value: float) -> float:
@@ -65,12 +82,26 @@ def max_over_ranks(value: float) -> float:
         return value
     moved = torch.tensor([value], dtype=torch.float64, device=_device())
     dist.all_reduce(moved, op=dist.ReduceOp.MAX)
-    return float(moved.item())
+    largest = float(moved.item())
+    beat()
+    return largest
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
     return max_over_ranks(float(flag)) > 0
+
+
+def together(work: Callable[[], T], error: type[Exception]) -> T:
+    """What `work` returns; an `error` that it raises on one rank is raised on every rank. Collective."""
+    problem: str | None = None
+    try:
+        result = work()
+    except error as raised:
+        problem = str(raised)
+    if any_rank(problem is not None):
+        raise error(problem if problem is not None else f"another rank: {error.__name__}")
+    return result
 
 
 def sum_metrics(sums: Mapping[str, float]) -> dict[str, float]:
@@ -107,6 +138,7 @@ def _gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
     padded[: len(tensor)] = tensor
     parts = [torch.zeros_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
+    beat()
     return [part[: int(n.item())].cpu() for part, n in zip(parts, lengths, strict=True)]
 
 
@@ -114,3 +146,4 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
+        beat()

@@ -107,6 +107,7 @@ def evaluate_teacher(link: TeacherLink, prompts: Sequence[Prompt], config: RunCo
     for start in range(0, len(prompts), config.eval.batch):
         batch = prompts[start : start + config.eval.batch]
         predictions += link.answer(batch, config.sampling.max_new_tokens).result()
+        distributed.beat()  # the other ranks wait
     return score_answers(prompts, predictions, 0.0)
 
 

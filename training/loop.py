@@ -14,7 +14,7 @@ from configs.schema import RunConfig
 from inference.packing import Group
 from training import distributed
 from training.batch import Batch, has_signal
-from training.checkpoints import Checkpoints, Saveable
+from training.checkpoints import CheckpointFailed, Checkpoints, Saveable
 from training.clock import Clock
 from training.collect import Models, collect, imitated, make_experience
 from training.composite import SUPERVISED, LossWeights, UpdateInput
@@ -23,7 +23,7 @@ from training.experience import Experience, Prompt
 from training.ppo import next_kl_coefficient
 from training.recipes import RECIPES
 from training.run_folder import Progress, RunFolder
-from training.stopping import StopRequest
+from training.safe_points import SafePoints, StepAbandoned, nothing
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ class Corpus:
 
 def train(
     config: RunConfig, models: Models, corpus: Corpus, folder: RunFolder, checkpoints: Checkpoints, progress: Progress,
-    stop: StopRequest,
+    points: SafePoints,
 ) -> str:  # fmt: skip
-    """Run steps until config.steps, a stop request or too many skipped updates; returns the run's status.
+    """Run steps until config.steps, a reason to leave (`points`) or too many skipped updates; returns the run's status.
 
     `progress` is brought up to date after each step. Collective: all ranks run it together.
     """
@@ -55,15 +55,25 @@ def train(
     skipped_in_a_row = 0
     status = "finished"
     while progress.step < config.steps and not progress.kl_limit_reached:
-        step, clock = progress.step, Clock()
+        step, clock = progress.step, Clock(points.phase)
+        points.begin(step)
         weights = recipe.weights(config, step, models.teacher.same_tokenizer)
         prompts = prompts_of_step(corpus, config, step)
 
-        batch = collect(models, config, prompts, corpus.prompts, step, weights, clock)
-        experience, dropped = make_experience(batch, config, progress.kl_coef)
-        with clock("update"):
-            metrics = update(models, experience, corpus, config, progress, weights)
-            metrics |= _supervised_phase(models, corpus, config, progress)
+        try:
+            batch = collect(models, config, prompts, corpus.prompts, step, weights, clock)
+            experience, dropped = make_experience(batch, config, progress.kl_coef)
+            with clock("update"):
+                metrics = update(models, experience, corpus, config, progress, weights, points)
+                metrics |= _supervised_phase(models, corpus, config, progress)
+        except StepAbandoned:  # the models are as the step before left them
+            points.close()
+            log.info("left step %d before it changed anything (%s)", step + 1, points.reason)
+            if step > 0:
+                save_checkpoint(models, checkpoints, progress, config, points)
+            status = "stopped"
+            break
+        points.close()
         if models.reference is not None:
             models.reference.follow(models.actor, step)
 
@@ -73,11 +83,11 @@ def train(
         _advance(progress, metrics, config)
         if distributed.is_main():
             _record(folder, step, metrics, batch, config, bar)
-        stopping = distributed.any_rank(stop.requested)
+        stopping = points.after_step(metrics["seconds/total"])
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
         if due or stopping or gave_up or progress.kl_limit_reached:
-            checkpoints.save(saved_parts(models), progress)
+            save_checkpoint(models, checkpoints, progress, config, points)
         if gave_up:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
@@ -108,15 +118,18 @@ def _groups_of_step(groups: Sequence[Group], count: int, step: int, seed: int) -
 
 
 def update(
-    models: Models, experience: Experience, corpus: Corpus, config: RunConfig, progress: Progress, weights: LossWeights
-) -> dict[str, float]:
-    """All optimizer steps on one batch of samples. Collective."""
+    models: Models, experience: Experience, corpus: Corpus, config: RunConfig, progress: Progress, weights: LossWeights,
+    points: SafePoints | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """All optimizer steps on one batch of samples. Collective. With `points`, StepAbandoned before the first one."""
+    between = nothing if points is None else points.check
     step, parts = progress.step, config.actor.updates_per_rollout
     count = len(experience.rollout.prompts)
     minis = [experience.select(range(count * i // parts, count * (i + 1) // parts)) for i in range(parts)]
     metrics: dict[str, float] = {}
     if models.critic is not None:
-        metrics |= models.critic.update(minis, step)
+        metrics |= models.critic.update(minis, step, between=between)
+        between = nothing  # a critic has changed: the step has to be finished
         if step < config.critic.warmup_steps:
             return {**metrics, "skipped": 0.0}
     batches = [
@@ -130,7 +143,9 @@ def update(
     ]
     every = config.loss.gradient_shares_every
     shares = every > 0 and step % every == 0
-    return metrics | models.actor.update(batches, step, rate_factor=progress.rate_factor, shares=shares)
+    return metrics | models.actor.update(
+        batches, step, rate_factor=progress.rate_factor, shares=shares, between=between
+    )
 
 
 def _cloning(experience: Experience, corpus: Corpus, config: RunConfig, update: int) -> list[Group]:
@@ -246,6 +261,22 @@ def _record(folder: RunFolder, step: int, metrics: dict[str, float], batch: Batc
         refresh=False,
     )
     bar.update()
+
+
+def save_checkpoint(
+    models: Models, checkpoints: Checkpoints, progress: Progress, config: RunConfig, points: SafePoints
+) -> None:
+    """A checkpoint, as a phase of its own. One that cannot be written raises CheckpointFailed on every rank, or is left
+    out with a warning (checkpoint.on_error). Collective."""
+    points.enter("checkpoint")
+    try:
+        checkpoints.save(saved_parts(models), progress)
+    except CheckpointFailed as error:
+        if config.checkpoint.on_error == "stop":
+            raise
+        if distributed.is_main():
+            log.warning("%s; the run goes on without it (checkpoint.on_error: continue)", error)
+    points.limit.took_checkpoint(checkpoints.seconds)
 
 
 def saved_parts(models: Models) -> dict[str, Saveable]:

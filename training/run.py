@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from configs.schema import RunConfig, as_dict
-from inference.client import TeacherClient, TeacherLost, TeacherRefused
+from inference.client import TeacherClient, TeacherLost
 from inference.fingerprint import tokenizer_fingerprint
-from inference.launch import TeacherDied, start_local_teacher
+from inference.launch import start_local_teacher
 from training import distributed
 from training.actor import Actor
 from training.checkpoints import Checkpoints, NoWholeCheckpoint, step_numbers
@@ -32,21 +32,23 @@ from training.critic import Critic
 from training.deepspeed_engine import start_distributed
 from training.demo import resolve_demo
 from training.evaluation import Evaluation, evaluate_student, evaluate_teacher
-from training.loop import saved_parts, train
+from training.loop import save_checkpoint, saved_parts, train
 from training.mixing import check_mixing
 from training.overlap import data_warnings
 from training.preflight import Inputs, check_files, check_world, load_inputs, with_model_directories
 from training.recipes import RECIPES, check_recipe
 from training.reference import FrozenCopy, Reference, make_reference
 from training.run_folder import Progress, RunFolder, comparison_table
-from training.sampling_check import SamplingBroken, check_sampling
-from training.stopping import REQUEUE, StopRequest, watch_launcher
+from training.sampling_check import check_sampling
+from training.starts import Starts
+from training.stopping import StopRequest, watch_launcher
+from training.supervisor import Supervisor
 from training.teacher_check import teacher_check, warning
 from training.teaching import TeacherFacts, TeacherLink, check_tokenizers, teacher_facts
 
 log = logging.getLogger(__name__)
 FREE_KEYS = ("steps", "threads", "runs_dir", "cache_dir", "name", "checkpoint.", "teacher.address", "teacher.interface",
-             "teacher.port", "teacher.threads", "teacher.timeout_s")  # fmt: skip
+             "teacher.port", "teacher.threads", "teacher.timeout_s", "time_limit_s", "stuck_timeout_s")  # fmt: skip
 """Settings that may differ when a run is resumed."""
 
 
@@ -82,16 +84,10 @@ def run(config: RunConfig) -> int:
             log.warning("%s", line)
     if already_finished(folder, config):
         return 0
+    supervisor = Supervisor(config, folder.path, stop)
     setup = Setup(config, inputs, facts, folder, stop)
     with ExitStack() as stack:
-        try:
-            return _run(setup, stack)
-        except TeacherLost as error:
-            log.error("%s; run the same command again to go on from the last checkpoint", error)
-            return REQUEUE
-        except (TeacherRefused, TeacherDied, SamplingBroken) as error:
-            log.error("%s", error)
-            return 1
+        return supervisor.run(lambda: _run(setup, supervisor, stack))
 
 
 def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
@@ -113,7 +109,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     return config, facts, load_inputs(config, tokenizer, tokenizer.eos_token_id)
 
 
-def _run(setup: Setup, stack: ExitStack) -> int:
+def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     """Start everything, run the loop, evaluate, write the summary."""
     config, folder = setup.config, setup.folder
     start_distributed()
@@ -131,20 +127,24 @@ def _run(setup: Setup, stack: ExitStack) -> int:
             folder.start_afresh(dump_config(as_dict(config)))
         folder.forget_after(progress.step)
     distributed.barrier()
+    points = supervisor.watch(progress.step)
+    points.enter("evaluation")
     before = _evaluation_once(
         setup, "before", lambda: evaluate_student(models.actor, link, setup.inputs.heldout, config)
     )
     _check_teacher(setup, models)
     setup.stop.defer()
     try:
-        status = train(config, models, setup.inputs.corpus, folder, checkpoints, progress, setup.stop)
+        status = train(config, models, setup.inputs.corpus, folder, checkpoints, progress, points)
     except TeacherLost:
-        checkpoints.save(saved_parts(models), progress)
+        save_checkpoint(models, checkpoints, progress, config, points)
         raise
     setup.stop.undefer()
     if status != "finished":
-        _write_summary(setup, progress, status, {"eval_before": before})
-        return setup.stop.exit_code if status == "stopped" else 1
+        code = supervisor.stopped(progress.step) if status == "stopped" else supervisor.failed(progress.step)
+        _write_summary(setup, progress, status, {"eval_before": before}, supervisor.starts)
+        return code
+    points.enter("evaluation")
     if RECIPES[config.recipe].interpolate:
         models.actor.interpolate(config.student.path, config.distill.warp_rate)
     models.actor.export(folder.export)
@@ -158,7 +158,8 @@ def _run(setup: Setup, stack: ExitStack) -> int:
     )
     distributed.barrier()
     evaluations = {"eval_before": before, "eval_after": after.scores(), "teacher_eval": teacher}
-    _write_summary(setup, progress, status, evaluations)
+    supervisor.starts.end(status, 0, progress.step)
+    _write_summary(setup, progress, status, evaluations, supervisor.starts)
     if distributed.is_main():
         folder.close()
         _report(folder)
@@ -255,7 +256,9 @@ def _save_evaluation(setup: Setup, name: str, evaluation: Evaluation) -> None:
         setup.folder.write_json(f"eval/{name}.json", evaluation.as_json(setup.config.data.heldout))
 
 
-def _write_summary(setup: Setup, progress: Progress, status: str, evaluations: Mapping[str, Any]) -> None:
+def _write_summary(
+    setup: Setup, progress: Progress, status: str, evaluations: Mapping[str, Any], starts: Starts
+) -> None:
     if not distributed.is_main():
         return
     setup.folder.write_json(
@@ -269,6 +272,7 @@ def _write_summary(setup: Setup, progress: Progress, status: str, evaluations: M
             "tokens": progress.tokens,
             "skipped_updates": progress.skipped_updates,
             "kl_limit_reached": progress.kl_limit_reached,
+            "starts": starts.listed(),
             **evaluations,
         },
     )

@@ -1,4 +1,4 @@
-"""Leaving in good order: signals ask the loop to stop after the step it is in."""
+"""Leaving in good order: signals and the clock ask the loop to stop; it leaves where every rank can."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +15,8 @@ REQUEUE = 75
 """Exit code that tells a scheduler to start the run again (EX_TEMPFAIL)."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+LONGER = 1.25
+"""A step or a checkpoint may take this many times what the longest so far took."""
 
 
 class StopRequest:
@@ -22,12 +25,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.exit_code = REQUEUE
+        self.reason = ""
+        """Name of the signal."""
         self._deferred = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def defer(self) -> None:
-        """From now on a signal only sets `requested`; the loop looks at it after each step."""
+        """From now on a signal only sets `requested`; the loop looks at it at its safe points."""
         self._deferred = True
 
     def undefer(self) -> None:
@@ -38,9 +43,43 @@ class StopRequest:
         code = INTERRUPTED if number == signal.SIGINT else REQUEUE
         again = self.requested and number == signal.SIGINT
         if not self.requested:
-            self.requested, self.exit_code = True, code
+            self.requested, self.exit_code, self.reason = True, code, signal.Signals(number).name
         if not self._deferred or again:
             raise SystemExit(self.exit_code)
+
+
+class TimeLimit:
+    """The end of this start's time, and whether there is still enough of it.
+
+    Kept free: a twentieth of the whole time, at most a minute, for leaving and for a first checkpoint whose time is not
+    known yet; on top of it what the last checkpoint took.
+    """
+
+    def __init__(self, limit_s: float | None, environment: Mapping[str, str] = os.environ) -> None:
+        """`limit_s`: seconds from now. The end of the SLURM job counts as well, where SLURM says it; the earlier one
+        is taken."""
+        now = time.time()
+        ends = [now + limit_s] if limit_s is not None else []
+        if environment.get("SLURM_JOB_END_TIME", "").isdigit():
+            ends.append(float(environment["SLURM_JOB_END_TIME"]))
+        self._end = min(ends, default=None)
+        self._margin_s = 0.0 if self._end is None else min(60.0, max(self._end - now, 0.0) / 20)
+        self._step_s = self._checkpoint_s = 0.0
+
+    def took_step(self, seconds: float) -> None:
+        """A whole step took so long."""
+        self._step_s = max(self._step_s, seconds)
+
+    def took_checkpoint(self, seconds: float) -> None:
+        """The last checkpoint took so long."""
+        self._checkpoint_s = seconds
+
+    def is_over(self, *, next_step: bool) -> bool:
+        """Whether it is time for the last checkpoint; with `next_step`, whether one more step would be too much."""
+        if self._end is None:
+            return False
+        needed_s = self._margin_s + LONGER * (self._checkpoint_s + (self._step_s if next_step else 0.0))
+        return time.time() + needed_s > self._end
 
 
 def watch_launcher(interval_s: float = 1.0) -> None:

@@ -1,0 +1,149 @@
+"""Faults of a run, each injected into real processes on the tiny demo: what is said, the exit code, nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import ROOT, command, environment, metrics, timeless
+from tests.test_leaving import processes_of, wait_until
+
+FOREVER = ["--steps", "100000", "--checkpoint.every", "2", "--eval.questions", "2"]
+NAME = "grpo-minillm"
+
+
+@contextmanager
+def running(
+    folder: Path, cache: Path, *arguments: str, ranks: int | None = None, **variables: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The tiny demo in the background, its output in folder/log; whatever is left at the end is killed."""
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            command(folder, cache, *arguments, ranks=ranks), cwd=ROOT, env=environment() | variables, stdout=log,
+            stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        for pid in processes_of(folder):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / NAME / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def said(folder: Path) -> str:
+    return (folder / "log").read_text(errors="replace")
+
+
+def wait_for(
+    condition: Callable[[], object], folder: Path, process: subprocess.Popen[bytes], seconds: float = 240
+) -> None:
+    """Until `condition` holds; fails with the log where it does not, or where the run ends first."""
+    assert wait_until(lambda: condition() or process.poll() is not None, seconds), said(folder)[-3000:]
+    assert condition(), said(folder)[-3000:]
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Process ids of the trainer's ranks, in order."""
+    found = {}
+    for pid in processes_of(folder):
+        command_line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+        if "training/main.py" in command_line and "deepspeed" not in command_line:
+            variables = dict(x.split("=", 1) for x in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in x)
+            found[int(variables["RANK"])] = pid
+    return [found[rank] for rank in sorted(found)]
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / NAME / "summary.json").read_text())["starts"]
+
+
+def all_gone(folder: Path, seconds: float = 60) -> bool:
+    return wait_until(lambda: not processes_of(folder), seconds)
+
+
+def last_end(folder: Path) -> dict[str, Any]:
+    """What starts.jsonl says of the last start's end."""
+    return json.loads((folder / NAME / "starts.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.timeout(900)
+def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> None:
+    """Two starts of one run. A rank that is stopped is named within the time-out; one that is killed, at once."""
+    limits = ["--stuck_timeout_s", "15", "--teacher.timeout_s", "14"]
+    with running(tmp_path, demo_cache, *FOREVER, *limits, ranks=2) as process:
+        wait_for(lambda: steps_done(tmp_path) >= 3, tmp_path, process)
+        os.kill(ranks_of(tmp_path)[1], signal.SIGSTOP)
+        began = time.monotonic()
+        wait_for(lambda: "rank 1 has not arrived" in said(tmp_path), tmp_path, process, 90)
+        assert time.monotonic() - began > 12
+        line = next(line for line in said(tmp_path).splitlines() if "rank 1 has not arrived" in line)
+        assert re.search(
+            r"rank 0 is stuck in phase (sample|reference|teacher|update|checkpoint) of step \d+ for ", line
+        )
+        assert process.wait(60) == 75, "the run has got on, so a new start is worth it"
+        assert all_gone(tmp_path)
+    end = last_end(tmp_path)
+    assert (end["event"], end["exit_code"]) == ("end", 75)
+    assert "rank 1 has not arrived" in end["reason"]
+
+    done = steps_done(tmp_path)
+    with running(tmp_path, demo_cache, *FOREVER, ranks=2) as process:
+        wait_for(lambda: steps_done(tmp_path) >= done + 2, tmp_path, process)
+        os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
+        assert process.wait(90) not in (0, 2), "not a success, not a mistake in the input"
+        assert all_gone(tmp_path)
+    end = last_end(tmp_path)
+    assert re.match(r"rank 0 lost its connection in phase \w+ of step \d+: rank 1 has not arrived", end["reason"])
+    assert end["reason"].split(":")[0] in "".join(said(tmp_path).splitlines()[-12:]), "the reason is in the last lines"
+    rows = [json.loads(line) for line in (tmp_path / NAME / "starts.jsonl").read_text().splitlines()]
+    second = [row for row in rows if row["event"] == "start"][1]
+    assert second["from_step"] % 2 == 0, "it went on from a checkpoint"
+    assert second["from_step"] >= 2
+
+
+@pytest.mark.timeout(900)
+def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    """USR1 in the middle of a step: it is left, and the next start takes it as an unbroken run does; that start has a
+    limited time, and ends by itself before it is over."""
+    passes = ["--actor.micro_batch_tokens", "64"]  # many places to leave at
+    begun = time.monotonic()
+    with running(tmp_path, demo_cache, *FOREVER, *passes) as process:
+        wait_for(lambda: steps_done(tmp_path) >= 1, tmp_path, process)
+        started_s = time.monotonic() - begun
+        time.sleep(metrics(tmp_path / NAME)[0]["seconds/total"] / 3)
+        os.kill(process.pid, signal.SIGUSR1)
+        assert process.wait(120) == 75
+        assert all_gone(tmp_path)
+    (first,) = starts(tmp_path)
+    assert (first["reason"], first["exit_code"], first["from_step"]) == ("SIGUSR1", 75, 0)
+    assert f"left step {first['step'] + 1} before it changed anything (SIGUSR1)" in said(tmp_path)
+    assert (tmp_path / NAME / "checkpoints" / "latest").read_text() == f"step-{first['step']:06d}"
+
+    end = time.time() + 3 * started_s + 30
+    slurm = {"SLURM_JOB_END_TIME": str(int(end)), "SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "17"}
+    with running(tmp_path, demo_cache, *FOREVER, *passes, **slurm) as process:
+        assert process.wait(3 * started_s + 30) == 75
+        assert time.time() < end
+    second = starts(tmp_path)[1]
+    assert (second["reason"], second["exit_code"], second["from_step"]) == ("time limit", 75, first["step"])
+    assert (second["slurm_job"], second["slurm_restart_count"]) == ("17", 1)
+    rows = timeless(metrics(tmp_path / NAME))
+    assert [row["step"] for row in rows] == list(range(1, second["step"] + 1))
+    for one, two in zip(timeless(metrics(finished_run)), rows[:3], strict=True):
+        for key in one:
+            assert two[key] == pytest.approx(one[key], abs=1e-3), key

@@ -1,0 +1,109 @@
+"""One start of a run from outside: what watches it, which exit code each way to end has, and what is said of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from configs.schema import RunConfig
+from inference.client import TeacherLost, TeacherRefused
+from inference.launch import TeacherDied
+from training import distributed
+from training.checkpoints import CheckpointFailed
+from training.safe_points import SafePoints
+from training.sampling_check import SamplingBroken
+from training.starts import Starts
+from training.stopping import REQUEUE, StopRequest, TimeLimit
+from training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "Socket Timeout", "Connection refused", "remote process")
+"""What gloo's and NCCL's errors say when the other end of a collective has gone."""
+FAILED = 1
+"""Exit code of a run that a new start would not mend."""
+
+
+class Supervisor:
+    """Methods are called by every rank; rank 0 writes starts.jsonl."""
+
+    def __init__(self, config: RunConfig, folder: Path, stop: StopRequest) -> None:
+        self._config, self._stop = config, stop
+        self._limit = TimeLimit(config.time_limit_s)
+        self.starts = Starts(folder)
+        self._watchdog: Watchdog | None = None
+        self.points: SafePoints
+        """Set by `watch`."""
+
+    def watch(self, from_step: int) -> SafePoints:
+        """The models are loaded, `from_step` steps are done; watch from now on."""
+        if distributed.is_main():
+            self.starts.begin(from_step, distributed.world_size())
+        self._watchdog = Watchdog(self._config.stuck_timeout_s, self._give_up)
+        self.points = SafePoints(self._stop, self._limit, self._watchdog, from_step)
+        return self.points
+
+    def stopped(self, step: int) -> int:
+        """The loop has left with a checkpoint of `step` steps; returns the exit code.
+
+        A start whose time did not suffice for one step would be followed by others like it.
+        """
+        timed_out = self.points.reason == "time limit" and not self.points.advanced
+        code = FAILED if timed_out else self._stop.exit_code
+        if timed_out:
+            log.error("the time limit came before the end of the first step: give the job more time")
+        elif distributed.is_main():
+            log.info("stopped after step %d (%s)", step, self.points.reason)
+        self.starts.end(self.points.reason, code, step)
+        return code
+
+    def failed(self, step: int) -> int:
+        """The loop has given up with a checkpoint of `step` steps and has said why; returns the exit code."""
+        self.starts.end("too many updates in a row had a non-finite loss or score", FAILED, step)
+        return FAILED
+
+    def run(self, work: Callable[[], int]) -> int:
+        """Exit code of `work`, however it ends; a mistake in the input (SystemExit) goes through."""
+        try:
+            return work()
+        except SystemExit as error:
+            self.starts.end(self._stop.reason or "ended", int(error.code or 0))
+            raise
+        except TeacherLost as error:
+            reason, code = f"{error}; run the same command again to go on from the last checkpoint", REQUEUE
+        except (TeacherRefused, TeacherDied, SamplingBroken, CheckpointFailed) as error:
+            reason, code = str(error), FAILED
+        except Exception as error:
+            if any(words in str(error) for words in LOST_PEER) and self._watchdog is not None:
+                reason, code = self._peer_lost(error)
+            else:
+                log.exception("the run has failed")
+                reason, code = f"{type(error).__name__}: {error}", FAILED
+        log.error("%s", reason)
+        self.starts.end(reason, code)
+        return code
+
+    def _peer_lost(self, error: Exception) -> tuple[str, int]:
+        assert self._watchdog is not None
+        place = self._watchdog.place
+        who = self._watchdog.missing()
+        first = " ".join(str(error).split())[:200]
+        reason = f"rank {distributed.rank()} lost its connection in phase {place.phase} of step {place.step + 1}: {who}"
+        return f"{reason} ({first}); {self._goes_on()}", self._again()
+
+    def _give_up(self, reason: str) -> None:
+        """End this process from the watchdog's thread; the main thread is in a collective that never ends."""
+        code = self._again()
+        log.error("rank %d is %s; %s", distributed.rank(), reason, self._goes_on())
+        self.starts.end(reason, code)
+        sys.stderr.flush()
+        os._exit(code)
+
+    def _again(self) -> int:
+        """A new start is worth it where this one got on; else it would meet the same."""
+        return REQUEUE if self.points.advanced else FAILED
+
+    def _goes_on(self) -> str:
+        return "the same command goes on from the last checkpoint"
