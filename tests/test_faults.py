@@ -50,7 +50,7 @@ def said(folder: Path) -> str:
 
 
 def wait_for(
-    condition: Callable[[], object], folder: Path, process: subprocess.Popen[bytes], seconds: float = 240
+    condition: Callable[[], object], folder: Path, process: subprocess.Popen[bytes], seconds: float = 600
 ) -> None:
     """Until `condition` holds; fails with the log where it does not, or where the run ends first."""
     assert wait_until(lambda: condition() or process.poll() is not None, seconds), said(folder)[-3000:]
@@ -72,7 +72,7 @@ def starts(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / NAME / "summary.json").read_text())["starts"]
 
 
-def all_gone(folder: Path, seconds: float = 60) -> bool:
+def all_gone(folder: Path, seconds: float = 120) -> bool:
     return wait_until(lambda: not processes_of(folder), seconds)
 
 
@@ -81,7 +81,7 @@ def last_end(folder: Path) -> dict[str, Any]:
     return json.loads((folder / NAME / "starts.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> None:
     """Two starts of one run. A rank that is stopped is named within the time-out; one that is killed, at once."""
     limits = ["--stuck_timeout_s", "15", "--teacher.timeout_s", "14"]
@@ -89,13 +89,13 @@ def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> N
         wait_for(lambda: steps_done(tmp_path) >= 3, tmp_path, process)
         os.kill(ranks_of(tmp_path)[1], signal.SIGSTOP)
         began = time.monotonic()
-        wait_for(lambda: "rank 1 has not arrived" in said(tmp_path), tmp_path, process, 90)
+        wait_for(lambda: "rank 1 has not arrived" in said(tmp_path), tmp_path, process, 240)
         assert time.monotonic() - began > 12
         line = next(line for line in said(tmp_path).splitlines() if "rank 1 has not arrived" in line)
         assert re.search(
             r"rank 0 is stuck in phase (sample|reference|teacher|update|checkpoint) of step \d+ for ", line
         )
-        assert process.wait(60) == 75, "the run has got on, so a new start is worth it"
+        assert process.wait(240) == 75, "the run has got on, so a new start is worth it"
         assert all_gone(tmp_path)
     end = last_end(tmp_path)
     assert (end["event"], end["exit_code"]) == ("end", 75)
@@ -105,7 +105,8 @@ def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> N
     with running(tmp_path, demo_cache, *FOREVER, ranks=2) as process:
         wait_for(lambda: steps_done(tmp_path) >= done + 2, tmp_path, process)
         os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
-        assert process.wait(90) not in (0, 2), "not a success, not a mistake in the input"
+        code = process.wait(240)
+        assert code not in (0, 2), "not a success, not a mistake in the input"
         assert all_gone(tmp_path)
     end = last_end(tmp_path)
     assert re.match(r"rank 0 lost its connection in phase \w+ of step \d+: rank 1 has not arrived", end["reason"])
@@ -116,7 +117,7 @@ def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> N
     assert second["from_step"] >= 2
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
     """USR1 in the middle of a step: it is left, and the next start takes it as an unbroken run does; that start has a
     limited time, and ends by itself before it is over."""
@@ -127,7 +128,7 @@ def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_p
         started_s = time.monotonic() - begun
         time.sleep(metrics(tmp_path / NAME)[0]["seconds/total"] / 3)
         os.kill(process.pid, signal.SIGUSR1)
-        assert process.wait(120) == 75
+        assert process.wait(240) == 75
         assert all_gone(tmp_path)
     (first,) = starts(tmp_path)
     assert (first["reason"], first["exit_code"], first["from_step"]) == ("SIGUSR1", 75, 0)

@@ -20,8 +20,9 @@ from training.composite import TERMS, LossWeights, UpdateInput, counts_of
 from training.data import random_stream
 from training.deepspeed_engine import Engine, RolloutEngine, in_step, replace_directory
 from training.distillation import ReverseKL, TailReverseKL, WholeDistribution
-from training.experience import Experience, Prompt, Rollout
+from training.experience import Experience, Prompt, Rollout, batch_order
 from training.losses import kl_loss, policy_loss, token_weights
+from training.memory import TokenBudget, agreed
 from training.policy import Policy, TokenTerm, load_policy
 from training.rollout import DeepSpeedRollout, responses_of
 from training.safe_points import nothing
@@ -46,6 +47,7 @@ class Actor:
             path, config.student.dtype, gradient_checkpointing=config.student.gradient_checkpointing,
             adapter=config.student.adapter,
         )  # fmt: skip
+        self.budget = TokenBudget(config.actor.micro_batch_tokens)
         self.end_tokens = end_tokens(policy, self.tokenizer)
         pad = self.tokenizer.pad_token_id  # 0 is a pad id like any other (trap 17)
         self.pad_token = self.end_tokens[0] if pad is None else int(pad)
@@ -156,10 +158,14 @@ class Actor:
 
     def _each_token(self, rollout: Rollout, one: Callable[[PackedRow], torch.Tensor]) -> torch.Tensor:
         """A number for each response token, row by row, in step with the other ranks, float32 [B, R]."""
-        rows = in_step(pack(rollout.groups(), self._config.actor.micro_batch_tokens))
-        values = [one(row).cpu() for row, _ in rows]
-        real = [row for row, used in rows if used]
-        return scatter_responses(real, values[: len(real)], *rollout.behavior_logprobs_BR.shape)
+
+        def passes(tokens: int) -> torch.Tensor:
+            rows = in_step(pack(rollout.groups(), tokens))
+            values = agreed(lambda: [one(row).cpu() for row, _ in rows], exchanging=self.engine.zero_stage == 3)
+            real = [row for row, used in rows if used]
+            return scatter_responses(real, values[: len(real)], *rollout.behavior_logprobs_BR.shape)
+
+        return self.budget.spend(passes)
 
     def _teacher(self, hidden_SD: torch.Tensor, index_S: torch.Tensor) -> WholeDistribution:
         """The teacher's distribution at the response tokens `index_S` of the batch."""
@@ -190,11 +196,15 @@ class Actor:
     def _optimizer_step(
         self, batch: UpdateInput, step: int, rate_factor: float, shares: bool, between: Callable[[], None]
     ) -> dict[str, float]:
-        sums = Sums({})
         counts = distributed.sum_metrics(counts_of(batch))
-        jobs = self._jobs(batch, counts, sums, step)
-        measured = self._gradient_shares(batch, counts, step) if shares else {}
-        norm, rate, applied = self.engine.update(jobs, step, rate_factor=rate_factor, between=between)
+
+        def take(tokens: int) -> tuple[Sums, dict[str, float], tuple[float, float, bool]]:
+            sums = Sums({})
+            measured = self._gradient_shares(batch, counts, step, tokens) if shares else {}
+            jobs = self._jobs(batch, counts, sums, step, tokens)
+            return sums, measured, self.engine.update(jobs, step, rate_factor=rate_factor, between=between)
+
+        sums, measured, (norm, rate, applied) = self.budget.spend(take)
         numbers = sums.numbers()
         biggest = numbers.pop("mismatch/max", 0.0)
         metrics = distributed.sum_metrics(numbers)
@@ -203,31 +213,34 @@ class Actor:
         return {**metrics, **measured, "grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
 
     def _jobs(
-        self, batch: UpdateInput, counts: dict[str, float], sums: Sums, step: int
+        self, batch: UpdateInput, counts: dict[str, float], sums: Sums, step: int, tokens: int
     ) -> list[Callable[[], dict[str, torch.Tensor]]]:
-        """One job a packed row: a forward pass that returns the row's weighted terms by name."""
+        """One job a packed row of at most `tokens`: a forward pass that returns the row's weighted terms by name."""
         jobs: list[Callable[[], dict[str, torch.Tensor]]] = []
         weights = batch.weights
         if batch.experience is not None and max(weights.policy, weights.kl, weights.single_step) > 0:
-            jobs += self._policy_jobs(batch.experience, weights, counts, sums, step)
+            jobs += self._policy_jobs(batch.experience, weights, counts, sums, step, tokens)
         for name, groups, coef in (("pt", batch.text, weights.pt), ("bc", batch.cloning, weights.bc)):
             if counts[name] > 0 and coef > 0:
                 jobs += [
                     partial(self._language_model_loss, row, used * coef, counts[name], name, sums, used)
-                    for row, used in in_step(pack(groups, self._config.actor.micro_batch_tokens))
+                    for row, used in in_step(pack(groups, tokens))
                 ]
         return jobs
 
-    def _gradient_shares(self, batch: UpdateInput, counts: dict[str, float], step: int) -> dict[str, float]:
+    def _gradient_shares(
+        self, batch: UpdateInput, counts: dict[str, float], step: int, tokens: int
+    ) -> dict[str, float]:
         """Norm of each weighted term's gradient by itself, and its share of their sum. Collective; not under ZeRO 3."""
-        norms = self.engine.gradient_norms(lambda: self._jobs(batch, counts, Sums({}), step), list(TERMS))
+        norms = self.engine.gradient_norms(lambda: self._jobs(batch, counts, Sums({}), step, tokens), list(TERMS))
         total = max(sum(norms.values()), 1e-30)
         shares = {f"gradient/{name}_share": norm / total for name, norm in norms.items()}
         return {**{f"gradient/{name}": norm for name, norm in norms.items()}, **shares}
 
     def _policy_jobs(
-        self, experience: Experience, weights: LossWeights, counts: dict[str, float], sums: Sums, step: int
-    ) -> list[Callable[[], dict[str, torch.Tensor]]]:
+        self, experience: Experience, weights: LossWeights, counts: dict[str, float], sums: Sums, step: int,
+        tokens: int,
+    ) -> list[Callable[[], dict[str, torch.Tensor]]]:  # fmt: skip
         """One job a packed row: forward, and every term that is a sum over response tokens."""
         rollout = experience.rollout
         longest = rollout.behavior_logprobs_BR.shape[1]
@@ -236,7 +249,7 @@ class Actor:
             responses=counts["responses"], constant=float(self._config.sampling.max_new_tokens),
         )  # fmt: skip
         index_BR = batch_order(rollout.lengths_B, longest)
-        rows = in_step(pack(rollout.groups(), self._config.actor.micro_batch_tokens))
+        rows = in_step(pack(rollout.groups(), tokens))
         seed = self._config.seed * 1_000_003 + step * 1_009
         return [
             partial(self._policy_loss, experience, row, used, weights_BR, index_BR, weights, counts, sums, seed + i)
@@ -367,12 +380,6 @@ class Actor:
 def room_for_sequences(config: RunConfig) -> int:
     """Longest prompt plus response, in tokens."""
     return config.data.max_prompt_tokens + config.sampling.max_new_tokens
-
-
-def batch_order(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:
-    """int64 [B, R]: place of token (b, t) among all response tokens in batch order (b, then t)."""
-    starts = torch.cumsum(lengths_B, 0) - lengths_B
-    return starts[:, None] + torch.arange(longest)[None, :]
 
 
 def end_tokens(policy: Policy, tokenizer: object) -> tuple[int, ...]:

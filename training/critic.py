@@ -16,6 +16,7 @@ from training import distributed
 from training.deepspeed_engine import Engine, in_step
 from training.experience import Experience, Rollout
 from training.losses import token_weights, value_loss
+from training.memory import TokenBudget, agreed
 from training.policy import load_policy, response_states
 from training.safe_points import nothing
 
@@ -47,6 +48,7 @@ class Critic:
 
     def __init__(self, config: RunConfig, student_path: Path, *, total_steps: int) -> None:
         self._config = config
+        self.budget = TokenBudget(config.actor.micro_batch_tokens)
         policy = load_policy(
             config.critic.path or student_path, config.student.dtype,
             gradient_checkpointing=config.student.gradient_checkpointing,
@@ -58,15 +60,20 @@ class Critic:
             dtype=config.student.dtype, hybrid=False, total_steps=total_steps,
         )  # fmt: skip
 
-    def _rows(self, rollout: Rollout) -> list[PackedRow]:
-        return pack(rollout.groups(), self._config.actor.micro_batch_tokens)
-
     @torch.no_grad()
     def values(self, rollout: Rollout) -> torch.Tensor:
         """Values float32 [B, R] before each response token; 0 on padding. All ranks together under ZeRO 3."""
-        rows = self._rows(rollout)
-        outputs = [self.engine.module(row.to(self.engine.device)).cpu() for row, _ in in_step(rows)]
-        return scatter_responses(rows, outputs[: len(rows)], *rollout.behavior_logprobs_BR.shape)
+
+        def passes(tokens: int) -> torch.Tensor:
+            rows = pack(rollout.groups(), tokens)
+            padded = in_step(rows)
+            outputs = agreed(
+                lambda: [self.engine.module(row.to(self.engine.device)).cpu() for row, _ in padded],
+                exchanging=self.engine.zero_stage == 3,
+            )
+            return scatter_responses(rows, outputs[: len(rows)], *rollout.behavior_logprobs_BR.shape)
+
+        return self.budget.spend(passes)
 
     def update(
         self, experiences: Sequence[Experience], step: int, *, between: Callable[[], None] = nothing
@@ -85,13 +92,22 @@ class Critic:
                 lengths, experience.advantages_BR.shape[1], aggregation="token", tokens=tokens, responses=1.0,
                 constant=1.0,
             )  # fmt: skip
-            losses: list[torch.Tensor] = []
-            jobs = [
-                partial(self._loss, experience, row, weights * used, losses)
-                for row, used in in_step(self._rows(experience.rollout))
-            ]
-            norm, _, _ = self.engine.update(jobs, step * len(experiences) + i, between=between if i == 0 else nothing)
-            loss_sum += sum(float(x) for x in losses)
+
+            def take(
+                tokens: int, number: int = i, experience: Experience = experience, weights: torch.Tensor = weights
+            ) -> tuple[float, float]:
+                losses: list[torch.Tensor] = []
+                jobs = [
+                    partial(self._loss, experience, row, weights * used, losses)
+                    for row, used in in_step(pack(experience.rollout.groups(), tokens))
+                ]
+                norm, _, _ = self.engine.update(
+                    jobs, step * len(experiences) + number, between=between if number == 0 else nothing
+                )
+                return sum(float(x) for x in losses), norm
+
+            loss, norm = self.budget.spend(take)
+            loss_sum += loss
         total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
         return {**total, "critic/grad_norm": norm}
 

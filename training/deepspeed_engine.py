@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +32,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from configs.schema import ActorConfig
 from inference.packing import Group, PackedRow, pack_row
 from training import distributed
+from training.memory import OutOfMemory, OutOfMemoryAlone, agreed, out_of_memory
 from training.safe_points import nothing
 
 log = logging.getLogger(__name__)
@@ -175,6 +177,8 @@ class Engine:
         if zero_stage == 0 and distributed.world_size() == 1:
             # DeepSpeed would copy all gradients into one tensor, "reduce" it over one rank and copy them back.
             self.engine.enable_backward_allreduce = False
+        self._reduce, self.engine.allreduce_gradients = self.engine.allreduce_gradients, self._agree_and_reduce
+        self._reducing = False
         if zero_stage == 0 and dtype == "bfloat16":
             # DeepSpeed makes the states by a step on zeros, which Adam's bias correction would take for a real one: the
             # first real step would be 0.73 of what it is at the other stages.
@@ -199,7 +203,7 @@ class Engine:
         Each job runs one forward pass and returns its terms, which are added up; all ranks give the same number of
         jobs. Returns (gradient norm before clipping, learning rate, applied). A non-finite gradient is skipped on every
         rank, and so is a step without a job (every group was dropped): DeepSpeed cannot step on no gradient.
-        `between` is called before each job and may raise, which leaves the step.
+        `between` is called before each job and may raise, which leaves the step. OutOfMemory leaves it as well.
         """
         rate = rate_factor * learning_rate(step, **self._schedule)  # type: ignore[arg-type]
         if not jobs:
@@ -212,7 +216,7 @@ class Engine:
         for i, job in enumerate(jobs):
             between()
             self.engine.set_gradient_accumulation_boundary(i == len(jobs) - 1)
-            self.engine.backward(torch.stack([*job().values()]).sum() * scale)
+            self._pass(job, scale)
         if self.zero_stage == 0:
             grads = [p.grad for p in self._trained if p.grad is not None]
             norm = float(sum(torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in grads)) ** 0.5
@@ -230,6 +234,47 @@ class Engine:
         self.module.eval()
         return norm, rate, not bool(getattr(self.engine.optimizer, "overflow", False))
 
+    def _pass(self, job: Callable[[], dict[str, torch.Tensor]], scale: int) -> None:
+        """Forward and backward of one job. Raises OutOfMemory, on every rank where they do not exchange within it."""
+        self._reducing = False
+
+        def work() -> None:
+            self.engine.backward(torch.stack([*job().values()]).sum() * scale)
+
+        try:
+            failed = out_of_memory(work)
+        except OutOfMemory:  # of another rank, which `_agree_and_reduce` has asked
+            self._forget_gradients()
+            raise
+        if not failed:
+            return
+        if self.zero_stage > 1 or self._reducing:
+            raise OutOfMemoryAlone(failed)
+        distributed.any_rank(True)
+        self._forget_gradients()
+        raise OutOfMemory(failed)
+
+    def _agree_and_reduce(self, *arguments: Any) -> None:
+        """DeepSpeed's reduction at the end of each backward pass, if no rank has run out of memory in it.
+
+        Under ZeRO 2 and 3 the gradients have been exchanged in the pass, and there is nothing left to agree on.
+        """
+        if self.zero_stage <= 1 and distributed.any_rank(False):
+            raise OutOfMemory("on another rank")
+        self._reducing = True
+        self._reduce(*arguments)
+
+    def _forget_gradients(self) -> None:
+        """As before the first job of a step, after a backward pass that was broken off."""
+        self.engine.zero_grad()
+        if self.zero_stage > 0:
+            optimizer = self.engine.optimizer
+            optimizer.zero_grad()
+            while optimizer._backward_active_depth > 0:
+                optimizer.exit_backward()
+            optimizer.clear_backward_seen_flag()
+        self.module.eval()
+
     def gradient_norms(
         self, make_jobs: Callable[[], Sequence[Callable[[], dict[str, torch.Tensor]]]], names: Sequence[str]
     ) -> dict[str, float]:
@@ -240,19 +285,23 @@ class Engine:
         self.module.train()
         norms = {}
         for name in names:
-            sums = [torch.zeros_like(p) for p in self._trained]
-            for job in make_jobs():
-                term = job().get(name)
-                if term is not None and term.requires_grad:
-                    for total, grad in zip(
-                        sums, torch.autograd.grad(term, self._trained, allow_unused=True), strict=True
-                    ):
-                        if grad is not None:
-                            total += grad
+            sums = agreed(partial(self._summed, make_jobs(), name), exchanging=False)
             squares = sum(float(distributed.sum_over_ranks(total).float().square().sum()) for total in sums)
             norms[name] = squares**0.5
         self.module.eval()
         return norms
+
+    def _summed(self, jobs: Sequence[Callable[[], dict[str, torch.Tensor]]], name: str) -> list[torch.Tensor]:
+        """This rank's gradient of one term over all jobs, a tensor a parameter."""
+        sums = [torch.zeros_like(p) for p in self._trained]
+        for job in jobs:
+            term = job().get(name)
+            if term is not None and term.requires_grad:
+                grads = torch.autograd.grad(term, self._trained, allow_unused=True)
+                for total, grad in zip(sums, grads, strict=True):
+                    if grad is not None:
+                        total += grad
+        return sums
 
     def go_native(self) -> None:
         """Leave injected kernels for good."""

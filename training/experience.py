@@ -169,3 +169,9 @@ class Experience:
             teacher_entries=None if self.teacher_entries is None else self.teacher_entries.select(tokens),
             reference_states=None if self.reference_states is None else self.reference_states.select(tokens),
         )
+
+
+def batch_order(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:
+    """int64 [B, R]: place of token (b, t) among all response tokens in batch order (b, then t)."""
+    starts = torch.cumsum(lengths_B, 0) - lengths_B
+    return starts[:, None] + torch.arange(longest)[None, :]

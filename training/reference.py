@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from configs.schema import RunConfig
-from inference.packing import PackedRow, pack, scatter_responses
+from inference.packing import pack, scatter_responses
 from training import distributed
 from training.actor import Actor
 from training.distillation import WholeDistribution
 from training.experience import Rollout
+from training.memory import TokenBudget, agreed
 from training.policy import load_policy
 
 
@@ -84,6 +85,7 @@ class FrozenCopy:
         self._config = config
         self._update = update or config.reference.update
         self._device = device
+        self._budget = TokenBudget(config.actor.micro_batch_tokens)
         self._policy = load_policy(path, config.student.dtype).to(device).eval().requires_grad_(False)
         # A moving average in bfloat16 would stand still: an update of 1 % is lost in its 8 bits.
         self._average: dict[str, torch.Tensor] = {}
@@ -93,27 +95,32 @@ class FrozenCopy:
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> torch.Tensor:
         """See `Reference.logprobs`."""
-        rows = self._rows(rollout)
-        values = [
-            self._policy(row.to(self._device), temperature=self._config.sampling.temperature).logprobs_S.cpu()
-            for row in rows
-        ]
-        return scatter_responses(rows, values, *rollout.behavior_logprobs_BR.shape)
+        temperature = self._config.sampling.temperature
+
+        def passes(tokens: int) -> torch.Tensor:
+            rows = pack(rollout.groups(), tokens)
+            values = agreed(
+                lambda: [self._policy(row.to(self._device), temperature=temperature).logprobs_S.cpu() for row in rows],
+                exchanging=False,
+            )
+            return scatter_responses(rows, values, *rollout.behavior_logprobs_BR.shape)
+
+        return self._budget.spend(passes)
 
     @torch.no_grad()
     def states(self, rollout: Rollout) -> WholeDistribution:
         """See `Reference.states`."""
         shape = rollout.behavior_logprobs_BR.shape
-        rows = self._rows(rollout)
         size = self._policy.config.get_text_config().hidden_size
         hidden_BRD = torch.zeros(*shape, size, dtype=self._policy.model.dtype)
-        for row in rows:
-            hidden_BRD[row.response_S, row.offset_S] = self._policy.response_states(row.to(self._device)).cpu()
+
+        def passes(tokens: int) -> None:
+            for row in pack(rollout.groups(), tokens):
+                hidden_BRD[row.response_S, row.offset_S] = self._policy.response_states(row.to(self._device)).cpu()
+
+        self._budget.spend(lambda tokens: agreed(lambda: passes(tokens), exchanging=False))
         output = self._policy.model.get_output_embeddings().weight.detach()
         return WholeDistribution(hidden_BRD[rollout.mask_BR], output)
-
-    def _rows(self, rollout: Rollout) -> list[PackedRow]:
-        return pack(rollout.groups(), self._config.actor.micro_batch_tokens)
 
     @torch.no_grad()
     def follow(self, actor: Actor, step: int) -> None:

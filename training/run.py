@@ -33,6 +33,7 @@ from training.deepspeed_engine import start_distributed
 from training.demo import resolve_demo
 from training.evaluation import Evaluation, evaluate_student, evaluate_teacher
 from training.loop import save_checkpoint, saved_parts, train
+from training.memory import lowered
 from training.mixing import check_mixing
 from training.overlap import data_warnings
 from training.preflight import Inputs, check_files, check_world, load_inputs, with_model_directories
@@ -48,7 +49,8 @@ from training.teaching import TeacherFacts, TeacherLink, check_tokenizers, teach
 
 log = logging.getLogger(__name__)
 FREE_KEYS = ("steps", "threads", "runs_dir", "cache_dir", "name", "checkpoint.", "teacher.address", "teacher.interface",
-             "teacher.port", "teacher.threads", "teacher.timeout_s", "time_limit_s", "stuck_timeout_s")  # fmt: skip
+             "teacher.port", "teacher.threads", "teacher.timeout_s", "time_limit_s", "stuck_timeout_s",
+             "actor.micro_batch_tokens")  # fmt: skip
 """Settings that may differ when a run is resumed."""
 
 
@@ -72,6 +74,7 @@ def run(config: RunConfig) -> int:
         config, facts, inputs = prepare(config)
         folder = RunFolder(Path(config.runs_dir) / config.run_name)
         check_same_run(folder, config)
+        config = lowered(config, folder.path)
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
     if inputs.skipped.count and distributed.environment_rank() == 0:

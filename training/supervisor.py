@@ -13,6 +13,7 @@ from inference.client import TeacherLost, TeacherRefused
 from inference.launch import TeacherDied
 from training import distributed
 from training.checkpoints import CheckpointFailed
+from training.memory import OutOfMemory, OutOfMemoryAlone, advice, is_out_of_memory, lower
 from training.safe_points import SafePoints
 from training.sampling_check import SamplingBroken
 from training.starts import Starts
@@ -30,7 +31,7 @@ class Supervisor:
     """Methods are called by every rank; rank 0 writes starts.jsonl."""
 
     def __init__(self, config: RunConfig, folder: Path, stop: StopRequest) -> None:
-        self._config, self._stop = config, stop
+        self._config, self._folder, self._stop = config, folder, stop
         self._limit = TimeLimit(config.time_limit_s)
         self.starts = Starts(folder)
         self._watchdog: Watchdog | None = None
@@ -75,8 +76,12 @@ class Supervisor:
             reason, code = f"{error}; run the same command again to go on from the last checkpoint", REQUEUE
         except (TeacherRefused, TeacherDied, SamplingBroken, CheckpointFailed) as error:
             reason, code = str(error), FAILED
+        except OutOfMemoryAlone as error:
+            reason, code = self._start_with_less(error)
         except Exception as error:
-            if any(words in str(error) for words in LOST_PEER) and self._watchdog is not None:
+            if isinstance(error, OutOfMemory) or is_out_of_memory(error):
+                reason, code = self._out_of_memory(error), FAILED
+            elif any(words in str(error) for words in LOST_PEER) and self._watchdog is not None:
                 reason, code = self._peer_lost(error)
             else:
                 log.exception("the run has failed")
@@ -84,6 +89,18 @@ class Supervisor:
         log.error("%s", reason)
         self.starts.end(reason, code)
         return code
+
+    def _out_of_memory(self, error: Exception) -> str:
+        phase = "start" if self._watchdog is None else self._watchdog.place.phase
+        said = " ".join(str(error).split())[:200]
+        return f"rank {distributed.rank()}: out of memory in phase {phase} ({said}); {advice(phase)}"
+
+    def _start_with_less(self, error: OutOfMemoryAlone) -> tuple[str, int]:
+        reason = self._out_of_memory(error)
+        if not lower(self._config, self._folder):
+            return reason, FAILED
+        tokens = self._config.actor.micro_batch_tokens // 2
+        return f"{reason}; the next start goes on from the last checkpoint with {tokens} tokens in a pass", REQUEUE
 
     def _peer_lost(self, error: Exception) -> tuple[str, int]:
         assert self._watchdog is not None
