@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -148,3 +149,59 @@ def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_p
     for one, two in zip(timeless(metrics(finished_run)), rows[:3], strict=True):
         for key in one:
             assert two[key] == pytest.approx(one[key], abs=1e-3), key
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """The run's folder on a file system of 40 MB."""
+    folder = tmp_path / NAME
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode != 0:
+        pytest.skip("a file system of its own cannot be mounted here (needs root)")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """A file that leaves no byte."""
+    path = folder / "filler"
+    with path.open("wb", buffering=0) as out, contextlib.suppress(OSError):
+        for size in (1 << 16, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    out.write(b"x" * size)
+    return path
+
+
+@pytest.mark.timeout(1500)
+def test_a_full_disk(small_disk: Path, tmp_path: Path, demo_cache: Path) -> None:
+    """A run that goes on without a checkpoint has every line when there is room again; one that stops says why."""
+    with running(tmp_path, demo_cache, *FOREVER, "--checkpoint.on_error", "continue") as process:
+        latest = small_disk / "checkpoints" / "latest"
+        wait_for(latest.is_file, tmp_path, process)
+        filler = fill(small_disk)
+        wait_for(lambda: said(tmp_path).count("the run goes on without it") >= 2, tmp_path, process)
+        kept = latest.read_text()
+        assert (small_disk / "checkpoints" / kept / "manifest.json").is_file()
+        assert "No space left" in said(tmp_path)
+        assert "metrics.jsonl cannot be written" in said(tmp_path)
+        filler.unlink()
+        wait_for(lambda: latest.read_text() != kept, tmp_path, process)
+        process.terminate()
+        assert process.wait(240) == 75
+    done = int(latest.read_text().removeprefix("step-"))
+    assert [row["step"] for row in metrics(small_disk)] == list(range(1, done + 1))
+    assert done >= 6, "two checkpoints were left out"
+
+    with running(tmp_path, demo_cache, *FOREVER) as process:
+        wait_for(lambda: int(latest.read_text().removeprefix("step-")) > done, tmp_path, process)
+        filler = fill(small_disk)
+        assert process.wait(240) == 1
+        assert all_gone(tmp_path)
+    assert re.search(r"could not be written|No space left", said(tmp_path).splitlines()[-1])
+    kept = small_disk / "checkpoints" / latest.read_text()
+    manifest = json.loads((kept / "manifest.json").read_text())
+    assert {name: (kept / name).stat().st_size for name in manifest["files"]} == {
+        name: entry["size"] for name, entry in manifest["files"].items()
+    }

@@ -70,7 +70,7 @@ def train(
             points.close()
             log.info("left step %d before it changed anything (%s)", step + 1, points.reason)
             if step > 0:
-                save_checkpoint(models, checkpoints, progress, config, points)
+                save_checkpoint(models, folder, checkpoints, progress, config, points)
             status = "stopped"
             break
         points.close()
@@ -87,7 +87,7 @@ def train(
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
         if due or stopping or gave_up or progress.kl_limit_reached:
-            save_checkpoint(models, checkpoints, progress, config, points)
+            save_checkpoint(models, folder, checkpoints, progress, config, points)
         if gave_up:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
@@ -264,16 +264,18 @@ def _record(folder: RunFolder, step: int, metrics: dict[str, float], batch: Batc
 
 
 def save_checkpoint(
-    models: Models, checkpoints: Checkpoints, progress: Progress, config: RunConfig, points: SafePoints
-) -> None:
+    models: Models, folder: RunFolder, checkpoints: Checkpoints, progress: Progress, config: RunConfig,
+    points: SafePoints,
+) -> None:  # fmt: skip
     """A checkpoint, as a phase of its own. One that cannot be written raises CheckpointFailed on every rank, or is left
     out with a warning (checkpoint.on_error). Collective."""
     points.enter("checkpoint")
     try:
+        distributed.together(folder.finish_lines, OSError)
         checkpoints.save(saved_parts(models), progress)
-    except CheckpointFailed as error:
+    except (CheckpointFailed, OSError) as error:
         if config.checkpoint.on_error == "stop":
-            raise
+            raise CheckpointFailed(str(error)) from None
         if distributed.is_main():
             log.warning("%s; the run goes on without it (checkpoint.on_error: continue)", error)
     points.limit.took_checkpoint(checkpoints.seconds)

@@ -140,7 +140,7 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     try:
         status = train(config, models, setup.inputs.corpus, folder, checkpoints, progress, points)
     except TeacherLost:
-        save_checkpoint(models, checkpoints, progress, config, points)
+        save_checkpoint(models, folder, checkpoints, progress, config, points)
         raise
     setup.stop.undefer()
     if status != "finished":

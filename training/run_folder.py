@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from configs.files import write_atomically
+from configs.lines import LineFile
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,6 +45,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.export = path / "export"
         self._board: SummaryWriter | None = None
+        self._lines: dict[str, LineFile] = {}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """A JSON file in the run folder, whole or not at all."""
@@ -59,19 +64,34 @@ class RunFolder:
             stale.unlink(missing_ok=True)
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """One more line in metrics.jsonl or samples.jsonl."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / name).open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """One more line in metrics.jsonl or samples.jsonl. While the disk is full, lines are kept in memory."""
+        lines = self._lines.setdefault(name, LineFile(self.path / name))
+        try:
+            lines.append(json.dumps(row, ensure_ascii=False))
+        except OSError as error:
+            log.warning("%s cannot be written (%s): its lines wait in memory", name, error.strerror)
+
+    def finish_lines(self) -> None:
+        """Write the lines that wait: a checkpoint may not be ahead of them. Raises OSError."""
+        for lines in self._lines.values():
+            lines.flush()
 
     def append_metrics(self, metrics: Mapping[str, float]) -> None:
         """One step's numbers, in metrics.jsonl and for TensorBoard."""
         self.append("metrics.jsonl", metrics)
+        try:
+            self._show(metrics)
+        except OSError as error:  # metrics.jsonl has the same numbers
+            log.warning("TensorBoard's file cannot be written (%s): a new one is begun", error.strerror)
+            self._board = None
+
+    def _show(self, metrics: Mapping[str, float]) -> None:
+        step = int(metrics["step"])
         if self._board is None:
-            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=int(metrics["step"]))
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
         for key, value in metrics.items():
             if key != "step":
-                self._board.add_scalar(key, value, int(metrics["step"]))
+                self._board.add_scalar(key, value, step)
         self._board.flush()
 
     def forget_after(self, step: int) -> None:

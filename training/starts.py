@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -64,6 +65,10 @@ class Starts:
         return found
 
     def _append(self, row: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a full disk; the log says the same
+            self._write(row)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab+") as out:
             if out.tell() and self._path.read_bytes()[-1:] != b"\n":
