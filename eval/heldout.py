@@ -1,192 +1,181 @@
-"""Greedy answers of a Hugging Face model to held-out questions, and their SQuAD scores."""
+"""Score trained students on held-out questions, as the trainer does at a run's end.
+
+    python eval/heldout.py                                  # the newest run's export
+    python eval/heldout.py --model runs/a/export DIR ...    # several models, same questions
+    python eval/heldout.py --data my-questions.jsonl        # other questions
+
+Asks the questions of the run's held-out split, takes the greedy answers, and scores them with SQuAD's token F1 and
+exact match, in percent. Its numbers are comparable between models scored here, not with EuroEval's leaderboard; for
+that there is eval/run_euroeval.py. Needs no extra.
+
+Templates, lengths and the held-out file come from the config.yaml of the run: of the first model that lies in a run
+(runs/NAME/export), else of the newest run. Results: runs/NAME/eval/heldout.json; for a model outside of any run,
+RUNS_DIR/models/NAME-HASH/eval/heldout.json.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import platform
-import time
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+if not __package__:  # started as a script: our rooms first, and no file of this folder hides a library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from rewards.answers import exact_match, score_answers, token_f1
+import yaml
 
-Question = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskSettings:
-    """How the questions are put; from the config.yaml of the run, so that stage 3 asks as stage 2 did."""
-
-    template: str
-    """How a question becomes a prompt."""
-    context_template: str
-    """How a question with a context becomes a prompt."""
-    max_prompt_tokens: int
-    """Longer prompts are counted and skipped."""
-    max_new_tokens: int
-    """Longest answer, in tokens."""
-    questions: int | None
-    """Questions asked, of those that fit. None: all."""
-    batch: int
-    """Questions answered at a time."""
-    dtype: str
-    """Parameter and compute type of the model."""
-    use_chat_template: bool = False
-    """The prompt is a user's message in the model's own chat template."""
-
-    def prompt(self, question: Question) -> str:
-        """The text that the model goes on from."""
-        # Replaced, not formatted: braces in a template or a context are only text (as in training/data.py).
-        template = self.context_template if question.get("context") else self.template
-        return template.replace("{context}", question.get("context") or "").replace("{question}", question["question"])
+from configs.files import write_atomically
+from configs.jsonl import read_questions
+from configs.schema import DEMO, RunConfig
+from eval.model_dirs import check_model, newest_export, output_folder, run_of
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exam:
-    """A loaded model with the questions that it can be asked."""
-
-    model: Any
-    """Hugging Face causal language model, in evaluation mode on its device."""
-    tokenizer: Any
-    """Its tokenizer."""
-    model_dir: Path
-    """Where both were read from."""
-    prompts: list[list[int]]
-    """Token ids of each prompt that fits."""
-    questions: list[Question]
-    """The questions of those prompts."""
-    skipped: int
-    """Questions whose prompt is too long."""
-
-
-def load_exam(model_dir: Path, questions: list[Question], settings: AskSettings) -> Exam:
-    """Load a model and tokenise its prompts; ValueError where that cannot be."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line that says what to mend."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", nargs="+", type=Path, help="model directories (default: the newest run's export)")
+    parser.add_argument("--data", type=Path, help="JSONL with question, answers and perhaps context, id in each row")
+    parser.add_argument("--runs_dir", type=Path, default=Path(RunConfig().runs_dir), help="folder of all runs")
+    args = parser.parse_args(arguments)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=getattr(torch, settings.dtype), local_files_only=True, use_safetensors=True
-        )
-    except Exception as error:  # half-written files raise nearly anything (safetensors: a class of its own)
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{model_dir}: the model cannot be loaded ({type(error).__name__}: {reason})") from error
-    prompts = [_prompt_tokens(tokenizer, settings, question) for question in questions]
-    longest = _longest_prompt(model, settings)
-    kept = [index for index, prompt in enumerate(prompts) if len(prompt) <= longest]
-    if not kept:
-        raise ValueError(
-            f"data.max_prompt_tokens: every prompt is longer than {longest} tokens (the shortest has "
-            f"{min(map(len, prompts))}); raise it in the run's config.yaml, or shorten the contexts"
-        )
-    skipped = len(questions) - len(kept)
-    kept = kept[: settings.questions]
-    return Exam(
-        model=model.to(device).eval(),
-        tokenizer=tokenizer,
-        model_dir=model_dir,
-        prompts=[prompts[index] for index in kept],
-        questions=[questions[index] for index in kept],
-        skipped=skipped,
-    )
+        plan = _plan(args.model, args.data, args.runs_dir)
+    except (ValueError, OSError) as error:
+        return _refuse(error)
+
+    # Imported late: a mistake in the arguments is answered at once, not after seconds of importing torch.
+    from eval.exam import AskSettings, load_exam, score_exam
+
+    settings = AskSettings(**plan.settings)
+    print(f"{len(plan.questions)} questions of {plan.data}, greedy; {plan.source}")
+    results = []
+    for model in plan.models:
+        try:
+            exam = load_exam(model, plan.questions, settings)
+        except ValueError as error:
+            return _refuse(error)
+        result = score_exam(exam, plan.data, settings)
+        output = output_folder(model, args.runs_dir) / "heldout.json"
+        write_atomically(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+        results.append((model, result, output))
+    _print_table(results)
+    return 0
 
 
-def score_exam(exam: Exam, data: Path, settings: AskSettings) -> dict[str, Any]:
-    """Ask every question greedily; the content of eval/heldout.json."""
-    start = time.monotonic()
-    replies = greedy_replies(exam, settings)
-    return {
-        "judge": "SQuAD token F1 and exact match, in percent, of greedy answers (not EuroEval)",
-        **score_answers(replies, [question["answers"] for question in exam.questions]),
-        "questions": len(exam.questions),
-        "skipped_too_long": exam.skipped,
-        "model": str(exam.model_dir),
-        "data": str(data),
-        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
-        "settings": asdict(settings),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
+def _refuse(error: Exception) -> int:
+    """Say what to mend, in one line."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be asked of whom, checked as far as that goes without loading a model."""
+
+    models: list[Path]
+    """Model directories."""
+    questions: list[dict[str, Any]]
+    """Rows of the held-out file."""
+    data: Path
+    """The held-out file."""
+    settings: dict[str, Any]
+    """Fields of eval.exam.AskSettings."""
+    source: str
+    """Where the settings are from, for the reader."""
+
+
+def _plan(models: list[Path] | None, data: Path | None, runs_dir: Path) -> Plan:
+    """Check the models and the data; ValueError names what to mend."""
+    models = models or [newest_export(runs_dir)]
+    for model in models:
+        check_model(model)
+    run = _run_of_settings(models, runs_dir)
+    config = _read_config(run)
+    data = data or _heldout_file(config, run)
+    return Plan(
+        models=models,
+        questions=read_questions(data),
+        data=data,
+        settings={
+            "template": config["data"]["template"],
+            "context_template": config["data"]["context_template"],
+            "max_prompt_tokens": config["data"]["max_prompt_tokens"],
+            "use_chat_template": config["data"]["use_chat_template"],
+            "max_new_tokens": config["sampling"]["max_new_tokens"],
+            "questions": config["eval"]["questions"],
+            "batch": config["eval"]["batch"],
+            "dtype": config["student"]["dtype"],
         },
-        "device": str(exam.model.device),
-        "seconds": round(time.monotonic() - start, 3),
-        "answers": [_answer_row(question, reply) for question, reply in zip(exam.questions, replies, strict=True)],
-    }
-
-
-@torch.inference_mode()
-def greedy_replies(exam: Exam, settings: AskSettings) -> list[str]:
-    """The model's answer to each prompt: likeliest token each time, up to its end or max_new_tokens.
-
-    The whole answer is given back, stripped; a model that does not stop is not helped by cutting at a new line.
-    """
-    model, tokenizer, prompts = exam.model, exam.tokenizer, exam.prompts
-    label = exam.model_dir.parent.name if exam.model_dir.name == "export" else exam.model_dir.name
-    ends = _end_ids(model, tokenizer)
-    # What pads is never seen: it is masked on the left, and cut off behind the end of an answer.
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    # A configuration of our own: those of published models often switch sampling or penalties on.
-    generation = GenerationConfig(
-        do_sample=False, max_new_tokens=settings.max_new_tokens, pad_token_id=pad, eos_token_id=sorted(ends) or None
+        source=f"settings of {run / 'config.yaml'}" if run else "default settings",
     )
-    replies = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # like lengths together: little padding
-    with tqdm(total=len(prompts), desc=label, unit="question", dynamic_ncols=True) as bar:
-        for start in range(0, len(order), settings.batch):
-            indices = order[start : start + settings.batch]
-            ids, mask = _pad_left([prompts[index] for index in indices], pad)
-            # `generate` makes the position ids from the mask, so that every prompt starts at position 0.
-            output = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=generation
-            )
-            for index, row in zip(indices, output[:, ids.shape[1] :].tolist(), strict=True):
-                end = next((position for position, token in enumerate(row) if token in ends), len(row))
-                replies[index] = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-            bar.update(len(indices))
-    return replies
 
 
-def _pad_left(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, [prompts, longest], int64; the mask comes from the lengths, never from the pad id."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask
+def _run_of_settings(models: list[Path], runs_dir: Path) -> Path | None:
+    """The run whose config.yaml says how to ask: one for all models, or the table would compare unlike things."""
+    own = next((run for run in map(run_of, models) if run), None)
+    if own is not None:
+        return own
+    try:
+        return run_of(newest_export(runs_dir))
+    except ValueError:
+        return None
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Every token that ends an answer: the tokenizer's and the model's (chat models have several)."""
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    return {end for end in ends | {tokenizer.eos_token_id} if end is not None}
+def _read_config(run: Path | None) -> dict[str, Any]:
+    """Settings of the run; what it does not say is as in configs/schema.py."""
+    defaults = RunConfig()
+    config: dict[str, Any] = {
+        "data": {
+            key: getattr(defaults.data, key)
+            for key in ("heldout", "template", "context_template", "max_prompt_tokens", "use_chat_template")
+        },
+        "sampling": {"max_new_tokens": defaults.sampling.max_new_tokens},
+        "eval": {"batch": defaults.eval.batch, "questions": defaults.eval.questions},
+        "student": {"dtype": defaults.student.dtype},
+    }
+    if run is None:
+        return config
+    file = run / "config.yaml"
+    try:
+        written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(written, dict):
+        raise ValueError(f"{file}: a {type(written).__name__}, not a mapping; is this the config.yaml of a run?")
+    for room, values in config.items():
+        values.update(written.get(room) or {})
+    return config
 
 
-def _prompt_tokens(tokenizer: Any, settings: AskSettings, question: Question) -> list[int]:
-    text = settings.prompt(question)
-    if not settings.use_chat_template:
-        return list(tokenizer(text)["input_ids"])
-    messages = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+def _heldout_file(config: dict[str, Any], run: Path | None) -> Path:
+    """The held-out split that the run was evaluated on."""
+    data = config["data"]
+    heldout = data.get("heldout_resolved") or data["heldout"]
+    if heldout == DEMO:
+        place = f"{run / 'config.yaml'} names no file" if run else "no run says which"
+        raise ValueError(f"--data: no held-out questions to ask ({place}); give --data FILE.jsonl")
+    return Path(heldout)
 
 
-def _longest_prompt(model: Any, settings: AskSettings) -> int:
-    """Longest prompt, in tokens, that leaves room for an answer."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = settings.max_prompt_tokens if context is None else context - settings.max_new_tokens
-    return min(settings.max_prompt_tokens, room)
+def _print_table(results: list[tuple[Path, dict[str, Any], Path]]) -> None:
+    """The scores, one model a line."""
+    width = max(len(str(model)) for model, _, _ in results)
+    print(f"\n{'model':{width}}  questions     F1  exact match  seconds")
+    for model, result, _ in results:
+        print(
+            f"{model!s:{width}}  {result['questions']:9d}  {result['f1']:5.1f}  {result['exact_match']:11.1f}"
+            f"  {result['seconds']:7.1f}"
+        )
+    for _, result, output in results:
+        skipped = result["skipped_too_long"]
+        print(f"written: {output}" + (f" ({skipped} questions skipped: prompt too long)" if skipped else ""))
+    print("SQuAD metrics on the held-out split; for EuroEval: python eval/run_euroeval.py")
 
 
-def _answer_row(question: Question, reply: str) -> dict[str, Any]:
-    """One question with what was said and how right it was, in percent."""
-    kept = {key: question[key] for key in ("id", "question", "context", "answers") if question.get(key) is not None}
-    f1, match = 100.0 * token_f1(reply, question["answers"]), 100.0 * exact_match(reply, question["answers"])
-    return {**kept, "prediction": reply, "f1": f1, "exact_match": match}
+if __name__ == "__main__":
+    sys.exit(main())

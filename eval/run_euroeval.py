@@ -1,23 +1,22 @@
-"""Stage 3: score trained students on held-out questions.
+"""Stage 3: EuroEval's Faroese tasks, and the run's own held-out questions.
 
-    python eval/run_euroeval.py                                  # the newest run's export
-    python eval/run_euroeval.py --model runs/a/export DIR ...    # several models, same questions
-    python eval/run_euroeval.py --data my-questions.jsonl        # other questions
+    python eval/run_euroeval.py                                     # the newest run's export
+    python eval/run_euroeval.py --model runs/a/export DIR ORG/NAME  # several models, same tasks
+    python eval/run_euroeval.py --iterations 2 --tasks foqa fosent  # a quicker look
+    python eval/run_euroeval.py --data DIR                          # local splits (format: eval/euroeval_data.py)
 
-This is a first version: it does not run EuroEval yet. It asks the questions of the run's held-out split, takes the
-greedy answers, and scores them with the SQuAD metrics that EuroEval uses for FoQA (token F1 and exact match, in
-percent). Its numbers are comparable between models scored here, not with EuroEval's leaderboard.
-
-Templates, lengths and the held-out file come from the config.yaml of the run: of the first model that lies in a run
-(runs/NAME/export), else of the newest run. Results: runs/NAME/eval/heldout.json; for a model outside of any run,
-RUNS_DIR/models/NAME-HASH/eval/heldout.json.
+The real `euroeval` package makes prompts, examples, bootstrap samples, labels and scores; the generation is ours, in
+this process, on CPU or CUDA. A model of the embedded demo is judged on the demo's own splits, any other on the hub's
+data where the hub answers within 5 s. Results: runs/NAME/eval/euroeval.json, for a model outside of any run
+RUNS_DIR/models/NAME-HASH/eval/euroeval.json (eval/euroeval_run.py has the format). What is finished is kept: the same
+command again goes on. Needs the extra: pip install -c constraints.txt 'euroeval>=16.11,<17'. docs/evaluation.md says
+when the figures may be compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -30,193 +29,183 @@ if not __package__:  # started as a script: our rooms first, and no file of this
 
 import yaml
 
-from configs.files import write_atomically
-from configs.jsonl import read_questions
 from configs.schema import DEMO, RunConfig
+from eval import heldout
+from eval.euroeval_data import OFFICIAL, TASKS, Source, check_splits, probe_hub
+from eval.euroeval_run import LEADERBOARD_ITERATIONS, Settings, evaluate
+from eval.model_dirs import check_model, newest_export, output_folder, run_of
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+INSTALL = "EuroEval is not installed; pip install -c constraints.txt 'euroeval>=16.11,<17'"
+DEMO_SPLITS = "euroeval"
+"""Folder of the demo's splits, beside its held-out questions (training/demo_splits.py)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line that says what to mend."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model", nargs="+", type=Path, help="model directories (default: the newest run's export)")
-    parser.add_argument("--data", type=Path, help="JSONL with question, answers and perhaps context, id in each row")
-    parser.add_argument("--runs_dir", type=Path, default=Path(RunConfig().runs_dir), help="folder of all runs")
-    args = parser.parse_args(arguments)
+    args = _parse(arguments)
     try:
-        plan = _plan(args.model, args.data, args.runs_dir)
+        plan = _plan(args)
     except (ValueError, OSError) as error:
         return _refuse(error)
-
-    # Imported late: a mistake in the arguments is answered at once, not after seconds of importing torch.
-    from eval.heldout import AskSettings, load_exam, score_exam
-
-    settings = AskSettings(**plan.settings)
-    print(f"{len(plan.questions)} questions of {plan.data}, greedy; {plan.source}")
+    if args.heldout and (status := _ask_heldout(args, plan)) != 0:
+        return status
+    if importlib.util.find_spec("euroeval") is None:
+        return _refuse(INSTALL)
+    if plan.problem:
+        return _refuse(plan.problem)
     results = []
-    for model in plan.models:
+    for name, model in plan.models:
+        output = output_folder(model, args.runs_dir)
         try:
-            exam = load_exam(model, plan.questions, settings)
+            result = evaluate(model, name, plan.settings, plan.source, plan.folder, output, Path(args.cache_dir))
         except ValueError as error:
             return _refuse(error)
-        result = score_exam(exam, plan.data, settings)
-        output = _output_file(model, args.runs_dir)
-        write_atomically(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-        results.append((model, result, output))
+        results.append((name, result, output))
     _print_table(results)
     return 0
 
 
-def _refuse(error: Exception) -> int:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", nargs="+", help="directories or hub ids (default: the newest run's export)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(OFFICIAL), help="default: the official ones")
+    parser.add_argument("--iterations", type=int, default=LEADERBOARD_ITERATIONS, help="bootstrap samples (10)")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="which split is scored (test)")
+    parser.add_argument("--zero_shot", action="store_true", help="show no examples")
+    parser.add_argument("--kind", choices=("base", "instruct"), help="default: instruct where there is a chat template")
+    parser.add_argument("--data", type=Path, help="folder with local splits")
+    parser.add_argument("--hub", action="store_true", help="the hub's data for a model of the demo too")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="float32, or bfloat16 on CUDA")
+    parser.add_argument("--batch", type=int, default=16, help="rows generated at a time (16)")
+    parser.add_argument("--no_heldout", dest="heldout", action="store_false", help="leave the run's questions out")
+    parser.add_argument("--runs_dir", type=Path, default=Path(RunConfig().runs_dir), help="folder of all runs")
+    parser.add_argument("--cache_dir", default=f"{RunConfig().cache_dir}/euroeval", help="for the hub's data")
+    args = parser.parse_args(arguments)
+    for key in ("iterations", "batch"):
+        if getattr(args, key) < 1:
+            parser.error(f"--{key} = {getattr(args, key)}: must be at least 1")
+    return args
+
+
+def _refuse(reason: Exception | str) -> int:
     """Say what to mend, in one line."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
     return 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be asked of whom, checked as far as that goes without loading a model."""
+    """What will be asked of whom, checked as far as that goes without importing anything heavy."""
 
-    models: list[Path]
-    """Model directories."""
-    questions: list[dict[str, Any]]
-    """Rows of the held-out file."""
-    data: Path
-    """The held-out file."""
-    settings: dict[str, Any]
-    """Fields of eval.heldout.AskSettings."""
-    source: str
-    """Where the settings are from, for the reader."""
+    models: list[tuple[str, Path]]
+    """Name as the user gave it, and directory."""
+    settings: Settings
+    source: Source
+    """Where the data come from."""
+    folder: Path | None
+    """Local splits; None: the hub."""
+    problem: str | None
+    """Why EuroEval cannot run; the held-out questions can be asked all the same."""
 
 
-def _plan(models: list[Path] | None, data: Path | None, runs_dir: Path) -> Plan:
-    """Check the models and the data; ValueError names what to mend."""
-    models = models or [_newest_export(runs_dir)]
-    for model in models:
-        _check_model(model)
-    run = _run_of_settings(models, runs_dir)
-    config = _read_config(run)
-    data = data or _heldout_file(config, run)
-    return Plan(
-        models=models,
-        questions=read_questions(data),
-        data=data,
-        settings={
-            "template": config["data"]["template"],
-            "context_template": config["data"]["context_template"],
-            "max_prompt_tokens": config["data"]["max_prompt_tokens"],
-            "use_chat_template": config["data"]["use_chat_template"],
-            "max_new_tokens": config["sampling"]["max_new_tokens"],
-            "questions": config["eval"]["questions"],
-            "batch": config["eval"]["batch"],
-            "dtype": config["student"]["dtype"],
-        },
-        source=f"settings of {run / 'config.yaml'}" if run else "default settings",
+def _plan(args: argparse.Namespace) -> Plan:
+    """Check models, data and output; ValueError names what to mend."""
+    models = [(str(name), _model_dir(str(name))) for name in args.model or [newest_export(args.runs_dir)]]
+    for name, model in models:
+        check_model(model)
+        _check_writable(output_folder(model, args.runs_dir), name)
+    source, folder, problem = _data_source(args, [model for _, model in models])
+    if folder is not None:
+        check_splits(folder, args.tasks)
+    settings = Settings(
+        tasks=tuple(args.tasks),
+        iterations=args.iterations,
+        split=args.split,
+        few_shot=not args.zero_shot,
+        kind=args.kind,
+        dtype=args.dtype,
+        batch=args.batch,
     )
+    return Plan(models=models, settings=settings, source=source, folder=folder, problem=problem)
 
 
-def _newest_export(runs_dir: Path) -> Path:
-    """The export that was written last."""
-    exports = [path.parent for path in runs_dir.glob("*/export/config.json")]
-    if not exports:
+def _model_dir(name: str) -> Path:
+    """The directory, or what the hub has (or has had) under that name."""
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:  # the hub's client raises nearly anything
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--model {name}: no such directory, and the hub does not give it ({reason})") from error
+
+
+def _check_writable(output: Path, name: str) -> None:
+    """Nothing is ever written into the model's own directory, but results must go somewhere."""
+    try:
+        (output / "euroeval").mkdir(parents=True, exist_ok=True)
+        probe = output / "euroeval" / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
         raise ValueError(
-            f"--runs_dir = {str(runs_dir)!r}: no run with an export in it; train first (bash slurm/run_stage2_grpo.sh) "
-            "or give --model DIR"
-        )
-    return max(exports, key=lambda export: (export / "config.json").stat().st_mtime_ns)
+            f"--model {name}: results go to {output}, which cannot be written ({error.strerror}); make it writable, "
+            "or copy the model out of the run and give --runs_dir DIR"
+        ) from None
 
 
-def _check_model(model: Path) -> None:
-    """A directory with configuration, weights and tokenizer, seen before anything is loaded."""
-    name = f"--model {model}"
-    if not model.is_dir():
-        raise ValueError(f"{name}: no such directory; give a Hugging Face model directory")
-    if not (model / "config.json").is_file():
-        raise ValueError(f"{name}: no config.json in it; give a Hugging Face model directory")
-    if not any(model.glob("*.safetensors")):
-        raise ValueError(f"{name}: no weights (*.safetensors) in it; save the model with save_pretrained")
-    if not any((model / file).is_file() for file in TOKENIZER_FILES):
-        raise ValueError(f"{name}: no tokenizer in it; save one there with save_pretrained")
+def _data_source(args: argparse.Namespace, models: Sequence[Path]) -> tuple[Source, Path | None, str | None]:
+    """Where the data come from, their folder where that is not the hub, and why there are none."""
+    if args.data is not None:
+        return "local", args.data, None
+    demo = next((found for found in map(_demo_splits, models) if found), None)
+    if demo is not None and not args.hub:
+        return "demo", demo, None
+    said = probe_hub(args.tasks)
+    problem = said and f"no data: the hub does not answer ({said}); give --data DIR with local splits"
+    return "hub", None, problem
 
 
-def _run_of(model: Path) -> Path | None:
-    """The run whose export this is."""
-    run = model.resolve().parent
-    return Path(os.path.relpath(run)) if model.resolve().name == "export" and (run / "config.yaml").is_file() else None
-
-
-def _run_of_settings(models: list[Path], runs_dir: Path) -> Path | None:
-    """The run whose config.yaml says how to ask: one for all models, or the table would compare unlike things."""
-    own = next((run for run in map(_run_of, models) if run), None)
-    if own is not None:
-        return own
+def _demo_splits(model: Path) -> Path | None:
+    """The splits of the demo that a run was trained on, or None for any other model."""
+    run = run_of(model)
     try:
-        return _run_of(_newest_export(runs_dir))
-    except ValueError:
+        data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"] if run else {}
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
+    resolved = data.get("heldout_resolved") if data.get("heldout") == DEMO else None
+    folder = Path(resolved).parent / DEMO_SPLITS if resolved else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
-def _read_config(run: Path | None) -> dict[str, Any]:
-    """Settings of the run; what it does not say is as in configs/schema.py."""
-    defaults = RunConfig()
-    config: dict[str, Any] = {
-        "data": {
-            key: getattr(defaults.data, key)
-            for key in ("heldout", "template", "context_template", "max_prompt_tokens", "use_chat_template")
-        },
-        "sampling": {"max_new_tokens": defaults.sampling.max_new_tokens},
-        "eval": {"batch": defaults.eval.batch, "questions": defaults.eval.questions},
-        "student": {"dtype": defaults.student.dtype},
-    }
-    if run is None:
-        return config
-    file = run / "config.yaml"
-    try:
-        written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(written, dict):
-        raise ValueError(f"{file}: a {type(written).__name__}, not a mapping; is this the config.yaml of a run?")
-    for room, values in config.items():
-        values.update(written.get(room) or {})
-    return config
+def _ask_heldout(args: argparse.Namespace, plan: Plan) -> int:
+    """The held-out questions of the runs among the models, as the trainer asks them (eval/heldout.py)."""
+    own = [str(model) for _, model in plan.models if run_of(model)]
+    return heldout.main(["--model", *own, "--runs_dir", str(args.runs_dir)]) if own else 0
 
 
-def _heldout_file(config: dict[str, Any], run: Path | None) -> Path:
-    """The held-out split that the run was evaluated on."""
-    data = config["data"]
-    heldout = data.get("heldout_resolved") or data["heldout"]
-    if heldout == DEMO:
-        place = f"{run / 'config.yaml'} names no file" if run else "no run says which"
-        raise ValueError(f"--data: no held-out questions to ask ({place}); give --data FILE.jsonl")
-    return Path(heldout)
-
-
-def _output_file(model: Path, runs_dir: Path) -> Path:
-    """Where the result goes: beside the run's other evaluations, else into a folder named after the model."""
-    run = _run_of(model)
-    if run is None:
-        resolved = model.resolve()
-        run = runs_dir / "models" / f"{resolved.name}-{hashlib.sha256(str(resolved).encode()).hexdigest()[:8]}"
-    return run / "eval" / "heldout.json"
-
-
-def _print_table(results: list[tuple[Path, dict[str, Any], Path]]) -> None:
-    """The scores, one model a line."""
-    width = max(len(str(model)) for model, _, _ in results)
-    print(f"\n{'model':{width}}  questions     F1  exact match  seconds")
-    for model, result, _ in results:
-        print(
-            f"{model!s:{width}}  {result['questions']:9d}  {result['f1']:5.1f}  {result['exact_match']:11.1f}"
-            f"  {result['seconds']:7.1f}"
-        )
+def _print_table(results: Sequence[tuple[str, dict[str, Any], Path]]) -> None:
+    """The scores, one model and task a line."""
+    width = max(len(name) for name, _, _ in results)
+    print(f"\n{'model':{width}}  {'task':16}  {'data':5}  scores (mean ± 95 % of the iterations)")
+    for name, result, _ in results:
+        for task, found in result["tasks"].items():
+            scores = (
+                f"{metric} {one['mean']:.1f}" + (f" ± {one['ci95']:.1f}" if one["ci95"] is not None else "")
+                for metric, one in found["metrics"].items()
+            )
+            mark = "" if found["comparable"] else " *"
+            print(f"{name:{width}}  {task:16}  {found['data']['source']:5}  {', '.join(scores)}{mark}")
+    if any(not found["comparable"] for _, result, _ in results for found in result["tasks"].values()):
+        reasons = {found["why_not"]: None for _, result, _ in results for found in result["tasks"].values()}
+        print("* not comparable with EuroEval's leaderboard: " + "; or ".join(reason for reason in reasons if reason))
     for _, result, output in results:
-        skipped = result["skipped_too_long"]
-        print(f"written: {output}" + (f" ({skipped} questions skipped: prompt too long)" if skipped else ""))
-    print("SQuAD metrics on the held-out split; EuroEval itself is not run by this version.")
+        print(f"written: {os.path.relpath(output)}/euroeval.json ({result['seconds']:.0f} s of evaluation)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""eval/run_euroeval.py on tiny models: right numbers for known answers, one-line errors for mistakes."""
+"""eval/heldout.py on tiny models: right numbers for known answers, one-line errors for mistakes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval.heldout import AskSettings, load_exam
-from eval.run_euroeval import main
+from eval.exam import AskSettings, load_exam
+from eval.heldout import main
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["<pad>", "</s>", "Spurningur", "Tekstur", "Svar", ":", "?", "Hvat", "eitur", "høvuðsstaðurin", "í", "Noregi"]
@@ -129,7 +129,7 @@ def test_several_models_answer_the_same_questions(tmp_path: Path) -> None:
 
 def test_batched_answers_equal_single_ones(tmp_path: Path) -> None:
     """Left padding must be neither seen nor counted in the positions; checked against greedy decoding by hand."""
-    from eval.heldout import greedy_replies
+    from eval.exam import greedy_replies
 
     directory = save_model(tmp_path / "model")
     settings = AskSettings(
@@ -205,7 +205,7 @@ def test_mistakes_get_one_line(
 
 def test_as_a_command(tmp_path: Path) -> None:
     """Started as a script, from another folder: exit code 2, one line, no traceback, and no wait for torch."""
-    command = [sys.executable, str(ROOT / "eval" / "run_euroeval.py"), "--model", "nowhere"]
+    command = [sys.executable, str(ROOT / "eval" / "heldout.py"), "--model", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: --model nowhere: no such directory; give a Hugging Face model directory\n"

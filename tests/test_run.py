@@ -128,8 +128,8 @@ def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo
     assert "Traceback" not in done.stderr
 
 
-def test_stage_3_scores_the_export_as_the_trainer_did(finished_run: Path) -> None:
-    done = finish([PYTHON, str(ROOT / "eval" / "run_euroeval.py"), "--runs_dir", str(finished_run.parent)])
+def test_the_export_is_scored_as_the_trainer_did(finished_run: Path) -> None:
+    done = finish([PYTHON, str(ROOT / "eval" / "heldout.py"), "--runs_dir", str(finished_run.parent)])
     assert "F1" in done.stdout
     ours = json.loads((finished_run / "eval" / "after.json").read_text())
     judged = json.loads((finished_run / "eval" / "heldout.json").read_text())

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from configs.schema import DataConfig
-from training import demo_data, demo_world
+from training import demo_data, demo_splits, demo_world
 
 PAD, EOS = "<pad>", "</s>"
 Size = Literal["demo", "tiny"]
@@ -277,7 +277,8 @@ def build_student(
 
 def fingerprint(size: Size, seed: int) -> str:
     """Twelve hex digits of everything that the result depends on, threads excepted."""
-    files = [str(file) for file in (demo_data.__file__, demo_world.__file__, __file__, demo_world.FRAMES_FILE)]
+    modules = (demo_data.__file__, demo_splits.__file__, demo_world.__file__, __file__)
+    files = [str(file) for file in (*modules, demo_world.FRAMES_FILE, demo_splits.SENTIMENT_FILE)]
     packages = ["babel", "countryinfo", "tokenizers", "torch", "transformers"]
     parts = [f"{size} {seed} {DataConfig().template} {DataConfig().context_template}"]
     parts += [f"{package} {version(package)}" for package in packages]
@@ -321,6 +322,7 @@ def build(root: Path, *, seed: int, size: Size) -> None:
     recipe = RECIPES[size]
     data = demo_data.build_demo_data(seed)
     demo_data.write_demo_data(root, seed)
+    demo_splits.write_demo_splits(root / "euroeval", seed)
     tokenizer = train_tokenizer(tokenizer_corpus(data), recipe.vocabulary)
     with torch.random.fork_rng(devices=[]):
         teacher = build_teacher(data, tokenizer, recipe, seed)
