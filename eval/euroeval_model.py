@@ -47,7 +47,7 @@ from euroeval.benchmark_modules.base import BenchmarkModule
 from euroeval.benchmark_modules.vllm import VLLMModel
 from euroeval.tokenisation_utils import get_end_of_chat_token_ids
 
-logging.getLogger("euroeval").setLevel(logging.WARNING)
+logging.getLogger("euroeval").setLevel(logging.ERROR)
 
 
 # --- what VLLMModel expects of vLLM --------------------------------------------------------------------------------

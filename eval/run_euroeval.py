@@ -147,16 +147,12 @@ def _model_dir(name: str) -> Path:
 
 def _check_writable(output: Path, name: str) -> None:
     """Nothing is ever written into the model's own directory, but results must go somewhere."""
-    try:
-        (output / "euroeval").mkdir(parents=True, exist_ok=True)
-        probe = output / "euroeval" / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise ValueError(
-            f"--model {name}: results go to {output}, which cannot be written ({error.strerror}); make it writable, "
-            "or copy the model out of the run and give --runs_dir DIR"
-        ) from None
+            f"--model {name}: results go to {output}, and {place} cannot be written; make it writable, or copy the "
+            "model out of the run and give --runs_dir DIR"
+        )
 
 
 def _data_source(args: argparse.Namespace, models: Sequence[Path]) -> tuple[Source, Path | None, str | None]:
