@@ -3,13 +3,17 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 ENV := export GRPO_KD_NEEDS=dev; source slurm/env.sh
 
-.PHONY: test test-slow lint format demo clean
+.PHONY: test test-slow test-slurm lint format demo clean
 
 test: lint
 	@$(ENV) && python -m pytest -m "not slow and not gpu"
 
 test-slow:
 	@$(ENV) && python -m pytest -m "slow and not gpu" --timeout 3600
+
+# A SLURM of its own with two nodes on this machine; needs root (tests/slurm/run.sh).
+test-slurm:
+	@bash tests/slurm/run.sh
 
 lint:
 	@$(ENV) && ruff check . && ruff format --check . && mypy && lint-imports --no-logo

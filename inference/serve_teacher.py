@@ -253,16 +253,17 @@ def _init_distributed(world: int, rank: int, store_address: str | None, listen_f
 
 
 def _handle_signals(stopping: threading.Event, *, listens: bool) -> None:
-    """SIGTERM and SIGINT stop rank 0, which tells the others; these ignore signals sent to the whole group.
+    """SIGTERM, SIGINT and SIGUSR1 stop rank 0, which tells the others; these ignore signals sent to the whole group.
 
     A server that ends with its standard input belongs to a trainer and ignores them too: a launcher that terminates
-    the trainer's process tree would otherwise take the teacher away before the trainer has finished its step.
+    the trainer's process tree, or SLURM, whose USR1 reaches every process of a step, would otherwise take the teacher
+    away before the trainer has finished its step.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopping.set()
 
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, stop if listens else signal.SIG_IGN)
 
 

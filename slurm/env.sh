@@ -5,10 +5,25 @@
 #   2. else .venv in the repository, made on first use with the exact versions of constraints.txt.
 #
 # GRPO_KD_NEEDS=dev asks for the test tools as well. Sets GRPO_KD_ROOT and, for .venv, PATH and VIRTUAL_ENV.
-# Defines `launch`, which starts the DeepSpeed launcher so that signals reach the trainer.
+# What is particular to a cluster comes from slurm/site.env (a copy of site.env.example) where there is one. With a
+# container, the environment is chosen inside of it (task.sh).
+# Defines `launch`, which starts the ranks of a script so that signals reach them, and `alone`, for a single process.
 
 GRPO_KD_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
 cd "$GRPO_KD_ROOT" || return 1
+
+_grpo_kd_site() {
+    local file="${GRPO_KD_SITE:-slurm/site.env}" nounset=""
+    [[ $- == *u* ]] && nounset=1
+    set +u # neither a site's file nor `module` is written for it
+    # shellcheck source=/dev/null
+    if [[ -f "$file" ]]; then source "$file" || return 1; fi
+    if [[ -n "${GRPO_KD_MODULES:-}" && -z "${GRPO_KD_INSIDE:-}" ]]; then
+        # shellcheck disable=SC2086 # a list of modules
+        module load $GRPO_KD_MODULES || return 1
+    fi
+    [[ -z "$nounset" ]] || set -u
+}
 
 # Requirements of pyproject.toml, one a line: the run's, and the test tools' where asked for.
 _grpo_kd_requirements() { # PYTHON NEEDS
@@ -127,7 +142,7 @@ _grpo_kd_choose() {
     if ! command -v python >/dev/null; then
         lack="no python on PATH"
     elif lack="$(_grpo_kd_complete python "$needs" 2>&1)"; then
-        echo "environment: $(command -v python)" >&2
+        [[ -n "${GRPO_KD_INSIDE:-}" ]] || echo "environment: $(command -v python)" >&2
         return 0
     fi
     _grpo_kd_venv_ready || _grpo_kd_make_venv || return 1
@@ -135,7 +150,7 @@ _grpo_kd_choose() {
     export VIRTUAL_ENV="$GRPO_KD_ROOT/.venv" PATH="$GRPO_KD_ROOT/.venv/bin:$PATH"
     unset PYTHONHOME
     hash -r
-    echo "environment: $GRPO_KD_ROOT/.venv (active one passed over: ${lack%%$'\n'*})" >&2
+    [[ -n "${GRPO_KD_INSIDE:-}" ]] || echo "environment: $GRPO_KD_ROOT/.venv (active one passed over: ${lack%%$'\n'*})" >&2
 }
 
 _grpo_kd_free_port() {
@@ -150,7 +165,24 @@ _grpo_kd_ranks() { # PID
     done
 }
 
-# launch SCRIPT [ARGUMENT ...]: `deepspeed SCRIPT ARGUMENT ...` on the devices of this job, with its exit status.
+# In a batch job srun starts the processes (steps.sh). Not in an interactive one: it is itself a step.
+_grpo_kd_in_batch_job() {
+    [[ -n "${SLURM_JOB_ID:-}" && "${ENVIRONMENT:-}" == BATCH ]] && command -v srun >/dev/null || return 1
+    # shellcheck source=/dev/null
+    source "$GRPO_KD_ROOT/slurm/steps.sh"
+}
+
+# alone SCRIPT [ARGUMENT ...]: one Python process, with its exit status.
+alone() {
+    if _grpo_kd_in_batch_job; then
+        run_alone "$@"
+        return
+    fi
+    exec python "$@"
+}
+
+# launch SCRIPT [ARGUMENT ...]: the script's ranks on the devices of this job or machine, with their exit status. Outside
+# of a batch job that is `deepspeed SCRIPT ARGUMENT ...`.
 #
 # The launcher by itself takes number of processes from CUDA_VISIBLE_DEVICES or from what the machine has (without a
 # GPU: one for each NUMA node), and its port is fixed, so that two runs on one machine would meet: we name a free one.
@@ -158,6 +190,10 @@ _grpo_kd_ranks() { # PID
 # SIGKILL after 30 s. So a signal is given here to the ranks themselves, once; they write their checkpoint, take their
 # teacher down and leave, and the launcher passes their exit status on.
 launch() {
+    if _grpo_kd_in_batch_job; then
+        run_steps "$@"
+        return
+    fi
     local port interrupted status flags=(--no_local_rank --log_level critical) # a failing rank speaks for itself
     port="$(_grpo_kd_free_port)" || return 1
     flags+=(--master_port "$port")
@@ -192,4 +228,5 @@ _grpo_kd_forward() { # SIGNAL RUNNER
     return 0
 }
 
-_grpo_kd_choose
+_grpo_kd_site || return 1
+[[ -n "${GRPO_KD_CONTAINER:-}" && -z "${GRPO_KD_INSIDE:-}" ]] || _grpo_kd_choose

@@ -7,12 +7,14 @@
 # Finished runs are not started again. Settings are in configs/; other arguments go to each run (--demo_size tiny).
 #SBATCH --job-name=grpo-kd-ablation
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=2
 #SBATCH --mem=8G
 #SBATCH --time=06:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%A-%a.out
+#SBATCH --signal=B:USR1@180
 set -uo pipefail
 
 # sbatch runs a copy of this file from a spool folder; the repository is then where sbatch was called.
@@ -21,4 +23,4 @@ for root in "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLUR
 done
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$root/slurm/env.sh" || exit 1
-exec python eval/run_ablation.py "$@"
+alone eval/run_ablation.py "$@"

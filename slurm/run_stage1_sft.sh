@@ -2,17 +2,19 @@
 # Stage 1: supervised warm-up of the student (training/sft.py).
 #
 #   bash slurm/run_stage1_sft.sh [--steps 5 ...]      on this machine
-#   sbatch slurm/run_stage1_sft.sh [--steps 5 ...]    under SLURM
+#   sbatch slurm/run_stage1_sft.sh [--steps 5 ...]    under SLURM, one node as below
+#   bash slurm/submit.sh stage1_sft [--steps 5 ...]   under SLURM, as slurm/site.env says
 #
 # Resources and processes only; every setting of the run is in configs/ (arguments are passed on).
 #SBATCH --job-name=grpo-kd-sft
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --cpus-per-task=32
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-node=4
 #SBATCH --mem=240G
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --signal=B:USR1@180
 set -uo pipefail

@@ -2,17 +2,20 @@
 # Stage 2 with PPO: as GRPO, with a critic in place of the group baseline (training/main.py).
 #
 #   bash slurm/run_stage2_ppo.sh [--steps 5 ...]      on this machine
-#   sbatch slurm/run_stage2_ppo.sh [--steps 5 ...]    under SLURM
+#   sbatch slurm/run_stage2_ppo.sh [--steps 5 ...]    under SLURM, one node as below
+#   bash slurm/submit.sh stage2_ppo [--steps 5 ...]   under SLURM, as slurm/site.env says
 #
+# With teacher nodes in slurm/site.env, submit.sh makes it a heterogeneous job: the student's nodes and the teacher's.
 # Resources and processes only; every setting of the run is in configs/ (arguments are passed on).
 #SBATCH --job-name=grpo-kd-ppo
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --cpus-per-task=32
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-node=4
 #SBATCH --mem=240G
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --signal=B:USR1@180
 set -uo pipefail

@@ -2,16 +2,19 @@
 # Stage 3: score the newest run's exported student (eval/run_euroeval.py).
 #
 #   bash slurm/run_stage3_eval.sh [--steps 5 ...]      on this machine
-#   sbatch slurm/run_stage3_eval.sh [--steps 5 ...]    under SLURM
+#   sbatch slurm/run_stage3_eval.sh [--steps 5 ...]    under SLURM, one node as below
+#   bash slurm/submit.sh stage3_eval [--steps 5 ...]   under SLURM, as slurm/site.env says
 #
 # Resources and processes only; every setting of the run is in configs/ (arguments are passed on).
 #SBATCH --job-name=grpo-kd-eval
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-node=1
 #SBATCH --mem=64G
 #SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 set -uo pipefail
 
@@ -21,4 +24,4 @@ for root in "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLUR
 done
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$root/slurm/env.sh" || exit 1
-exec python eval/run_euroeval.py "$@"
+alone eval/run_euroeval.py "$@"

