@@ -182,12 +182,20 @@ _watch_student() {
     wait "$job_student"
 }
 
+# Newer versions of SLURM set it; the trainer leaves in time by itself as well.
+_export_end_time() {
+    local end
+    end="$(squeue -h -j "$SLURM_JOB_ID" -o %e | head -n 1)"
+    [[ "$end" != 20* ]] || { SLURM_JOB_END_TIME="$(date +%s -d "$end")" && export SLURM_JOB_END_TIME; }
+}
+
 run_steps() { # SCRIPT [ARGUMENT ...]
     local status nodes address more=() group=() flags suffix=""
     trap '_on_signal USR1' USR1
     trap '_on_signal TERM' TERM
     nodes="${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}"
     _say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $nodes${SLURM_JOB_NODELIST_HET_GROUP_1:+, teacher on $SLURM_JOB_NODELIST_HET_GROUP_1}"
+    [[ -n "${SLURM_JOB_END_TIME:-}" ]] || _export_end_time
     _read_settings "$@" || { _finish $?; return; }
     job_begun="$(_progress)"
     if ((${SLURM_HET_SIZE:-1} > 1)); then

@@ -27,20 +27,21 @@ common=(--requeue --open-mode=append --time="$GRPO_KD_TIME")
 common+=($GRPO_KD_SBATCH ${SBATCH:-})
 
 component=()
-describe() { # NODES RANKS-PER-NODE PARTITION
+describe() { # NODES RANKS-PER-NODE GPUS-PER-NODE PARTITION
     component=("${common[@]}" --nodes="$1" --ntasks-per-node="$2" --cpus-per-task="$GRPO_KD_CPUS_PER_RANK"
-        --mem="$GRPO_KD_MEM_PER_NODE" --gpus-per-node="$GRPO_KD_GPUS_PER_NODE")
-    [[ -z "$3" ]] || component+=(--partition="$3")
+        --mem="$GRPO_KD_MEM_PER_NODE" --gpus-per-node="$3")
+    [[ -z "$4" ]] || component+=(--partition="$4")
 }
 
 case "$stage" in
-    stage3_eval) describe 1 1 "$GRPO_KD_PARTITION" ;;
-    *) describe "$GRPO_KD_STUDENT_NODES" "$GRPO_KD_RANKS_PER_NODE" "$GRPO_KD_PARTITION" ;;
+    stage3_eval) describe 1 1 "$((GRPO_KD_GPUS_PER_NODE > 0))" "$GRPO_KD_PARTITION" ;;
+    *) describe "$GRPO_KD_STUDENT_NODES" "$GRPO_KD_RANKS_PER_NODE" "$GRPO_KD_GPUS_PER_NODE" "$GRPO_KD_PARTITION" ;;
 esac
 # Only the first component has a batch script, which gets the signal.
 job=("${component[@]}" --signal="B:USR1@$GRPO_KD_SIGNAL_S")
 if [[ "$stage" == stage2_* ]] && ((GRPO_KD_TEACHER_NODES > 0)); then
-    describe "$GRPO_KD_TEACHER_NODES" "$GRPO_KD_TEACHER_RANKS_PER_NODE" "${GRPO_KD_TEACHER_PARTITION:-$GRPO_KD_PARTITION}"
+    describe "$GRPO_KD_TEACHER_NODES" "$GRPO_KD_TEACHER_RANKS_PER_NODE" "$GRPO_KD_TEACHER_GPUS_PER_NODE" \
+        "${GRPO_KD_TEACHER_PARTITION:-$GRPO_KD_PARTITION}"
     job+=(: "${component[@]}")
 fi
 id="$(sbatch --parsable "${job[@]}" "$script" "$@")" || exit 1

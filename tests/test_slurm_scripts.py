@@ -188,19 +188,19 @@ def login_node(house: Path) -> dict[str, str]:
 def test_submit_makes_a_heterogeneous_job_of_what_site_env_says(house: Path, login_node: dict[str, str]) -> None:
     (house / "site.env").write_text(
         "GRPO_KD_ACCOUNT=acc\nGRPO_KD_PARTITION=gpu\nGRPO_KD_TEACHER_PARTITION=big\nGRPO_KD_STUDENT_NODES=2\n"
-        'GRPO_KD_TEACHER_NODES=1\nGRPO_KD_TEACHER_RANKS_PER_NODE=8\nGRPO_KD_TIME=2:00:00\nGRPO_KD_SBATCH="--qos=long"\n'
+        'GRPO_KD_TEACHER_NODES=1\nGRPO_KD_TEACHER_GPUS_PER_NODE=8\nGRPO_KD_TIME=2:00:00\nGRPO_KD_SBATCH="--qos=long"\n'
     )
     done = run(["bash", "slurm/submit.sh", "stage2_ppo", "--name", "x"], house, login_node)
     assert done.stdout == "101\n", done.stderr
     call = (house / "calls").read_text().strip()
     student, teacher = call.split(" : ")
     shared = "--requeue --open-mode=append --time=2:00:00 --account=acc --qos=long"
-    node = "--cpus-per-task=8 --mem=240G --gpus-per-node=4"
+    node = "--cpus-per-task=8 --mem=240G --gpus-per-node"
     assert student == (
-        f"sbatch --parsable {shared} --nodes=2 --ntasks-per-node=4 {node} --partition=gpu --signal=B:USR1@180"
+        f"sbatch --parsable {shared} --nodes=2 --ntasks-per-node=4 {node}=4 --partition=gpu --signal=B:USR1@180"
     )
     assert teacher == (
-        f"{shared} --nodes=1 --ntasks-per-node=8 {node} --partition=big slurm/run_stage2_ppo.sh --name x"
+        f"{shared} --nodes=1 --ntasks-per-node=8 {node}=8 --partition=big slurm/run_stage2_ppo.sh --name x"
     )
 
 
@@ -210,6 +210,7 @@ def test_other_stages_have_no_teacher_component(house: Path, login_node: dict[st
     call = (house / "calls").read_text()
     assert " : " not in call
     assert "--nodes=1 --ntasks-per-node=1 " in call
+    assert "--gpus-per-node=1 " in call
     done = run(["bash", "slurm/submit.sh", "stage9"], house, env)
     assert done.returncode == 2
     assert "no stage 'stage9'" in done.stderr
