@@ -102,7 +102,9 @@ class CheckpointConfig:
     every: int = 50
     """Steps between checkpoints; one more is written at the end."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept, besides the best."""
+    asynchronous: bool = False
+    """Write in the background, from a copy of the states in the host's memory, while training goes on."""
     on_error: Literal["stop", "continue"] = "stop"
     """Where a checkpoint cannot be written (full disk): end the run with the reason, or warn and go on without it. The
     ones before it stay whole in both cases."""

@@ -20,15 +20,25 @@ if __name__ == "__main__":
 
 import torch
 
-from configs.schema import ActorConfig, CriticConfig, LossConfig, RunConfig, SamplingConfig, StudentConfig
+from configs.schema import (
+    ActorConfig,
+    CheckpointConfig,
+    CriticConfig,
+    LossConfig,
+    RunConfig,
+    SamplingConfig,
+    StudentConfig,
+)
 from inference.packing import Group
 from training import distributed
 from training.actor import Actor
+from training.checkpoints import Checkpoints, Saveable
 from training.composite import LossWeights, UpdateInput
 from training.critic import Critic
 from training.deepspeed_engine import Engine, start_distributed
 from training.experience import Experience, Prompt, Rollout
 from training.reference import FrozenCopy
+from training.run_folder import Progress
 
 VOCAB, TEACHER_HIDDEN, GROUP = 50, 12, 3
 WEIGHTS = LossWeights(policy=1.0, kl=0.1, pt=0.2, bc=0.3, single_step=0.5)
@@ -45,7 +55,7 @@ def main(jobs: list[dict[str, Any]], out: Path) -> None:
     results = {}
     for job in jobs:
         print(job["name"], flush=True)
-        results[job["name"]] = {"update": update, "lively": sample_and_update}[job["what"]](job)
+        results[job["name"]] = JOBS[job["what"]](job)
     distributed.barrier()
     if distributed.is_main():
         out.write_text(json.dumps(results))
@@ -152,6 +162,49 @@ def flat_state(engine: Engine) -> list[float]:
     return torch.cat(values).tolist() if distributed.is_main() else []
 
 
+def save(job: dict[str, Any]) -> dict[str, Any]:
+    """The first mini-batch, a checkpoint, the second mini-batch: parameters before and after the last."""
+    actor, critic, batches = students(job)
+    assert batches[0].experience is not None
+    actor.update([batches[0]], 0)
+    critic.update([batches[0].experience], 0)
+    parts: dict[str, Saveable] = {"student": actor.engine, "critic": critic.engine}
+    Checkpoints(Path(job["folder"]), CheckpointConfig()).save(parts, Progress(step=1))
+    return go_on(actor, critic, batches[1])
+
+
+def resume(job: dict[str, Any]) -> dict[str, Any]:
+    """From that checkpoint, written by other ranks or at another ZeRO stage, the second mini-batch."""
+    checkpoints = Checkpoints(Path(job["folder"]), CheckpointConfig())
+    found = checkpoints.find()
+    assert found is not None
+    try:
+        found.check({"student": job["zero"], "critic": job["zero"]}, dtype="float32")
+    except ValueError as error:
+        return {"refused": str(error)}
+    actor, critic, batches = students(job)
+    assert checkpoints.load(found, {"student": actor.engine, "critic": critic.engine}).step == 1
+    return go_on(actor, critic, batches[1])
+
+
+def students(job: dict[str, Any]) -> tuple[Actor, Critic, list[UpdateInput]]:
+    """A new actor, a new critic, and their mini-batches."""
+    config = run_config(job)
+    torch.manual_seed(0)
+    actor = Actor(config, job["model"], total_steps=2, learning_rate=1e-3, teacher_output_VD=teacher_output())
+    critic = Critic(config, Path(job["model"]), total_steps=2)
+    return actor, critic, mini_batches(job, whole_batch(config))
+
+
+def go_on(actor: Actor, critic: Critic, batch: UpdateInput) -> dict[str, Any]:
+    """Parameters before and after a step on `batch`."""
+    assert batch.experience is not None
+    before = [flat_state(actor.engine), flat_state(critic.engine)]
+    actor.update([batch], 1)
+    critic.update([batch.experience], 1)
+    return {"before": before, "after": [flat_state(actor.engine), flat_state(critic.engine)]}
+
+
 def sample_and_update(job: dict[str, Any]) -> dict[str, Any]:
     """Sampling, the exact KL to the teacher and an update, where one rank's responses end at their first token."""
     config = run_config(job)
@@ -171,6 +224,8 @@ def sample_and_update(job: dict[str, Any]) -> dict[str, Any]:
     least_kl = -distributed.max_over_ranks(-float(kl_BR[rollout.mask_BR].min()))
     return {"lengths": [json.loads(text) for text in lengths], "metrics": metrics, "least_kl": least_kl}
 
+
+JOBS = {"update": update, "lively": sample_and_update, "save": save, "resume": resume}
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

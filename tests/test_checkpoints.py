@@ -194,6 +194,23 @@ def test_what_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     assert resumed(tmp_path) == (30, 30.0)
 
 
+def test_in_the_background_it_is_the_state_of_its_step(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(asynchronous=True))
+    student = Tensors(10.0, size=5_000_000)
+    checkpoints.save({"student": student}, Progress(step=10, tokens={"sampled": 70}))
+    student.tensor.fill_(11.0)  # the next update comes while it is written
+    checkpoints.mark_best(10)
+    assert resumed(tmp_path) == (10, 10.0)
+    with largest_file(100_000):
+        checkpoints.save({"student": Tensors(20.0, size=100_000)}, Progress(step=20))
+        with pytest.raises(CheckpointFailed, match="step 20 could not be written"):
+            checkpoints.wait()
+    checkpoints.wait()  # said once
+    checkpoints.save({"student": Tensors(20.0)}, Progress(step=20, tokens={"sampled": 140}))
+    checkpoints.wait()
+    assert resumed(tmp_path) == (20, 20.0)
+
+
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, 10)
     directory = tmp_path / "checkpoints" / "step-000010"

@@ -1,31 +1,48 @@
-"""Stage 0: held-out bits a byte fall, the figure is that of a plain forward pass, and the result loads."""
+"""Stage 0: held-out bits a byte fall, the figure is that of a plain forward pass, the result loads, a stop costs
+nothing."""
 
 from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 
-from tests.runs import ROOT, finish, metrics
+from tests.runs import ROOT, environment, finish, metrics
 from training.data import text_blocks
 
 
-def test_stage_0_learns_the_text(tmp_path: Path, demo_cache: Path) -> None:
-    arguments = ["--demo_size", "tiny", "--sft.steps", "12", "--sft.batch", "16", "--runs_dir", str(tmp_path)]
-    done = finish(
-        [sys.executable, str(ROOT / "training" / "pretrain.py"), *arguments, "--cache_dir", str(demo_cache)]
-    )  # fmt: skip
-    run = tmp_path / "pretrain"
+def line(runs: Path, cache: Path, steps: int) -> list[str]:
+    """Stage 0 on the tiny demo."""
+    return [
+        sys.executable, str(ROOT / "training" / "pretrain.py"), "--demo_size", "tiny", "--sft.steps", str(steps),
+        "--sft.batch", "16", "--threads", "1", "--runs_dir", str(runs), "--cache_dir", str(cache),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> Path:
+    """Twelve steps."""
+    runs = tmp_path_factory.mktemp("pretrain")
+    done = finish(line(runs, demo_cache, 12))
+    summary = json.loads((runs / "pretrain" / "summary.json").read_text())
+    assert f"{summary['bits_per_byte_after']:.4f} after" in done.stdout
+    return runs / "pretrain"
+
+
+def test_stage_0_learns_the_text(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["bits_per_byte_after"] < summary["bits_per_byte_before"] - 0.05
-    assert f"{summary['bits_per_byte_after']:.4f} after" in done.stdout
     assert len(metrics(run)) == 12
     # Once more by plain forward passes of the exported model, block by block.
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -41,6 +58,35 @@ def test_stage_0_learns_the_text(tmp_path: Path, demo_cache: Path) -> None:
             nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
             size += len(tokenizer.decode(group.responses[0], skip_special_tokens=True).encode())
     assert summary["bits_per_byte_after"] == pytest.approx(nats / math.log(2) / size, rel=1e-3)
+
+
+def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    """SIGTERM in the middle: a checkpoint and exit code 75; the same command again finishes it, bit for bit."""
+    other = tmp_path / "pretrain"
+    process = subprocess.Popen(
+        line(tmp_path, demo_cache, 12), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 300
+        while not (other / "metrics.jsonl").is_file() or not metrics(other):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=200) == 75
+    finally:
+        process.kill()
+        process.wait()
+    done = len(metrics(other))
+    assert 0 < done < 12
+    assert (other / "checkpoints" / "latest").read_text() == f"step-{done:06d}"
+    finish(line(tmp_path, demo_cache, 12))
+    assert [row["step"] for row in metrics(other)] == list(range(1, 13))
+    assert metrics(other) == metrics(run)
+    assert json.loads((other / "summary.json").read_text()) == json.loads((run / "summary.json").read_text())
+    ours, theirs = (load_file(path / "export" / "model.safetensors") for path in (other, run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_too_little_text_is_said(tmp_path: Path, demo_cache: Path) -> None:

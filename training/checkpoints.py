@@ -18,18 +18,25 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch.utils._pytree import tree_map_only
+
 from configs.files import write_atomically
-from configs.schema import CheckpointConfig
+from configs.schema import CheckpointConfig, RunConfig, as_dict
 from training import distributed
 from training.checkpoint_files import Manifest, Written, sync, write_state, wrong_content, wrong_size
-from training.run_folder import Progress
+from training.cli import dump_config
+from training.deepspeed_engine import reshape
+from training.run_folder import Progress, RunFolder
 
 log = logging.getLogger(__name__)
 PROGRESS = "progress.json"
@@ -65,6 +72,29 @@ class Found:
     manifest: Manifest
     progress: Progress
 
+    def to_reshape(self, stages: Mapping[str, int]) -> list[str]:
+        """Which of these engines (ZeRO stages by name) are cut otherwise than they were saved."""
+        same_ranks = self.manifest.world_size == distributed.world_size()
+        saved = self.manifest.zero_stages
+        # Without ZeRO each rank reads all of it, whatever their number.
+        return [name for name, stage in stages.items() if saved[name] != stage or (stage > 0 and not same_ranks)]
+
+    def check(self, stages: Mapping[str, int], dtype: str) -> None:
+        """Raises ValueError where DeepSpeed cannot cut it for this number of ranks and these ZeRO stages."""
+        saved, ranks = self.manifest.zero_stages, self.manifest.world_size
+        for name, stage in stages.items():
+            key = f"{'actor' if name == 'student' else name}.zero_stage"
+            if name in saved and saved[name] != stage and {saved[name], stage} != {1, 2}:
+                raise ValueError(
+                    f"{key} = {stage}: {self.directory} was written at stage {saved[name]}, and DeepSpeed converts "
+                    f"between stages 1 and 2 only; set it to {saved[name]}, or choose another --name"
+                )
+            if name in saved and stage == 0 and dtype == "bfloat16" and ranks != distributed.world_size():
+                raise ValueError(
+                    f"{key} = 0: {self.directory} was written by {ranks} ranks, and bfloat16 without ZeRO goes on with "
+                    f"as many only; start {ranks} in place of {distributed.world_size()}"
+                )
+
 
 class Checkpoints:
     """Methods are called by all ranks together, unless they say otherwise."""
@@ -73,14 +103,22 @@ class Checkpoints:
         self.directory = directory
         self._config = config
         self._newest: int | None = None
+        self._group = distributed.side_group() if config.asynchronous else None
+        self._writer: threading.Thread | None = None
+        self._failure: CheckpointFailed | None = None
         self.seconds = 0.0
-        """What the last checkpoint cost the run, seconds."""
+        """How long the run stood still for the last checkpoint."""
 
     def save(self, parts: Mapping[str, Saveable], progress: Progress) -> None:
-        """Write a checkpoint of this step, unless there is one. Raises CheckpointFailed on every rank."""
+        """Write a checkpoint of this step, unless there is one.
+
+        Raises CheckpointFailed on every rank where any could not write; where checkpoints are asynchronous, the next
+        call or `wait` does so.
+        """
         if progress.step == self._newest:
             return
         started = time.monotonic()
+        self.wait()
         tag = step_tag(progress.step)
         partial = self.directory / f"{tag}{PARTIAL}"
         if distributed.is_main():
@@ -90,12 +128,37 @@ class Checkpoints:
         states = [state for name, part in parts.items() for state in part.save(partial / name)]
         if distributed.is_main():
             states.append((partial / PROGRESS, json.dumps(asdict(progress)).encode()))
-        stages = {
-            name: stage for name, part in parts.items() if (stage := getattr(part, "zero_stage", None)) is not None
-        }
-        self._write(partial, states, progress.step, stages)
+        stages = _stages(parts)
         self._newest = progress.step
+        if self._config.asynchronous:
+            states = [(path, _copy(state)) for path, state in states]
+            work = (partial, states, progress.step, stages)
+            self._writer = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
+            self._writer.start()
+        else:
+            self._write(partial, states, progress.step, stages)
+            self.wait()
         self.seconds = time.monotonic() - started
+
+    @contextmanager
+    def tolerated(self) -> Iterator[None]:
+        """What cannot be written within ends the run as CheckpointFailed, or is a warning (checkpoint.on_error)."""
+        try:
+            yield
+        except (CheckpointFailed, OSError) as error:
+            if self._config.on_error == "stop":
+                raise CheckpointFailed(str(error)) from None
+            if distributed.is_main():
+                log.warning("%s; the run goes on without it (checkpoint.on_error: continue)", error)
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written any more. Raises CheckpointFailed if the last one was not."""
+        if self._writer is not None:
+            self._writer.join()
+        self._writer = None
+        if self._failure is not None:
+            failure, self._failure, self._newest = self._failure, None, None
+            raise failure
 
     def _write(self, partial: Path, states: Sequence[tuple[Path, Any]], step: int, stages: Mapping[str, int]) -> None:
         """This rank's files; then, if every rank has written its own, the manifest, the name and `latest`."""
@@ -104,9 +167,9 @@ class Checkpoints:
         try:
             for path, state in states:
                 written[str(path.relative_to(partial))] = asdict(write_state(path, state))
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # such as no memory left to write with; the other ranks wait to hear of it
             problem = f"rank {distributed.rank()}: {error}"
-        reports = distributed.gather_strings([json.dumps(written), problem])
+        reports = distributed.gather_strings([json.dumps(written), problem], self._group)
         problems = [text for text in reports[1::2] if text]
         if distributed.is_main() and not problems:
             files = {name: Written(**entry) for report in reports[::2] for name, entry in json.loads(report).items()}
@@ -115,11 +178,11 @@ class Checkpoints:
                 self._publish(partial, Manifest(step, distributed.world_size(), stages, versions, files))
             except OSError as error:
                 problem = str(error)
-        problems += [text for text in distributed.gather_strings([problem if not problems else ""]) if text]
+        problems += [text for text in distributed.gather_strings([problem], self._group) if text]
         if problems:
             if distributed.is_main():
                 shutil.rmtree(partial, ignore_errors=True)  # its room is needed
-            raise CheckpointFailed(f"the checkpoint of step {step} could not be written: {problems[0]}")
+            self._failure = CheckpointFailed(f"the checkpoint of step {step} could not be written: {problems[0]}")
 
     def _publish(self, partial: Path, manifest: Manifest) -> None:
         """Make what all ranks wrote a checkpoint. Rank 0 alone; raises OSError."""
@@ -141,6 +204,7 @@ class Checkpoints:
 
     def mark_best(self, step: int) -> None:
         """`best` names the checkpoint of this step, which `save` has written, from now on; it is kept at any age."""
+        self.wait()
         if distributed.is_main():
             write_atomically(self.directory / "best", step_tag(step))
 
@@ -227,10 +291,57 @@ class Checkpoints:
 
     def load(self, found: Found, parts: Mapping[str, Saveable]) -> Progress:
         """Read a checkpoint into the models."""
+        other = found.to_reshape(_stages(parts))
+        reshaped = self.directory / f"{found.directory.name}.universal{PARTIAL}"
+        problem = ""
+        if other and distributed.is_main():
+            try:
+                for name in other:
+                    reshape(found.directory / name, reshaped / name)
+            except Exception as error:  # a library's converter; all ranks have to hear of it
+                problem = f"{type(error).__name__}: {error}"
+        if problem := distributed.gather_strings([problem])[0]:
+            raise ValueError(f"{found.directory} cannot be cut anew for this number of ranks or ZeRO stage: {problem}")
         for name, part in parts.items():
-            part.load(found.directory / name)
+            part.load((reshaped if name in other else found.directory) / name)
+        distributed.barrier()
+        if distributed.is_main():
+            shutil.rmtree(reshaped, ignore_errors=True)
         self._newest = found.progress.step
         return found.progress
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's folder, ready to begin or to go on."""
+
+    folder: RunFolder
+    checkpoints: Checkpoints
+    found: Found | None
+    """The checkpoint to go on from; None in a new run."""
+
+    def load(self, parts: Mapping[str, Saveable], new: Progress | None = None) -> Progress:
+        """Read the checkpoint into the models; a new run's progress is `new`. Collective."""
+        return (new or Progress()) if self.found is None else self.checkpoints.load(self.found, parts)
+
+
+def open_run(folder: RunFolder, config: RunConfig, stages: Mapping[str, int]) -> OpenRun:
+    """Find the checkpoint to go on from, and make the folder agree with it. Collective.
+
+    `stages` are the ZeRO stages of the engines by name. Raises ValueError where there are checkpoints and the run
+    cannot go on from any of them.
+    """
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+    found = checkpoints.find()
+    if found is not None:
+        found.check(stages, config.student.dtype)
+    if distributed.is_main():
+        if found is None:
+            folder.start_afresh(dump_config(as_dict(config)))
+        else:
+            folder.forget_after(found.progress.step)
+    distributed.barrier()
+    return OpenRun(folder, checkpoints, found)
 
 
 def step_tag(step: int) -> str:
@@ -242,6 +353,16 @@ def step_numbers(directory: Path) -> list[int]:
     """Steps that there are checkpoints of, whole or damaged, in order."""
     names = (p.name.removeprefix("step-") for p in directory.glob("step-*") if p.is_dir())
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def _stages(parts: Mapping[str, Saveable]) -> dict[str, int]:
+    """ZeRO stages of those that are engines."""
+    return {name: part.zero_stage for name, part in parts.items() if hasattr(part, "zero_stage")}
+
+
+def _copy(state: Any) -> Any:
+    """The same with tensors of its own, in the host's memory."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 def _read(pointer: Path) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import io
 import logging
 import os
 import tempfile
@@ -19,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # says what DeepSpeed would find out with a warning
 
 import deepspeed
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.ops.op_builder import InferenceBuilder
 from deepspeed.runtime import hybrid_engine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -325,12 +328,30 @@ class Engine:
         return states
 
     def load(self, directory: Path) -> None:
-        """Read what was written of `save`. Collective."""
-        path, _ = self.engine.load_checkpoint(
-            str(directory.parent), tag=directory.name, load_module_strict=not self._frozen
-        )
+        """Read what was written of `save`, or what `reshape` made of it. Collective."""
+        settings = self.engine._config
+        settings.load_universal_checkpoint = (directory / "zero").is_dir()
+        try:
+            path, _ = self.engine.load_checkpoint(
+                str(directory.parent), tag=directory.name, load_module_strict=not self._frozen
+            )
+        finally:
+            settings.load_universal_checkpoint = False
         if path is None:
             raise ValueError(f"checkpoint {directory} cannot be read by DeepSpeed")
+
+
+def reshape(source: Path, target: Path) -> None:
+    """Make DeepSpeed's universal checkpoint of an engine's folder, which any number of ranks reads. Rank 0 alone.
+
+    Not from stage 0, which has no partitions. Raises whatever the converter does.
+    """
+    settings = argparse.Namespace(
+        input_folder=str(source), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
+        keep_temp_folder=False, strict=True, inject_missing_state=True,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(settings)
 
 
 def in_step(rows: Sequence[PackedRow]) -> list[tuple[PackedRow, float]]:

@@ -111,14 +111,19 @@ def sum_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(keys, total.tolist(), strict=True))
 
 
-def gather_strings(texts: Sequence[str]) -> list[str]:
+def side_group() -> dist.ProcessGroup | None:
+    """All ranks once more, over gloo, for a thread beside the one that trains; None for one rank. Collective."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def gather_strings(texts: Sequence[str], group: dist.ProcessGroup | None = None) -> list[str]:
     """All ranks' strings in rank order, as UTF-8 bytes over the wire (nothing is unpickled)."""
     if world_size() == 1:
         return list(texts)
     encoded = [t.encode() for t in texts]
     sizes = torch.tensor([len(e) for e in encoded], dtype=torch.int64)
     body = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
-    all_sizes, all_bodies = _gather_ragged(sizes), _gather_ragged(body)
+    all_sizes, all_bodies = _gather_ragged(sizes, group), _gather_ragged(body, group)
     out = []
     for size, data in zip(all_sizes, all_bodies, strict=True):
         raw, start = bytes(data.tolist()), 0
@@ -128,17 +133,18 @@ def gather_strings(texts: Sequence[str]) -> list[str]:
     return out
 
 
-def _gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
+def _gather_ragged(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
     """One-dimensional tensors of different lengths from all ranks, on the CPU."""
-    tensor = tensor.to(_device())
+    tensor = tensor if group is not None else tensor.to(_device())
     lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([len(tensor)], dtype=torch.int64, device=tensor.device))
+    dist.all_gather(lengths, torch.tensor([len(tensor)], dtype=torch.int64, device=tensor.device), group=group)
     longest = max(int(n.item()) for n in lengths)
     padded = tensor.new_zeros(max(longest, 1))
     padded[: len(tensor)] = tensor
     parts = [torch.zeros_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
-    beat()
+    dist.all_gather(parts, padded, group=group)
+    if group is None:
+        beat()
     return [part[: int(n.item())].cpu() for part, n in zip(parts, lengths, strict=True)]
 
 

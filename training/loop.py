@@ -14,7 +14,7 @@ from configs.schema import RunConfig
 from inference.packing import Group
 from training import distributed
 from training.batch import Batch, has_signal
-from training.checkpoints import CheckpointFailed, Checkpoints, Saveable
+from training.checkpoints import Checkpoints, Saveable
 from training.clock import Clock
 from training.collect import Models, collect, imitated, make_experience
 from training.composite import SUPERVISED, LossWeights, UpdateInput
@@ -98,6 +98,8 @@ def train(
         if stopping and progress.step < config.steps:
             status = "stopped"
             break
+    with checkpoints.tolerated():
+        checkpoints.wait()
     bar.close()
     return status
 
@@ -270,14 +272,9 @@ def save_checkpoint(
     """A checkpoint, as a phase of its own. One that cannot be written raises CheckpointFailed on every rank, or is left
     out with a warning (checkpoint.on_error). Collective."""
     points.enter("checkpoint")
-    try:
+    with checkpoints.tolerated():
         distributed.together(folder.finish_lines, OSError)
         checkpoints.save(saved_parts(models), progress)
-    except (CheckpointFailed, OSError) as error:
-        if config.checkpoint.on_error == "stop":
-            raise CheckpointFailed(str(error)) from None
-        if distributed.is_main():
-            log.warning("%s; the run goes on without it (checkpoint.on_error: continue)", error)
     points.limit.took_checkpoint(checkpoints.seconds)
 
 

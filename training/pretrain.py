@@ -6,8 +6,8 @@
 
 The L_PT term alone, in the same engine as the other stages; steps, batch (blocks a step, over all ranks), learning rate
 and output are those of `sft` in the configuration. Every twentieth block is held out; how many bits the model needs for
-a byte of those, before and after, is printed and written to runs/NAME/summary.json. There are no checkpoints: a run
-that is stopped starts again.
+a byte of those, before and after, is printed and written to runs/NAME/summary.json. The same command again goes on
+where the run stopped.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.schema import DEMO, RunConfig, as_dict, require, validate
-from training.cli import DEMO_CONFIGS, dump_config, fail, parse
-from training.sft import train_supervised
+from configs.schema import DEMO, RunConfig, require, validate
+from training.cli import DEMO_CONFIGS, fail, parse
+from training.sft import open_run, train_supervised
 
 if TYPE_CHECKING:
     from inference.packing import Group
     from training.actor import Actor
+    from training.stopping import StopRequest
 
 HELD_OUT_EVERY = 20
 """Blocks of which one is held out."""
@@ -42,14 +43,19 @@ def main(argv: list[str]) -> int:
         require(config.data.text is not None, "data.text", None, "give raw text: a file with a `text` in each row")
     except ValueError as error:
         fail(str(error))
+    from training.checkpoints import CheckpointFailed
     from training.stopping import StopRequest, watch_launcher
 
-    StopRequest()  # a signal ends the program at once, through `finally`
+    stop = StopRequest()
     watch_launcher()
-    return run(config)
+    try:
+        return run(config, stop)
+    except CheckpointFailed as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, stop: StopRequest) -> int:
     """Run stage 0; returns the exit code."""
     from transformers import AutoTokenizer
 
@@ -80,33 +86,44 @@ def run(config: RunConfig) -> int:
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
     start_distributed()
-    before, after = fit(config, text, held)
+    bits = fit(config, text, held, stop)
+    if bits is None:
+        return stop.exit_code
+    before, after = bits
     if distributed.is_main():
         print(f"stage 0: held-out bits a byte {before:.4f} before, {after:.4f} after", flush=True)
     return 0
 
 
-def fit(config: RunConfig, text: Sequence[Group], held: Sequence[Group]) -> tuple[float, float]:
-    """Train on blocks of text and export; returns held-out bits a byte before and after. Collective."""
+def fit(
+    config: RunConfig, text: Sequence[Group], held: Sequence[Group], stop: StopRequest
+) -> tuple[float, float] | None:
+    """Train on blocks of text and export; returns held-out bits a byte before and after, None where it was stopped.
+    Collective."""
     import torch
 
     from training import distributed
     from training.actor import Actor
     from training.composite import LossWeights, UpdateInput
-    from training.run_folder import RunFolder
 
+    run = open_run(config, "pretrain")
     torch.manual_seed(config.seed)
-    folder = RunFolder(Path(config.runs_dir) / (config.name or "pretrain"))
     actor = Actor(config, config.student.path, total_steps=config.sft.steps, learning_rate=config.sft.learning_rate)
-    if distributed.is_main():
-        folder.start_afresh(dump_config(as_dict(config)))
-    before = bits_per_byte(actor, config, held)
-    train_supervised(
-        actor, config, folder, text, lambda mine: UpdateInput(None, mine, [], LossWeights(pt=1.0)), stage=0, term="pt"
-    )
+    measured = run.folder.read_json("eval/before.json")
+    distributed.barrier()
+    if measured is None:
+        measured = {"bits_per_byte": bits_per_byte(actor, config, held)}
+        if distributed.is_main():
+            run.folder.write_json("eval/before.json", measured)
+    before = float(measured["bits_per_byte"])
+    if not train_supervised(
+        actor, config, run, text, lambda mine: UpdateInput(None, mine, [], LossWeights(pt=1.0)), stop, stage=0,
+        term="pt",
+    ):  # fmt: skip
+        return None
     after = bits_per_byte(actor, config, held)
     if distributed.is_main():
-        folder.write_json(
+        run.folder.write_json(
             "summary.json",
             {
                 "status": "finished",
@@ -117,7 +134,7 @@ def fit(config: RunConfig, text: Sequence[Group], held: Sequence[Group]) -> tupl
                 "data": config.data.text,
             },
         )
-        folder.close()
+        run.folder.close()
     return before, after
 
 

@@ -24,8 +24,8 @@ from inference.fingerprint import tokenizer_fingerprint
 from inference.launch import start_local_teacher
 from training import distributed
 from training.actor import Actor
-from training.checkpoints import Checkpoints, NoWholeCheckpoint, step_numbers
-from training.cli import ROOT, dump_config, fail
+from training.checkpoints import open_run, step_numbers
+from training.cli import ROOT, fail
 from training.collect import Models
 from training.composite import single_step_coef
 from training.critic import Critic
@@ -48,7 +48,8 @@ from training.teacher_check import teacher_check, warning
 from training.teaching import TeacherFacts, TeacherLink, check_tokenizers, teacher_facts
 
 log = logging.getLogger(__name__)
-FREE_KEYS = ("steps", "threads", "runs_dir", "cache_dir", "name", "checkpoint.", "teacher.address", "teacher.interface",
+FREE_KEYS = ("steps", "sft.steps", "sft.output", "actor.zero_stage", "critic.zero_stage", "threads",
+             "runs_dir", "cache_dir", "name", "checkpoint.", "teacher.address", "teacher.interface",
              "teacher.port", "teacher.threads", "teacher.timeout_s", "time_limit_s", "stuck_timeout_s",
              "actor.micro_batch_tokens")  # fmt: skip
 """Settings that may differ when a run is resumed."""
@@ -116,20 +117,13 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     """Start everything, run the loop, evaluate, write the summary."""
     config, folder = setup.config, setup.folder
     start_distributed()
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     try:
-        found = checkpoints.find()
-    except NoWholeCheckpoint as error:
+        opened = open_run(folder, config, {"student": config.actor.zero_stage, "critic": config.critic.zero_stage})
+    except ValueError as error:
         fail(str(error))
+    checkpoints = opened.checkpoints
     link, models = start_models(setup, stack)
-    progress = Progress(kl_coef=config.ppo.kl_penalty)
-    if found is not None:
-        progress = checkpoints.load(found, saved_parts(models))
-    if distributed.is_main():
-        if found is None:
-            folder.start_afresh(dump_config(as_dict(config)))
-        folder.forget_after(progress.step)
-    distributed.barrier()
+    progress = opened.load(saved_parts(models), Progress(kl_coef=config.ppo.kl_penalty))
     points = supervisor.watch(progress.step)
     points.enter("evaluation")
     before = _evaluation_once(
@@ -141,6 +135,8 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
         status = train(config, models, setup.inputs.corpus, folder, checkpoints, progress, points)
     except TeacherLost:
         save_checkpoint(models, folder, checkpoints, progress, config, points)
+        with checkpoints.tolerated():
+            checkpoints.wait()
         raise
     setup.stop.undefer()
     if status != "finished":
@@ -320,7 +316,7 @@ def check_same_run(folder: RunFolder, config: RunConfig) -> None:
     if changed:
         differences = ", ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in changed[:5])
         raise ValueError(
-            f"name = {config.run_name!r}: {folder.path} was started with other settings ({differences}); "
+            f"name = {folder.path.name!r}: {folder.path} was started with other settings ({differences}); "
             "choose another --name, or delete that folder"
         )
 

@@ -4,7 +4,7 @@
     deepspeed training/sft.py --config configs/demo/sft.yaml --sft.answers teacher
 
 The trained model goes to --sft.output (default runs/NAME/export). Teacher answers are asked through its server and
-kept in the cache folder, so that no question is asked twice.
+kept in the cache folder, so that no question is asked twice. The same command again goes on where the run stopped.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.files import write_atomically
-from configs.schema import RunConfig, as_dict, require, validate
-from training.cli import DEMO_CONFIGS, dump_config, fail, parse
+from configs.schema import RunConfig, require, validate
+from training.cli import DEMO_CONFIGS, fail, parse
 
 if TYPE_CHECKING:
     from inference.packing import Group
     from training.actor import Actor
+    from training.checkpoints import OpenRun
     from training.composite import UpdateInput
     from training.experience import Prompt
-    from training.run_folder import RunFolder
+    from training.stopping import StopRequest
 
 
 def main(argv: list[str]) -> int:
@@ -40,14 +41,19 @@ def main(argv: list[str]) -> int:
         validate(config)
     except ValueError as error:
         fail(str(error))
+    from training.checkpoints import CheckpointFailed
     from training.stopping import StopRequest, watch_launcher
 
-    StopRequest()  # a signal ends the program at once, through `finally`
+    stop = StopRequest()
     watch_launcher()
-    return run(config)
+    try:
+        return run(config, stop)
+    except CheckpointFailed as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, stop: StopRequest) -> int:
     """Run stage 1; returns the exit code."""
     from transformers import AutoTokenizer
 
@@ -80,43 +86,62 @@ def run(config: RunConfig) -> int:
     examples = [
         answer_group(p, answer, tokenizer, end_token) for p, answer in zip(prompts, answers, strict=True) if answer
     ]
-    scores = fit(config, examples, heldout)
+    scores = fit(config, examples, heldout, stop)
+    if scores is None:
+        return stop.exit_code
     if distributed.is_main():
         print(f"stage 1: held-out F1 {scores['f1']:.1f}, exact match {scores['exact_match']:.1f}", flush=True)
     return 0
 
 
-def fit(config: RunConfig, examples: Sequence[Group], heldout: Sequence[Prompt]) -> dict[str, float]:
-    """Train on (prompt, answer) groups, export, and score greedy answers on the held-out questions. Collective."""
+def fit(
+    config: RunConfig, examples: Sequence[Group], heldout: Sequence[Prompt], stop: StopRequest
+) -> dict[str, float] | None:
+    """Train on (prompt, answer) groups, export, and score greedy answers on the held-out questions; None where it was
+    stopped. Collective."""
     import torch
 
     from training import distributed
     from training.actor import Actor
     from training.composite import SUPERVISED, UpdateInput
     from training.evaluation import greedy_answers, score_answers
-    from training.run_folder import RunFolder
 
+    run = open_run(config, "sft")
     torch.manual_seed(config.seed)
-    folder = RunFolder(Path(config.runs_dir) / (config.name or "sft"))
     actor = Actor(config, config.student.path, total_steps=config.sft.steps, learning_rate=config.sft.learning_rate)
-    if distributed.is_main():
-        folder.start_afresh(dump_config(as_dict(config)))
-    train_supervised(
-        actor, config, folder, examples, lambda mine: UpdateInput(None, [], mine, SUPERVISED), stage=1, term="bc"
-    )
+    if not train_supervised(
+        actor, config, run, examples, lambda mine: UpdateInput(None, [], mine, SUPERVISED), stop, stage=1, term="bc"
+    ):
+        return None
     evaluation = score_answers(heldout, greedy_answers(actor, heldout, config), float("nan"))
     scores = {"f1": evaluation.f1, "exact_match": evaluation.exact_match}
     if distributed.is_main():
-        folder.write_json("summary.json", {"status": "finished", "steps": config.sft.steps, "eval_after": scores})
-        folder.close()
+        run.folder.write_json("summary.json", {"status": "finished", "steps": config.sft.steps, "eval_after": scores})
+        run.folder.close()
     return scores
 
 
+def open_run(config: RunConfig, name: str) -> OpenRun:
+    """The folder runs/NAME of a supervised stage, made ready to begin or to go on. Ends the program where it belongs to
+    other settings or none of its checkpoints can be gone on from. Collective."""
+    from training.checkpoints import open_run
+    from training.run import check_same_run
+    from training.run_folder import RunFolder
+
+    folder = RunFolder(Path(config.runs_dir) / (config.name or name))
+    try:
+        check_same_run(folder, config)
+        return open_run(folder, config, {"student": config.actor.zero_stage})
+    except ValueError as error:
+        fail(str(error))
+
+
 def train_supervised(
-    actor: Actor, config: RunConfig, folder: RunFolder, groups: Sequence[Group],
-    learnt: Callable[[list[Group]], UpdateInput], *, stage: int, term: str,
-) -> None:  # fmt: skip
-    """config.sft.steps optimizer steps on this rank's share of `groups`, logged by step, and the export. Collective.
+    actor: Actor, config: RunConfig, run: OpenRun, groups: Sequence[Group],
+    learnt: Callable[[list[Group]], UpdateInput], stop: StopRequest, *, stage: int, term: str,
+) -> bool:  # fmt: skip
+    """config.sft.steps optimizer steps on this rank's share of `groups`, from the newest checkpoint on, logged by step,
+    and the export. Returns whether it came to the end; a stop request ends it with a checkpoint. Collective.
 
     `learnt` makes the update of a step's groups; `term` is the loss that the bar shows.
     """
@@ -125,15 +150,36 @@ def train_supervised(
     from training import distributed
     from training.data import positions_of_step, share_of_rank
 
-    bar = tqdm(range(config.sft.steps), desc=f"stage {stage}", unit="step", disable=not distributed.is_main())
+    parts = {"student": actor.engine}
+    progress = run.load(parts)
+    bar = tqdm(
+        range(progress.step, config.sft.steps), total=config.sft.steps, initial=progress.step, desc=f"stage {stage}",
+        unit="step", disable=not distributed.is_main(),
+    )  # fmt: skip
+    stop.defer()
+    stopping = False
     for step in bar:
         chosen = positions_of_step(step, config.sft.batch, len(groups), config.seed)
         mine = [groups[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
         metrics = actor.update([learnt(mine)], step)
+        progress.step, progress.skipped_updates = step + 1, progress.skipped_updates + int(metrics["skipped"] > 0)
         if distributed.is_main():
-            folder.append_metrics({"step": step + 1, **metrics})
+            run.folder.append_metrics({"step": progress.step, **metrics})
             bar.set_postfix(loss=f"{metrics[f'loss/{term}']:.3f}", refresh=False)
-    actor.export(Path(config.sft.output) if config.sft.output else folder.export)
+        ended, stopping = progress.step == config.sft.steps, distributed.any_rank(stop.requested)
+        if progress.step % config.checkpoint.every == 0 or ended or stopping:
+            with run.checkpoints.tolerated():
+                distributed.together(run.folder.finish_lines, OSError)
+                run.checkpoints.save(parts, progress)
+        if stopping:
+            break
+    with run.checkpoints.tolerated():
+        run.checkpoints.wait()
+    stop.undefer()
+    if progress.step < config.sft.steps:
+        return False
+    actor.export(Path(config.sft.output) if config.sft.output else run.folder.export)
+    return True
 
 
 def teacher_answers(config: RunConfig, prompts: Sequence[Prompt]) -> list[str]:
