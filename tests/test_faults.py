@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
-from tests.runs import ROOT, command, environment, metrics, timeless
+from tests import student_models
+from tests.runs import ROOT, command, environment, free_port, metrics, timeless
+from tests.teacher_models import save_tokenizer
 from tests.test_leaving import processes_of, wait_until
 
 FOREVER = ["--steps", "100000", "--checkpoint.every", "2", "--eval.questions", "2"]
@@ -205,3 +210,61 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, demo_cache: Path) -> None
     assert {name: (kept / name).stat().st_size for name in manifest["files"]} == {
         name: entry["size"] for name, entry in manifest["files"].items()
     }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests/fault_worker.py measures on two ranks, by its name."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**student_models._SIZES, "max_position_embeddings": 1024})
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    # Every tensor of some size is a mapping of its own, given back as it is freed: the limit is then exact.
+    shared = environment() | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "PYTHONWARNINGS": "ignore"}
+    shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, str(ROOT / "tests" / "fault_worker.py"), str(folder / "model"), str(folder / "out.json")]
+    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(900) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "\n".join(log.read_text(errors="replace")[-2500:] for log in logs)
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("zero", [0, 1])
+def test_out_of_memory_on_one_rank(zero: int, two_ranks: dict[str, Any]) -> None:
+    """Both ranks take the step again with half the budget: what comes out is what half the budget gives at once."""
+    found = two_ranks[f"memory, zero {zero}"]
+    much, half = found["needed"]
+    assert much > 1.3 * half, "half the budget needs less"
+    halved, smaller, hopeless = found["halved"], found["smaller"], found["hopeless"]
+    assert halved["budgets"] == [2000.0, 2000.0]
+    assert smaller["budgets"] == [2000.0, 2000.0], "it was configured so, and had room"
+    assert halved["metrics"].keys() == smaller["metrics"].keys()
+    for key, value in smaller["metrics"].items():
+        assert halved["metrics"][key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+    assert halved["state"] == smaller["state"], "bit for bit"
+    assert halved["state"] != found["start"]
+    assert hopeless["metrics"]["failed"] == 1.0, "with half of it neither: no third attempt"
+    assert hopeless["state"] == found["start"], "and nothing has changed"
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_loss_that_is_not_finite_on_one_rank(zero: int, two_ranks: dict[str, Any]) -> None:
+    found = two_ranks[f"not finite, zero {zero}"]
+    assert found["skipped"] == 1.0
+    assert found["after"] == two_ranks["memory, zero 0"]["start"], "left out on every rank"
+    assert found["next"] == found["clean"]
+    assert found["next"] != found["after"]
