@@ -223,11 +223,11 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     # Every tensor of some size is a mapping of its own, given back as it is freed: the limit is then exact.
     shared = environment() | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "PYTHONWARNINGS": "ignore"}
     shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, str(ROOT / "tests" / "fault_worker.py"), str(folder / "model"), str(folder / "out.json")]
+    program = [sys.executable, str(ROOT / "tests" / "fault_worker.py"), str(folder / "model"), str(folder / "out.json")]
     logs = [folder / f"rank{rank}.log" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            command, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("wb"),
+            program, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
         )
         for rank, log in enumerate(logs)
