@@ -49,8 +49,6 @@ def validate(config: RunConfig) -> None:
     _validate_loss(config)
     _validate_around(config)
     _validate_rewards(config)
-    _at_least(config.teacher, "teacher.", 1, "tensor_parallel", "threads", "max_batch_tokens", "logit_chunk")
-    _above_zero(config.teacher, "teacher.", "timeout_s")
     require(
         config.time_limit_s is None or config.time_limit_s > 0, "time_limit_s", config.time_limit_s, "must be above 0"
     )
@@ -58,6 +56,7 @@ def validate(config: RunConfig) -> None:
         config.stuck_timeout_s > config.teacher.timeout_s, "stuck_timeout_s", config.stuck_timeout_s,
         f"must be above teacher.timeout_s ({config.teacher.timeout_s:g}), which a rank may wait for",
     )  # fmt: skip
+    _validate_teachers(config)
     _above_zero(config.actor, "actor.", "learning_rate", "max_grad_norm")
     _above_zero(config.critic, "critic.", "learning_rate")
     _at_least(config.actor, "actor.", 1, "micro_batch_tokens", "updates_per_rollout")
@@ -161,6 +160,7 @@ def _validate_mixing(config: RunConfig) -> None:
 def _validate_rewards(config: RunConfig) -> None:
     """The extra parts of the reward."""
     rewards = config.rewards
+    require(math.isfinite(rewards.teacher_weight), "rewards.teacher_weight", rewards.teacher_weight, "must be finite")
     for name in ("exact_match", "similarity", "language", "format", "length", "judge"):
         weight = getattr(rewards, f"{name}_weight")
         require(math.isfinite(weight), f"rewards.{name}_weight", weight, "must be a finite number (0: off)")
@@ -183,6 +183,29 @@ def _validate_rewards(config: RunConfig) -> None:
         "name the model that judges, or set rewards.judge_weight to 0",
     )
     validate_api(judge, "rewards.judge.")
+
+
+def _validate_teachers(config: RunConfig) -> None:
+    """`teacher`, and the ones beside it."""
+    keys = {"teacher.": config.teacher} | {f"teachers[{i}].": teacher for i, teacher in enumerate(config.teachers)}
+    for prefix, teacher in keys.items():
+        _at_least(teacher, prefix, 1, "tensor_parallel", "threads", "max_batch_tokens", "logit_chunk")
+        _above_zero(teacher, prefix, "timeout_s")
+    names = [teacher.name for teacher in config.teachers]
+    for i, teacher in enumerate(config.teachers):
+        require(
+            bool(re.fullmatch(r"[\w.-]+", teacher.name)) and teacher.name not in names[:i],
+            f"teachers[{i}].name",
+            teacher.name,
+            "give each its own name of letters, digits, `.`, `_` and `-`",
+        )
+        require(math.isfinite(teacher.weight), f"teachers[{i}].weight", teacher.weight, "must be a finite number")
+    require(
+        not config.teachers or config.recipe in ("rl", "bond", "warp"),
+        "teachers",
+        names,
+        f"recipe {config.recipe} has no reward to which other teachers could add: leave them out, or use --recipe rl",
+    )
 
 
 def validate_api(api: ApiConfig, prefix: str) -> None:

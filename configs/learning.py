@@ -103,6 +103,8 @@ class RewardConfig:
     """minillm: the long part is the mean, not the sum, of the rewards that follow."""
     gamma: float = 1.0
     """minillm: discount of the long part, in powers relative to the token."""
+    teacher_weight: float = 1.0
+    """Weight of `teacher` in the reward; each of `teachers` has its own."""
     exact_match_weight: float = 0.0
     """Weight of an extra part: 1 where the answer equals one of the data's answers. Needs answers in the prompts."""
     similarity_weight: float = 0.0

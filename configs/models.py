@@ -89,6 +89,16 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtraTeacherConfig(TeacherConfig):
+    """One more teacher beside `teacher`, with the same settings; its tokenizer may be another one again."""
+
+    name: str
+    """Its part of the reward is logged as `reward/REWARD/NAME`."""
+    weight: float = 1.0
+    """Weight of its part of the reward; that of `teacher` is rewards.teacher_weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CriticConfig:
     """The value model (PPO): a second DeepSpeed engine."""
 

@@ -26,6 +26,7 @@ from configs.learning import ScheduleConfig as ScheduleConfig
 from configs.models import DEMO as DEMO
 from configs.models import AdapterConfig as AdapterConfig
 from configs.models import CriticConfig as CriticConfig
+from configs.models import ExtraTeacherConfig as ExtraTeacherConfig
 from configs.models import ReferenceConfig as ReferenceConfig
 from configs.models import StudentConfig as StudentConfig
 from configs.models import TeacherConfig as TeacherConfig
@@ -148,6 +149,8 @@ class RunConfig:
     teacher.timeout_s and than a checkpoint takes."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: tuple[ExtraTeacherConfig, ...] = ()
+    """More teachers, whose rewards are added by weight. A list in YAML; `name` and `path` are needed in each."""
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
@@ -181,4 +184,5 @@ def as_dict(config: RunConfig) -> dict[str, object]:
     """Plain nested values, ready for YAML."""
     values = dataclasses.asdict(config)
     values["actor"]["betas"] = list(config.actor.betas)
+    values["teachers"] = list(values["teachers"])
     return values

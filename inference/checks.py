@@ -25,14 +25,15 @@ def safetensors_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 
 
-def check_teacher(path: Path, tensor_parallel: int) -> None:
-    """Raise a ValueError unless `path` holds a supported model whose heads `tensor_parallel` divides."""
+def check_teacher(path: Path, tensor_parallel: int, key: str = "teacher") -> None:
+    """Raise a ValueError unless `path` holds a supported model whose heads `tensor_parallel` divides. `key`: whose
+    settings they are, for the message."""
     if not path.is_dir():
-        raise ValueError(f"teacher.path = {str(path)!r}: no such directory")
+        raise ValueError(f"{key}.path = {str(path)!r}: no such directory")
     if not (path / "config.json").is_file():
-        raise ValueError(f"teacher.path = {str(path)!r}: no config.json in it; give a Hugging Face model directory")
+        raise ValueError(f"{key}.path = {str(path)!r}: no config.json in it; give a Hugging Face model directory")
     if not safetensors_files(path):
-        raise ValueError(f"teacher.path = {str(path)!r}: no *.safetensors in it; save the model as safetensors")
+        raise ValueError(f"{key}.path = {str(path)!r}: no *.safetensors in it; save the model as safetensors")
     try:
         architecture = parse_architecture(read_json(path / "config.json"))
     except KeyError as error:
@@ -41,6 +42,6 @@ def check_teacher(path: Path, tensor_parallel: int) -> None:
     if tensor_parallel < 1 or heads % tensor_parallel:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
-            f"teacher.tensor_parallel = {tensor_parallel}: must divide the {heads} attention heads; "
+            f"{key}.tensor_parallel = {tensor_parallel}: must divide the {heads} attention heads; "
             f"these would do: {', '.join(divisors)}"
         )

@@ -22,6 +22,33 @@ class Part:
     """float32 [B] unweighted."""
 
 
+@dataclass(frozen=True)
+class Opinion:
+    """What one of several teachers makes of the responses."""
+
+    name: str | None
+    """Its parts are named `PART/NAME`; None: PART alone, for the first teacher."""
+    weight: float
+    """What its reward is multiplied by in the sum; may be negative."""
+    reward: RewardOutput
+
+
+def weighted_sum(opinions: Sequence[Opinion]) -> RewardOutput:
+    """The teachers' rewards, and returns where all have them, added by weight; parts stay as they are."""
+    first = opinions[0].reward
+    rewards_BR, returns_BR = torch.zeros_like(first.rewards_BR), None
+    if first.returns_BR is not None:
+        returns_BR = torch.zeros_like(first.returns_BR)
+    named = {}
+    for opinion in opinions:
+        rewards_BR = rewards_BR + opinion.weight * opinion.reward.rewards_BR
+        if returns_BR is not None and opinion.reward.returns_BR is not None:
+            returns_BR = returns_BR + opinion.weight * opinion.reward.returns_BR
+        for part, values_B in opinion.reward.parts.items():
+            named[part if opinion.name is None else f"{part}/{opinion.name}"] = values_B
+    return RewardOutput(rewards_BR, returns_BR, named)
+
+
 def add_parts(reward: RewardOutput, inputs: RewardInput, parts: Sequence[Part]) -> RewardOutput:
     """The reward with each part's weighted value on the response's last token.
 

@@ -41,11 +41,13 @@ def test_a_run_says_what_is_wrong_and_leaves_repetitions_out(tmp_path: Path) -> 
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in (CONTEXT, "Annað", "annað")), encoding="utf-8")
     prompt = Prompt(index=0, text="", tokens=(1,), answers=(), question="?", context=CONTEXT)
-    config = RunConfig(data=DataConfig(text=str(file)), loss=LossConfig(pt_coef=0.1))
+    other = tmp_path / "questions.jsonl"
+    other.write_text(json.dumps({"question": "Hvat?"}) + "\n")
+    config = RunConfig(data=DataConfig(text=str(file), prompts=str(other)), loss=LossConfig(pt_coef=0.1))
     first, second = data_warnings(config, [prompt])
     assert "1 of 1 held-out contexts" in first
     assert "1 of 3 texts are repetitions" in second
-    without = dataclasses.replace(config, data=DataConfig(text=str(file), deduplicate=True))
+    without = dataclasses.replace(config, data=dataclasses.replace(config.data, deduplicate=True))
     assert len(data_warnings(without, [prompt])) == 1
     assert data_warnings(dataclasses.replace(config, loss=LossConfig(pt_coef=0.0)), [prompt]) == []
 
@@ -56,3 +58,18 @@ def test_a_run_says_what_is_wrong_and_leaves_repetitions_out(tmp_path: Path) -> 
     unique = text_blocks(file, tokenizer, 0, 100, deduplicate=True)[0]
     assert [*whole.prompt, *whole.responses[0]] == [len(CONTEXT), 0, 5, 0, 5, 0]
     assert [*unique.prompt, *unique.responses[0]] == [len(CONTEXT), 0, 5, 0]
+
+
+def test_prompts_and_answers_to_imitate_are_looked_through_where_they_are_used(tmp_path: Path) -> None:
+    prompts, warmup = tmp_path / "prompts.jsonl", tmp_path / "warmup.jsonl"
+    prompts.write_text(json.dumps({"question": "Hvar?", "context": CONTEXT}) + "\n", encoding="utf-8")
+    warmup.write_text(json.dumps({"question": CONTEXT + " Hvar?", "answers": ["har"]}) + "\n", encoding="utf-8")
+    prompt = Prompt(index=0, text="", tokens=(1,), answers=(), question="?", context=CONTEXT)
+    config = RunConfig(data=DataConfig(text=None, prompts=str(prompts), warmup=str(warmup)), reward="teacher_logprob")
+    (line,) = data_warnings(config, [prompt])
+    assert line.startswith(f"data.prompts = {str(prompts)!r}: 1 of 1 held-out contexts are in it")
+    assert [line.split(" = ")[0] for line in data_warnings(config, [prompt], stage=1)] == ["data.warmup"]
+    both = dataclasses.replace(config, loss=LossConfig(bc_coef=0.1))
+    assert [line.split(" = ")[0] for line in data_warnings(both, [prompt])] == ["data.prompts", "data.warmup"]
+    elsewhere = dataclasses.replace(prompt, context="Tann stóra oyggin eitur Streymoy og har er Tórshavn, sum eg sá.")
+    assert data_warnings(both, [elsewhere]) == []

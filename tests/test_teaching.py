@@ -190,9 +190,10 @@ def test_a_chat_template_that_is_missing_is_named(tmp_path: Path) -> None:
         student=StudentConfig(path=str(tmp_path / "s")), teacher=TeacherConfig(path=str(tmp_path / "t")),
         data=DataConfig(use_chat_template=True),
     )  # fmt: skip
+    facts = teacher_facts(tmp_path / "t", tmp_path / "s")
     with pytest.raises(ValueError, match=r"data.use_chat_template = True: student.path = .* without a chat template"):
-        check_tokenizers(config, same_tokenizer=False)
-    check_tokenizers(replace(config, data=DataConfig()), same_tokenizer=False)
+        check_tokenizers(config, "teacher.path", facts)
+    check_tokenizers(replace(config, data=DataConfig()), "teacher.path", facts)
 
 
 def test_with_one_tokenizer_tokens_go_as_they_are(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from configs.schema import RunConfig
 from inference.client import TeacherLost
 from inference.packing import Group
 from rewards.base import RewardInput, RewardOutput
-from rewards.combine import add_parts
+from rewards.combine import Opinion, add_parts, weighted_sum
 from rewards.minillm import minillm_rewards
 from rewards.teacher_logprob import teacher_logprob_rewards
 from training import distributed
@@ -46,6 +46,8 @@ class Models:
     teacher: TeacherLink
     start: Reference | None = None
     """The start of the run, where reference.kl_limit is set and the reference itself moves."""
+    others: Sequence[TeacherLink] = ()
+    """The teachers of config.teachers, in its order."""
 
 
 def collect(
@@ -81,6 +83,7 @@ def _answered(
     waiting = models.teacher.ask(
         rollout, whole_distribution=weights.single_step > 0, entries=config.loss.single_step_entries
     )
+    others = [link.ask(rollout, whole_distribution=False) for link in models.others]
     full = config.loss.kl_estimator == "full" and weights.kl > 0
     with clock("reference"):
         reference_BR = models.reference.logprobs(rollout) if models.reference else None
@@ -89,8 +92,8 @@ def _answered(
         values_BR = models.critic.values(rollout) if models.critic else None
         old_BR = models.actor.logprobs(rollout) if config.loss.importance_cap is not None else None
     with clock("teacher"):
-        view = distributed.together(waiting, TeacherLost)
-    reward = reward_of(rollout, view, config, weights.single_step > 0)
+        view, *beside = distributed.together(lambda: [wait() for wait in (waiting, *others)], TeacherLost)
+    reward = reward_of(rollout, view, config, weights.single_step > 0, beside)
     importance_BR = importance_of(rollout, view, config)
     if old_BR is not None and config.loss.importance_cap is not None:
         cut_BR = truncated_importance(old_BR, rollout.behavior_logprobs_BR, config.loss.importance_cap)
@@ -114,8 +117,11 @@ def _answers(models: Models, config: RunConfig, prompts: Sequence[Prompt], step:
         mixture.close()
 
 
-def reward_of(rollout: Rollout, view: TeacherView, config: RunConfig, single_step: bool) -> RewardOutput:
-    """The configured reward of a rollout, with its extra parts added."""
+def reward_of(
+    rollout: Rollout, view: TeacherView, config: RunConfig, single_step: bool, others: Sequence[TeacherView] = ()
+) -> RewardOutput:
+    """The configured reward of a rollout by its teacher and by the `others` of config.teachers, with its extra parts
+    added. The exact single-step term, where there is one, is to the first teacher: the others' rewards are whole."""
     inputs = RewardInput(
         lengths_B=rollout.lengths_B,
         finished_B=rollout.finished_B,
@@ -124,16 +130,22 @@ def reward_of(rollout: Rollout, view: TeacherView, config: RunConfig, single_ste
         texts=rollout.texts,
         answers=[p.answers for p in rollout.prompts for _ in range(rollout.group_size)],
     )
-    if config.reward == "minillm":
-        reward = minillm_rewards(
-            inputs,
-            gamma=config.rewards.gamma,
-            length_normalize=config.rewards.length_normalize,
-            single_step=single_step,
-        )
-    else:
-        reward = teacher_logprob_rewards(inputs, length_alpha=config.rewards.length_alpha)
+    opinions = [Opinion(None, config.rewards.teacher_weight, _teacher_reward(inputs, config, single_step))]
+    for teacher, other in zip(config.teachers, others, strict=True):
+        asked = replace(inputs, teacher_logprobs_BR=other.logprobs_BR)
+        opinions.append(Opinion(teacher.name, teacher.weight, _teacher_reward(asked, config, False)))
+    reward = weighted_sum(opinions)
     return add_parts(reward, inputs, extra_parts(inputs, rollout, config))
+
+
+def _teacher_reward(inputs: RewardInput, config: RunConfig, single_step: bool) -> RewardOutput:
+    """One teacher's reward, by config.reward."""
+    rewards = config.rewards
+    if config.reward == "minillm":
+        return minillm_rewards(
+            inputs, gamma=rewards.gamma, length_normalize=rewards.length_normalize, single_step=single_step
+        )
+    return teacher_logprob_rewards(inputs, length_alpha=rewards.length_alpha)
 
 
 def make_experience(batch: Batch, config: RunConfig, kl_coef: float) -> tuple[Experience, int]:
@@ -141,6 +153,7 @@ def make_experience(batch: Batch, config: RunConfig, kl_coef: float) -> tuple[Ex
     out. Returns the number of non-finite groups too. Collective."""
     rollout, view = batch.rollout, batch.view
     finite_B = torch.isfinite(view.logprobs_BR).all(1) & torch.isfinite(rollout.behavior_logprobs_BR).all(1)
+    finite_B &= torch.isfinite(batch.reward.rewards_BR).all(1)  # another teacher's score
     finite_N = finite_B.view(-1, rollout.group_size).all(1)
     dropped = [rollout.prompts[n].id for n in torch.nonzero(~finite_N).flatten().tolist()]
     reward = batch.reward

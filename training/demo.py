@@ -29,7 +29,13 @@ def uses_demo(config: RunConfig, *, stage: int) -> bool:
         read = [config.student.path, data.warmup, data.heldout]
         read += [config.teacher.path] if config.sft.answers == "teacher" else []
     else:
-        read = [config.student.path, config.teacher.path, data.prompts, data.heldout]
+        read = [
+            config.student.path,
+            config.teacher.path,
+            *(t.path for t in config.teachers),
+            data.prompts,
+            data.heldout,
+        ]
         read += [data.text or ""] if config.pt_coef > 0 else []
         read += [data.warmup] if config.loss.bc_coef > 0 or config.phases.every > 0 else []
     return DEMO in read

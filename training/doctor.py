@@ -93,9 +93,9 @@ def admit(setup: Setup, stack: ExitStack) -> Patient:
     start_distributed()
     asked = setup.config.teacher
     # Found or started once, here, so that the checks can start other clients of the same server.
-    address, secret = find_teacher(setup, stack)
+    address, secret = find_teacher(asked, setup.folder.path / "teacher", stack)
     os.environ[SECRET] = secret
-    setup = replace(setup, config=replace(setup.config, teacher=replace(asked, address=address)))
+    setup = replace(setup, config=replace(setup.config, teacher=replace(asked, address=address), teachers=()))
     _, models = start_models(setup, stack)
     return first_step(setup, models, local_teacher=asked.address is None)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from configs.jsonl import read_jsonl
+from configs.jsonl import read_jsonl, read_questions
 from configs.schema import RunConfig
 from training.experience import Prompt
 
@@ -64,24 +64,35 @@ def folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def data_warnings(config: RunConfig, heldout: Sequence[Prompt]) -> list[str]:
-    """One line for each thing that is wrong with the run's raw text and prompts; all paths are resolved by now."""
-    lines = []
-    if config.pt_coef > 0 and config.data.text is not None:
-        texts = [str(row["text"]) for row in read_jsonl(config.data.text, ["text"])]
-        found = overlap((prompt.context for prompt in heldout if prompt.context), texts)
-        if found.found:
+def data_warnings(config: RunConfig, heldout: Sequence[Prompt], *, stage: int = 2) -> list[str]:
+    """One line for each thing that is wrong with the files that stage 1 or 2 trains on; all paths are resolved."""
+    lines, data = [], config.data
+    questions = {"data.prompts": data.prompts} if stage == 2 else {}
+    if stage == 1 or config.loss.bc_coef > 0 or config.phases.every > 0:
+        questions["data.warmup"] = data.warmup
+    for key, path in questions.items():
+        rows = read_questions(path, answers=False)
+        lines += _found_line(key, path, heldout, (f"{row.get('context') or ''} {row['question']}" for row in rows))
+    if stage == 2 and config.pt_coef > 0 and data.text is not None:
+        texts = [str(row["text"]) for row in read_jsonl(data.text, ["text"])]
+        lines += _found_line("data.text", data.text, heldout, texts)
+        if (again := repeated(texts)) and not data.deduplicate:
             lines.append(
-                f"data.text = {config.data.text!r}: {len(found.found)} of {found.contexts} held-out contexts are in it "
-                f"(at least half of their sequences of {WORDS} words), so the evaluation reads what was trained on; "
-                f"the first: {found.found[0][:80]!r}"
-            )
-        if (again := repeated(texts)) and not config.data.deduplicate:
-            lines.append(
-                f"data.text = {config.data.text!r}: {again} of {len(texts)} texts are repetitions; set "
+                f"data.text = {data.text!r}: {again} of {len(texts)} texts are repetitions; set "
                 "data.deduplicate to leave them out"
             )
     return lines
+
+
+def _found_line(key: str, path: str, heldout: Sequence[Prompt], texts: Iterable[str]) -> list[str]:
+    """The warning of a file that has held-out contexts in it, or nothing."""
+    found = overlap((prompt.context for prompt in heldout if prompt.context), texts)
+    if not found.found:
+        return []
+    return [
+        f"{key} = {path!r}: {len(found.found)} of {found.contexts} held-out contexts are in it (at least half of their "
+        f"sequences of {WORDS} words), so the evaluation reads what was trained on; the first: {found.found[0][:80]!r}"
+    ]
 
 
 def _words(text: str) -> list[str]:

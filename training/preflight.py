@@ -38,6 +38,7 @@ def with_model_directories(config: RunConfig) -> RunConfig:
         config,
         student=replace(config.student, path=find("student.path", config.student.path)),
         teacher=replace(config.teacher, path=find("teacher.path", config.teacher.path)),
+        teachers=tuple(replace(t, path=find(f"teachers[{i}].path", t.path)) for i, t in enumerate(config.teachers)),
         critic=replace(config.critic, path=None if critic is None else find("critic.path", critic)),
     )
 
@@ -57,6 +58,9 @@ def check_files(config: RunConfig) -> None:
         )
     else:
         check_teacher(Path(config.teacher.path), config.teacher.tensor_parallel)
+    for place, extra in enumerate(config.teachers):
+        if extra.path != DEMO:
+            check_teacher(Path(extra.path), extra.tensor_parallel, f"teachers[{place}]")
     require(
         not config.student.adapter.four_bit or torch.cuda.is_available(),
         "student.adapter.four_bit",
@@ -121,8 +125,8 @@ def context_length(model: str | Path) -> int | None:
 
 
 def room_for_prompt(config: RunConfig) -> int:
-    """Longest prompt that leaves room for an answer in both models. Raises where there is none."""
-    lengths = [n for n in map(context_length, (config.student.path, config.teacher.path)) if n is not None]
+    """Longest prompt that leaves room for an answer in all models. Raises where there is none."""
+    lengths = [n for n in map(context_length, _all_models(config)) if n is not None]
     room = min(lengths, default=2**30) - config.sampling.max_new_tokens
     require(
         room > 0,
@@ -131,6 +135,10 @@ def room_for_prompt(config: RunConfig) -> int:
         f"leaves no room for a prompt in a context of {min(lengths, default=0)} tokens",
     )
     return room
+
+
+def _all_models(config: RunConfig) -> list[str]:
+    return [config.student.path, config.teacher.path, *(teacher.path for teacher in config.teachers)]
 
 
 def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
@@ -177,6 +185,7 @@ def with_paths(config: RunConfig, **paths: str) -> RunConfig:
         config,
         student=replace(config.student, path=pick(config.student.path, "student")),
         teacher=replace(config.teacher, path=pick(config.teacher.path, "teacher")),
+        teachers=tuple(replace(t, path=pick(t.path, "teacher")) for t in config.teachers),
         data=replace(
             data,
             prompts=pick(data.prompts, "prompts"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import yaml
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from configs.schema import RunConfig, as_dict
+from configs.schema import RunConfig, TeacherConfig, as_dict
 from inference.client import TeacherClient, TeacherLost
 from inference.fingerprint import tokenizer_fingerprint
 from inference.launch import start_local_teacher
@@ -52,7 +53,8 @@ FREE_KEYS = ("steps", "sft.steps", "sft.output", "actor.zero_stage", "critic.zer
              "runs_dir", "cache_dir", "name", "checkpoint.", "teacher.address", "teacher.interface",
              "teacher.port", "teacher.threads", "teacher.timeout_s", "time_limit_s", "stuck_timeout_s",
              "actor.micro_batch_tokens")  # fmt: skip
-"""Settings that may differ when a run is resumed."""
+"""Settings that may differ when a run is resumed; those of `teacher` are free in `teachers` too."""
+_PLACE = re.compile(r"^teachers\[\d+\]")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     single_step_coef(config, facts.same_tokenizer)
     check_recipe(config, facts.same_tokenizer)
     check_mixing(config, facts.same_tokenizer)
-    check_tokenizers(config, facts.same_tokenizer)
+    check_tokenizers(config, "teacher.path", facts)
+    for place, extra in enumerate(config.teachers):
+        check_tokenizers(config, f"teachers[{place}].path", teacher_facts(Path(extra.path), config.student.path))
     tokenizer = AutoTokenizer.from_pretrained(config.student.path)
     return config, facts, load_inputs(config, tokenizer, tokenizer.eos_token_id)
 
@@ -169,7 +173,8 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
 def start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
     """The teacher first (it starts beside us), then the student and who else takes part."""
     config = setup.config
-    address, secret = find_teacher(setup, stack)
+    address, secret = find_teacher(config.teacher, setup.folder.path / "teacher", stack)
+    beside = [find_teacher(t, setup.folder.path / f"teacher-{t.name}", stack) for t in config.teachers]
     output_VD = None
     if setup.facts.same_tokenizer:
         output_VD = setup.facts.output_layer(torch.float32)
@@ -185,14 +190,27 @@ def start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
     total = config.steps * config.actor.updates_per_rollout
     critical = config.algo == "ppo" and RECIPES[config.recipe].policy_gradient
     critic = Critic(config, Path(config.student.path), total_steps=total) if critical else None
-    fingerprint = tokenizer_fingerprint(config.student.path) if setup.facts.same_tokenizer else None
+    link = _connect(config.teacher, (address, secret), setup.facts, actor.teacher_output_VD, stack)
+    others = [
+        _connect(extra, where, teacher_facts(Path(extra.path), config.student.path), None, stack)
+        for extra, where in zip(config.teachers, beside, strict=True)
+    ]
+    return link, Models(actor, reference, critic, link, start, others)
+
+
+def _connect(
+    teacher: TeacherConfig, where: tuple[str, str], facts: TeacherFacts, output_VD: torch.Tensor | None,
+    stack: ExitStack,
+) -> TeacherLink:  # fmt: skip
+    """This rank's session with the server at `where` (address, secret)."""
+    fingerprint = tokenizer_fingerprint(facts.student) if facts.same_tokenizer else None
     client = TeacherClient(
-        address, secret=secret, tokenizer_fingerprint=fingerprint, timeout_s=config.teacher.timeout_s,
+        where[0], secret=where[1], tokenizer_fingerprint=fingerprint, timeout_s=teacher.timeout_s,
         prefer=distributed.rank(),
     )  # fmt: skip
-    link = TeacherLink(client, setup.facts, actor.teacher_output_VD)
+    link = TeacherLink(client, facts, output_VD)
     stack.callback(link.close)
-    return link, Models(actor, reference, critic, link, start)
+    return link
 
 
 def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Reference | None]:
@@ -209,14 +227,14 @@ def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Refe
     return reference, FrozenCopy(config, config.student.path, actor.engine.device, update="fixed")
 
 
-def find_teacher(setup: Setup, stack: ExitStack) -> tuple[str, str]:
-    """Address and secret: a running server's, or those of one that rank 0 starts and takes down with itself."""
-    config = setup.config
-    if config.teacher.address is not None:
-        return config.teacher.address, os.environ.get("GRPO_KD_TEACHER_SECRET", "")
+def find_teacher(teacher: TeacherConfig, work_dir: Path, stack: ExitStack) -> tuple[str, str]:
+    """Address and secret: a running server's, or those of one that rank 0 starts and takes down with itself. Its log
+    is in `work_dir`. Collective."""
+    if teacher.address is not None:
+        return teacher.address, os.environ.get("GRPO_KD_TEACHER_SECRET", "")
     parts = ["", ""]
     if distributed.is_main():
-        local = start_local_teacher(config.teacher, Path(config.teacher.path), setup.folder.path / "teacher")
+        local = start_local_teacher(teacher, Path(teacher.path), work_dir)
         stack.callback(local.stop)
         parts = [local.address, local.secret]
     gathered = distributed.gather_strings(parts)
@@ -312,7 +330,8 @@ def check_same_run(folder: RunFolder, config: RunConfig) -> None:
     if not path.is_file() or not step_numbers(folder.checkpoints):
         return
     old, new = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(as_dict(config))))
-    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(FREE_KEYS)]
+    keys = sorted(old.keys() | new.keys())
+    changed = [k for k in keys if old.get(k) != new.get(k) and not _PLACE.sub("teacher", k).startswith(FREE_KEYS)]
     if changed:
         differences = ", ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in changed[:5])
         raise ValueError(
@@ -326,6 +345,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
+        elif key == "teachers":
+            for place, teacher in enumerate(value):
+                flat |= _flat(teacher, f"{key}[{place}].")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from training.composite import UpdateInput
     from training.experience import Prompt
     from training.stopping import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -61,6 +64,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     from training.data import answer_group, load_prompts
     from training.deepspeed_engine import start_distributed
     from training.demo import resolve_demo
+    from training.overlap import data_warnings
     from training.preflight import check_files, room_for_prompt, with_model_directories
     from training.run import quiet_logging, set_threads
 
@@ -80,6 +84,9 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         )
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
+    if distributed.environment_rank() == 0:
+        for line in data_warnings(config, heldout, stage=1):
+            log.warning("%s", line)
     start_distributed()
     answers = [p.answers[0] for p in prompts] if own_answers else teacher_answers(config, prompts)
     end_token = int(tokenizer.eos_token_id)

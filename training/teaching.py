@@ -54,13 +54,13 @@ def teacher_facts(teacher: Path, student: Path | str) -> TeacherFacts:
     return TeacherFacts(teacher, tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student), student)
 
 
-def check_tokenizers(config: RunConfig, same_tokenizer: bool) -> None:
+def check_tokenizers(config: RunConfig, key_of_teacher: str, facts: TeacherFacts) -> None:
     """Raises ValueError where responses cannot be carried between the tokenizers, or a chat template is missing."""
-    if same_tokenizer and not config.data.use_chat_template:
+    if facts.same_tokenizer and not config.data.use_chat_template:
         return
-    for key, path in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
+    for key, path in (("student.path", config.student.path), (key_of_teacher, facts.path)):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        if not same_tokenizer:
+        if not facts.same_tokenizer:
             TokenBytes(tokenizer, f"{key} = {str(path)!r}")
         require(
             not config.data.use_chat_template or bool(tokenizer.chat_template), "data.use_chat_template", True,
