@@ -4,7 +4,7 @@ and the mend."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +22,36 @@ def read_jsonl(
     lacks one of the `required` keys. Required values must be there and not be null, empty or only white space.
     `problem` may look further: it returns what is wrong with a row, and the mend, or None.
     """
-    if is_table(path):
-        return _read_rows(path, required, problem)
-    path = Path(path)
+    return list(iterate_jsonl(path, required, problem))
+
+
+def iterate_jsonl(
+    path: str | Path, required: Sequence[str] = (), problem: Callable[[Row], str | None] | None = None
+) -> Iterator[Row]:
+    """The same rows and errors, one row in memory at a time."""
+    table = is_table(path)
+    empty = True
+    for where, row in read_table(path) if table else _read_lines(Path(path), required):
+        if table:
+            _require_keys(row, required, where)
+        if problem is not None and (found := problem(row)) is not None:
+            raise ValueError(f"{where}: {found}")
+        empty = False
+        yield row
+    if empty:
+        state = "the table has no row" if table else "the file has no row; write one JSON object a line"
+        raise ValueError(f"{path}: {state}")
+
+
+def _read_lines(path: Path, required: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """(file:line, row) of a JSONL file."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSONL file (one JSON object a line)")
-    rows = []
     # Binary lines: a file that is not UTF-8 still gets a line number, and U+2028 inside a string ends no line.
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             if raw.strip():
-                row = _parse_row(raw, required, f"{path}:{number}")
-                if problem is not None and (found := problem(row)) is not None:
-                    raise ValueError(f"{path}:{number}: {found}")
-                rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: the file has no row; write one JSON object a line")
-    return rows
-
-
-def _read_rows(path: str | Path, required: Sequence[str], problem: Callable[[Row], str | None] | None) -> list[Row]:
-    """The same for a table."""
-    rows = []
-    for where, row in read_table(path):
-        _require_keys(row, required, where)
-        if problem is not None and (found := problem(row)) is not None:
-            raise ValueError(f"{where}: {found}")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: the table has no row")
-    return rows
+                yield f"{path}:{number}", _parse_row(raw, required, f"{path}:{number}")
 
 
 def read_questions(path: str | Path, answers: bool = True) -> list[Row]:
@@ -62,8 +62,8 @@ def read_questions(path: str | Path, answers: bool = True) -> list[Row]:
 
 def _question_problem(row: Row) -> str | None:
     """What keeps a row from being a question, and the mend; None if nothing."""
-    for key in ("question", "context"):
-        if not isinstance(row.get(key, ""), str) and not (key == "context" and row[key] is None):
+    for key in ("question", "context", "question_en", "context_en"):
+        if not isinstance(row.get(key, ""), str) and not (key != "question" and row[key] is None):
             return f"key {key!r} is a {type(row[key]).__name__}; write a string"
     accepted = row.get("answers")
     if accepted is None:

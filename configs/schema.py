@@ -61,6 +61,9 @@ class DataConfig:
     """Longer prompts are counted and skipped."""
     text_block_tokens: int = 64
     """Tokens in one L_PT sequence."""
+    text_packing: Literal["blocks", "documents"] = "blocks"
+    """L_PT: texts stand end to end in a block, and a text sees those before it in its block (blocks), or itself only
+    (documents). The same tokens are predicted, without padding, in both."""
     deduplicate: bool = False
     """Leave out raw texts that occurred before (but for case and white space). They are counted in any case."""
 

@@ -97,7 +97,7 @@ def _read_dataset(path: str) -> Iterator[Placed]:
             found = datasets.load_from_disk(name)
             found = found[split] if isinstance(found, datasets.DatasetDict) else found
         else:
-            found = datasets.load_dataset(name, split=split)
+            found = datasets.load_dataset(name, split=split, streaming=True)  # a row in memory at a time
     except Exception as error:  # the library raises many kinds; all mean the same to the user
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

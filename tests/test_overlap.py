@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from configs.schema import DataConfig, LossConfig, RunConfig
-from training.data import text_blocks
 from training.experience import Prompt
 from training.overlap import data_warnings, overlap, repeated
+from training.text import text_blocks
 
 CONTEXT = "Tórshavn er høvuðsstaður í Føroyum og størsti býur í landinum við fleiri enn tjúgu túsund."
 """15 words: three sequences of 13."""
@@ -46,18 +46,25 @@ def test_a_run_says_what_is_wrong_and_leaves_repetitions_out(tmp_path: Path) -> 
     config = RunConfig(data=DataConfig(text=str(file), prompts=str(other)), loss=LossConfig(pt_coef=0.1))
     first, second = data_warnings(config, [prompt])
     assert "1 of 1 held-out contexts" in first
-    assert "1 of 3 texts are repetitions" in second
+    assert "1 of its texts are repetitions" in second
     without = dataclasses.replace(config, data=dataclasses.replace(config.data, deduplicate=True))
     assert len(data_warnings(without, [prompt])) == 1
     assert data_warnings(dataclasses.replace(config, loss=LossConfig(pt_coef=0.0)), [prompt]) == []
 
-    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [len(text)]}
-
-    whole = text_blocks(file, tokenizer, 0, 100)[0]
-    unique = text_blocks(file, tokenizer, 0, 100, deduplicate=True)[0]
+    (whole,) = text_blocks(file, Lengths(), 0, 100, cache=tmp_path)[0]
+    (unique,) = text_blocks(file, Lengths(), 0, 100, cache=tmp_path, deduplicate=True)[0]
     assert [*whole.prompt, *whole.responses[0]] == [len(CONTEXT), 0, 5, 0, 5, 0]
     assert [*unique.prompt, *unique.responses[0]] == [len(CONTEXT), 0, 5, 0]
+
+
+class Lengths:
+    """A tokenizer: a text is one token, its length."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [len(text)]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
 
 def test_prompts_and_answers_to_imitate_are_looked_through_where_they_are_used(tmp_path: Path) -> None:

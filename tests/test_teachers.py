@@ -79,11 +79,12 @@ def write_config(file: Path, other: Path) -> Path:
     return file
 
 
+@pytest.mark.timeout(1000)
 def test_a_run_adds_the_rewards_of_two_servers(tmp_path: Path, demo_cache: Path) -> None:
     """The second has a tokenizer of its own; its part is the log-probability that transformers gives the text."""
     other = save_tiny(tmp_path / "other", "byte_level")
     file = write_config(tmp_path / "config.yaml", other)
-    finish(command(tmp_path, demo_cache, "--config", str(file), "--eval.questions", "4", "--name", "run"))
+    finish(command(tmp_path, demo_cache, "--config", str(file), "--eval.questions", "4", "--name", "run"), timeout=900)
     (row,) = metrics(tmp_path / "run")
     parts = [row["reward/teacher_logprob"], row["reward/teacher_logprob/other"]]
     assert row["reward/mean"] == pytest.approx(0.5 * parts[0] + 2.0 * parts[1], rel=1e-5)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from configs.jsonl import read_jsonl, read_questions
+from configs.jsonl import read_questions
 from configs.schema import DataConfig
 from inference.packing import Group
 from training.experience import Prompt
-from training.overlap import folded
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def load_prompts(
             Prompt(
                 index=len(prompts), text=text, tokens=tokens, answers=tuple(row.get("answers") or ()),
                 question=row["question"], context=row.get("context"), id=str(row.get("id", len(prompts))),
-                chat=config.use_chat_template,
+                chat=config.use_chat_template, question_en=row.get("question_en"), context_en=row.get("context_en"),
             )
         )  # fmt: skip
     if not prompts:
@@ -89,9 +88,9 @@ def random_stream(*numbers: int) -> torch.Generator:
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int) -> list[int]:
+def _permutation(seed: int, epoch: int, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) & 0x7FFFFFFFFFFFFFFF)
-    return torch.randperm(size, generator=generator).tolist()
+    return torch.randperm(size, generator=generator)
 
 
 def positions_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
@@ -99,7 +98,7 @@ def positions_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
 
     A pure function, so resuming needs no cursor and skips nothing at an epoch's end.
     """
-    return [_permutation(seed, i // size, size)[i % size] for i in range(step * count, (step + 1) * count)]
+    return [int(_permutation(seed, i // size, size)[i % size]) for i in range(step * count, (step + 1) * count)]
 
 
 def replacement_positions(slots: Sequence[int], size: int, seed: int, step: int, attempt: int) -> list[int]:
@@ -129,26 +128,3 @@ def _adds_a_space(tokenizer: Any) -> bool:
     return any(
         piece.startswith(("\N{LOWER ONE EIGHTH BLOCK}", "Ġ")) for piece in tokenizer.convert_ids_to_tokens(first)
     )
-
-
-def text_blocks(
-    path: str | Path, tokenizer: Any, end_token: int, block: int, *, deduplicate: bool = False
-) -> list[Group]:
-    """Raw text for L_PT: all rows end to end, cut into blocks of `block` tokens.
-
-    The first token of a block is context, the others are predicted. `deduplicate`: without rows that occurred before.
-    """
-    stream: list[int] = []
-    seen: set[str] = set()
-    for row in read_jsonl(path, ["text"]):
-        if deduplicate and (key := folded(row["text"])) in seen:
-            continue
-        elif deduplicate:
-            seen.add(key)
-        stream.extend(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
-        stream.append(end_token)
-    blocks = [stream[i : i + block] for i in range(0, len(stream), block)]
-    groups = [Group(prompt=(b[0],), responses=(tuple(b[1:]),)) for b in blocks if len(b) > 1]
-    if not groups:
-        raise ValueError(f"data.text = {str(path)!r}: not two tokens of text in the file; give it some text")
-    return groups

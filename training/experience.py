@@ -35,6 +35,10 @@ class Prompt:
     """The data's own name for it."""
     chat: bool = False
     """`text` is a user's message, and each model reads it in its own chat template."""
+    question_en: str | None = None
+    """The question in English, where the data has it."""
+    context_en: str | None = None
+    """The context in English, where the data has it."""
 
 
 @dataclass(frozen=True)

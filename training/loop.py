@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -24,7 +24,9 @@ from training.ppo import next_kl_coefficient
 from training.recipes import RECIPES
 from training.run_folder import Progress, RunFolder
 from training.safe_points import SafePoints, StepAbandoned, nothing
+from training.text import flat
 
+Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
@@ -34,8 +36,8 @@ class Corpus:
 
     prompts: Sequence[Prompt]
     """RL prompts."""
-    text: Sequence[Group]
-    """L_PT blocks; empty where L_PT is off."""
+    text: Sequence[Sequence[Group]]
+    """L_PT blocks, each as the groups that it is packed from (training/text.py); empty where L_PT is off."""
     cloning: Sequence[Group]
     """L_BC examples; empty where L_BC is off."""
 
@@ -111,7 +113,7 @@ def prompts_of_step(corpus: Corpus, config: RunConfig, step: int) -> list[Prompt
     return [corpus.prompts[i] for i in mine]
 
 
-def _groups_of_step(groups: Sequence[Group], count: int, step: int, seed: int) -> list[Group]:
+def _groups_of_step(groups: Sequence[Item], count: int, step: int, seed: int) -> list[Item]:
     """This rank's share of `count` text blocks or examples."""
     if not groups:
         return []
@@ -137,7 +139,7 @@ def update(
     batches = [
         UpdateInput(
             experience=mini,
-            text=_groups_of_step(corpus.text, config.loss.pt_batch, step * parts + i, config.seed),
+            text=flat(_groups_of_step(corpus.text, config.loss.pt_batch, step * parts + i, config.seed)),
             cloning=_cloning(mini, corpus, config, step * parts + i),
             weights=weights,
         )

@@ -9,10 +9,10 @@ this order. Raw texts are repeated where they agree but for case and white space
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from configs.jsonl import read_jsonl, read_questions
+from configs.jsonl import iterate_jsonl, read_questions
 from configs.schema import RunConfig
 from training.experience import Prompt
 
@@ -74,12 +74,11 @@ def data_warnings(config: RunConfig, heldout: Sequence[Prompt], *, stage: int = 
         rows = read_questions(path, answers=False)
         lines += _found_line(key, path, heldout, (f"{row.get('context') or ''} {row['question']}" for row in rows))
     if stage == 2 and config.pt_coef > 0 and data.text is not None:
-        texts = [str(row["text"]) for row in read_jsonl(data.text, ["text"])]
-        lines += _found_line("data.text", data.text, heldout, texts)
-        if (again := repeated(texts)) and not data.deduplicate:
+        lines += _found_line("data.text", data.text, heldout, _texts(data.text))
+        if not data.deduplicate and (again := repeated(_texts(data.text))):
             lines.append(
-                f"data.text = {data.text!r}: {again} of {len(texts)} texts are repetitions; set "
-                "data.deduplicate to leave them out"
+                f"data.text = {data.text!r}: {again} of its texts are repetitions; set data.deduplicate to leave them "
+                "out"
             )
     return lines
 
@@ -93,6 +92,10 @@ def _found_line(key: str, path: str, heldout: Sequence[Prompt], texts: Iterable[
         f"{key} = {path!r}: {len(found.found)} of {found.contexts} held-out contexts are in it (at least half of their "
         f"sequences of {WORDS} words), so the evaluation reads what was trained on; the first: {found.found[0][:80]!r}"
     ]
+
+
+def _texts(path: str) -> Iterator[str]:
+    return (str(row["text"]) for row in iterate_jsonl(path, ["text"]))
 
 
 def _words(text: str) -> list[str]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs.jsonl import read_jsonl, read_questions
+from configs.jsonl import iterate_jsonl, read_questions
 from configs.schema import DEMO, RunConfig, require
 from inference.checks import check_teacher
-from training.data import Skipped, answer_group, load_prompts, text_blocks
+from inference.packing import Group
+from training.data import Skipped, answer_group, load_prompts
 from training.experience import Prompt
 from training.extra_rewards import check_extra_rewards
 from training.loop import Corpus
+from training.text import TextBlocks, text_blocks
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def check_files(config: RunConfig) -> None:
         if path != DEMO:
             _named(key, lambda p=path: read_questions(p, answers=False))
     if config.data.text not in (None, DEMO):
-        _named("data.text", lambda: read_jsonl(str(config.data.text), ["text"]))
+        _named("data.text", lambda: deque(iterate_jsonl(str(config.data.text), ["text"]), maxlen=0))
 
 
 def model_directory(key: str, path: str) -> Path:
@@ -154,10 +158,9 @@ def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
         f"is more than the {len(prompts)} prompts in {data.prompts}",
     )
     heldout, _ = load_prompts(data.heldout, data, tokenizer, key="data.heldout", room=room, need_answers=True)
-    text = []
+    text: Sequence[Sequence[Group]] = ()
     if config.pt_coef > 0:
-        assert data.text is not None
-        text = text_blocks(data.text, tokenizer, end_token, data.text_block_tokens, deduplicate=data.deduplicate)
+        text = blocks_of(config, tokenizer, end_token)
         require(
             config.loss.pt_batch <= len(text), "loss.pt_batch", config.loss.pt_batch,
             f"is more than the {len(text)} blocks of text in {data.text}",
@@ -172,6 +175,16 @@ def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
         )  # fmt: skip
     questions = heldout[: config.eval.questions] if config.eval.questions else heldout
     return Inputs(Corpus(prompts, text, cloning), questions, skipped)
+
+
+def blocks_of(config: RunConfig, tokenizer: Any, end_token: int) -> TextBlocks:
+    """L_PT's blocks, as configured; data.text is given and resolved by now."""
+    data = config.data
+    assert data.text is not None
+    return text_blocks(
+        data.text, tokenizer, end_token, data.text_block_tokens, cache=config.cache_dir,
+        deduplicate=data.deduplicate, documents=data.text_packing == "documents",
+    )  # fmt: skip
 
 
 def with_paths(config: RunConfig, **paths: str) -> RunConfig:

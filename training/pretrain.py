@@ -57,14 +57,15 @@ def main(argv: list[str]) -> int:
 
 def run(config: RunConfig, stop: StopRequest) -> int:
     """Run stage 0; returns the exit code."""
+    import numpy as np
     from transformers import AutoTokenizer
 
     from training import distributed
-    from training.data import text_blocks
     from training.deepspeed_engine import start_distributed
     from training.demo import resolve_demo
-    from training.preflight import check_files, with_model_directories
+    from training.preflight import blocks_of, check_files, with_model_directories
     from training.run import quiet_logging, set_threads
+    from training.text import Picked
 
     quiet_logging()
     try:
@@ -74,12 +75,16 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         if DEMO in (config.student.path, config.data.text):
             config = resolve_demo(config, stage=1)
         tokenizer = AutoTokenizer.from_pretrained(config.student.path)
-        data, end_token = config.data, int(tokenizer.eos_token_id)
-        assert data.text is not None
-        blocks = text_blocks(data.text, tokenizer, end_token, data.text_block_tokens, deduplicate=data.deduplicate)
-        held = blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-        text = [block for place, block in enumerate(blocks) if (place + 1) % HELD_OUT_EVERY]
-        require(bool(held), "data.text", data.text, f"gives {len(blocks)} blocks; {HELD_OUT_EVERY} are needed at least")
+        blocks = blocks_of(config, tokenizer, int(tokenizer.eos_token_id))
+        places = np.arange(1, len(blocks) + 1)
+        held = Picked(blocks, np.flatnonzero(places % HELD_OUT_EVERY == 0))
+        text = Picked(blocks, np.flatnonzero(places % HELD_OUT_EVERY))
+        require(
+            len(held) > 0,
+            "data.text",
+            config.data.text,
+            f"gives {len(blocks)} blocks; {HELD_OUT_EVERY} are needed at least",
+        )
         require(
             config.sft.batch <= len(text), "sft.batch", config.sft.batch, f"is more than {len(text)} blocks of text"
         )
@@ -96,7 +101,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
 
 
 def fit(
-    config: RunConfig, text: Sequence[Group], held: Sequence[Group], stop: StopRequest
+    config: RunConfig, text: Sequence[Sequence[Group]], held: Sequence[Sequence[Group]], stop: StopRequest
 ) -> tuple[float, float] | None:
     """Train on blocks of text and export; returns held-out bits a byte before and after, None where it was stopped.
     Collective."""
@@ -105,6 +110,7 @@ def fit(
     from training import distributed
     from training.actor import Actor
     from training.composite import LossWeights, UpdateInput
+    from training.text import flat
 
     run = open_run(config, "pretrain")
     torch.manual_seed(config.seed)
@@ -117,7 +123,7 @@ def fit(
             run.folder.write_json("eval/before.json", measured)
     before = float(measured["bits_per_byte"])
     if not train_supervised(
-        actor, config, run, text, lambda mine: UpdateInput(None, mine, [], LossWeights(pt=1.0)), stop, stage=0,
+        actor, config, run, text, lambda mine: UpdateInput(None, flat(mine), [], LossWeights(pt=1.0)), stop, stage=0,
         term="pt",
     ):  # fmt: skip
         return None
@@ -138,7 +144,7 @@ def fit(
     return before, after
 
 
-def bits_per_byte(actor: Actor, config: RunConfig, blocks: Sequence[Group]) -> float:
+def bits_per_byte(actor: Actor, config: RunConfig, blocks: Sequence[Sequence[Group]]) -> float:
     """Bits that the student needs for a byte of the blocks' text behind each one's first token; the end symbols cost
     bits and are no bytes. Collective."""
     import torch
@@ -147,8 +153,9 @@ def bits_per_byte(actor: Actor, config: RunConfig, blocks: Sequence[Group]) -> f
     from training import distributed
     from training.data import share_of_rank
     from training.deepspeed_engine import in_step
+    from training.text import flat
 
-    mine = share_of_rank(blocks, distributed.rank(), distributed.world_size())
+    mine = flat(share_of_rank(blocks, distributed.rank(), distributed.world_size()))
     nats = 0.0
     with torch.no_grad():
         for row, used in in_step(pack(mine, config.actor.micro_batch_tokens)):

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from training.experience import Prompt
     from training.stopping import StopRequest
 
+Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
@@ -144,8 +145,8 @@ def open_run(config: RunConfig, name: str) -> OpenRun:
 
 
 def train_supervised(
-    actor: Actor, config: RunConfig, run: OpenRun, groups: Sequence[Group],
-    learnt: Callable[[list[Group]], UpdateInput], stop: StopRequest, *, stage: int, term: str,
+    actor: Actor, config: RunConfig, run: OpenRun, groups: Sequence[Item],
+    learnt: Callable[[list[Item]], UpdateInput], stop: StopRequest, *, stage: int, term: str,
 ) -> bool:  # fmt: skip
     """config.sft.steps optimizer steps on this rank's share of `groups`, from the newest checkpoint on, logged by step,
     and the export. Returns whether it came to the end; a stop request ends it with a checkpoint. Collective.
