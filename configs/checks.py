@@ -161,7 +161,7 @@ def _validate_rewards(config: RunConfig) -> None:
     """The extra parts of the reward."""
     rewards = config.rewards
     require(math.isfinite(rewards.teacher_weight), "rewards.teacher_weight", rewards.teacher_weight, "must be finite")
-    for name in ("exact_match", "similarity", "language", "format", "length", "judge"):
+    for name in ("exact_match", "similarity", "language", "format", "length", "judge", "bilingual"):
         weight = getattr(rewards, f"{name}_weight")
         require(math.isfinite(weight), f"rewards.{name}_weight", weight, "must be a finite number (0: off)")
     _at_least(rewards, "rewards.", 1, "length_min_words")
@@ -175,6 +175,17 @@ def _validate_rewards(config: RunConfig) -> None:
         re.compile(rewards.format_pattern)
     except re.error as error:
         require(False, "rewards.format_pattern", rewards.format_pattern, f"is no regular expression: {error}")
+    bilingual = rewards.bilingual
+    _at_least(bilingual, "rewards.bilingual.", 1, "max_new_tokens", "batch")
+    for key, needed in (("instruction", "{text}"), ("template", "{question}"), ("context_template", "{question}")):
+        value = getattr(bilingual, key)
+        require(needed in value, f"rewards.bilingual.{key}", value, f"must contain {needed}")
+    require(
+        rewards.bilingual_weight == 0 or bilingual.path is not None,
+        "rewards.bilingual.path",
+        bilingual.path,
+        "name the model that translates, or set rewards.bilingual_weight to 0",
+    )
     judge = rewards.judge
     require(
         rewards.judge_weight == 0 or judge.model is not None,

@@ -94,6 +94,30 @@ class ApiConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BilingualConfig:
+    """The translator of the part `bilingual`, and the English prompts. Rows may have `question_en`, `context_en`."""
+
+    path: str | None = None
+    """Hugging Face directory of an encoder-decoder model for translation, or of a causal one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Its parameter and compute type."""
+    instruction: str = "{text}"
+    """What the model is given; a causal one needs words around {text} (`Faroese: {text}\\nEnglish:`), T5 a prefix."""
+    source_language: str | None = None
+    """Name of Faroese for tokenizers that ask for one (NLLB: fao_Latn)."""
+    target_language: str | None = None
+    """Name of English for models that begin with one (NLLB: eng_Latn)."""
+    max_new_tokens: int = 128
+    """Longest translation, in its tokens."""
+    batch: int = 32
+    """Texts translated at a time."""
+    template: str = "Question: {question}\nAnswer:"
+    """English prompt of a question."""
+    context_template: str = "Text: {context}\nQuestion: {question}\nAnswer:"
+    """English prompt of a question with a context."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """From log-probabilities to token rewards (DESIGN: docs/algorithms.md)."""
 
@@ -128,6 +152,11 @@ class RewardConfig:
     """Words up to which a response is short enough."""
     judge_weight: float = 0.0
     """Weight of an extra part: the mark 0..1 of a model behind an OpenAI-compatible endpoint (`judge`)."""
+    bilingual_weight: float = 0.0
+    """Weight of an extra part: the teacher's mean log-probability of a token (nats, at most 0) of the answer's English
+    translation, under an English prompt (`bilingual`)."""
+    bilingual: BilingualConfig = field(default_factory=BilingualConfig)
+    """The translator."""
     judge: ApiConfig = field(default_factory=ApiConfig)
     """That endpoint."""
 

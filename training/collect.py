@@ -12,13 +12,14 @@ from configs.schema import RunConfig
 from inference.client import TeacherLost
 from inference.packing import Group
 from rewards.base import RewardInput, RewardOutput
-from rewards.combine import Opinion, add_parts, weighted_sum
+from rewards.combine import Opinion, Part, add_parts, weighted_sum
 from rewards.minillm import minillm_rewards
 from rewards.teacher_logprob import teacher_logprob_rewards
 from training import distributed
 from training.actor import Actor
 from training.advantages import group_scores_advantage, quantile_rewards
 from training.batch import Batch, has_signal, replaced
+from training.bilingual import Bilingual
 from training.clock import Clock
 from training.composite import LossWeights
 from training.critic import Critic
@@ -48,6 +49,8 @@ class Models:
     """The start of the run, where reference.kl_limit is set and the reference itself moves."""
     others: Sequence[TeacherLink] = ()
     """The teachers of config.teachers, in its order."""
+    bilingual: Bilingual | None = None
+    """Translator of the part `bilingual`, where it has a weight."""
 
 
 def collect(
@@ -84,6 +87,7 @@ def _answered(
         rollout, whole_distribution=weights.single_step > 0, entries=config.loss.single_step_entries
     )
     others = [link.ask(rollout, whole_distribution=False) for link in models.others]
+    translated = models.bilingual.ask(rollout) if models.bilingual else None
     full = config.loss.kl_estimator == "full" and weights.kl > 0
     with clock("reference"):
         reference_BR = models.reference.logprobs(rollout) if models.reference else None
@@ -93,7 +97,8 @@ def _answered(
         old_BR = models.actor.logprobs(rollout) if config.loss.importance_cap is not None else None
     with clock("teacher"):
         view, *beside = distributed.together(lambda: [wait() for wait in (waiting, *others)], TeacherLost)
-    reward = reward_of(rollout, view, config, weights.single_step > 0, beside)
+        marks = [distributed.together(translated, TeacherLost)] if translated else []
+    reward = reward_of(rollout, view, config, weights.single_step > 0, beside, marks)
     importance_BR = importance_of(rollout, view, config)
     if old_BR is not None and config.loss.importance_cap is not None:
         cut_BR = truncated_importance(old_BR, rollout.behavior_logprobs_BR, config.loss.importance_cap)
@@ -118,10 +123,12 @@ def _answers(models: Models, config: RunConfig, prompts: Sequence[Prompt], step:
 
 
 def reward_of(
-    rollout: Rollout, view: TeacherView, config: RunConfig, single_step: bool, others: Sequence[TeacherView] = ()
-) -> RewardOutput:
+    rollout: Rollout, view: TeacherView, config: RunConfig, single_step: bool, others: Sequence[TeacherView] = (),
+    marks: Sequence[Part] = (),
+) -> RewardOutput:  # fmt: skip
     """The configured reward of a rollout by its teacher and by the `others` of config.teachers, with its extra parts
-    added. The exact single-step term, where there is one, is to the first teacher: the others' rewards are whole."""
+    and `marks` added. The exact single-step term, where there is one, is to the first teacher: the others' rewards are
+    whole."""
     inputs = RewardInput(
         lengths_B=rollout.lengths_B,
         finished_B=rollout.finished_B,
@@ -135,7 +142,7 @@ def reward_of(
         asked = replace(inputs, teacher_logprobs_BR=other.logprobs_BR)
         opinions.append(Opinion(teacher.name, teacher.weight, _teacher_reward(asked, config, False)))
     reward = weighted_sum(opinions)
-    return add_parts(reward, inputs, extra_parts(inputs, rollout, config))
+    return add_parts(reward, inputs, [*extra_parts(inputs, rollout, config), *marks])
 
 
 def _teacher_reward(inputs: RewardInput, config: RunConfig, single_step: bool) -> RewardOutput:

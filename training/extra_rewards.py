@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from configs.checks import require
 from configs.learning import RewardConfig
 from configs.schema import RunConfig
 from rewards.answers import exact_match
@@ -20,7 +21,8 @@ HUNSPELL_FOLDERS = (Path("/usr/share/hunspell"), Path("/usr/share/myspell/dicts"
 
 
 def extra_parts(inputs: RewardInput, rollout: Rollout, config: RunConfig) -> list[Part]:
-    """Every part whose weight is not 0. The judge asks its endpoint (cached in config.cache_dir); the rest is pure."""
+    """Every part whose weight is not 0, but `bilingual` (training/bilingual.py). The judge asks its endpoint (cached in
+    config.cache_dir); the rest is pure."""
     rewards = config.rewards
     makers: dict[str, Callable[[], list[float]]] = {
         "exact_match": lambda: [
@@ -74,6 +76,9 @@ def check_extra_rewards(config: RunConfig) -> None:
     """What the parts need from outside, before any model is loaded. Raises ValueError with the mend."""
     if config.rewards.language_weight != 0 and config.rewards.language_dictionary is not None:
         dictionary(config.rewards.language_dictionary)
+    if config.rewards.bilingual_weight != 0:
+        path = Path(str(config.rewards.bilingual.path))
+        require((path / "config.json").is_file(), "rewards.bilingual.path", str(path), "no model directory")
     if config.rewards.judge_weight != 0:
         from training.api_teacher import check_access
 

@@ -25,6 +25,7 @@ from inference.fingerprint import tokenizer_fingerprint
 from inference.launch import start_local_teacher
 from training import distributed
 from training.actor import Actor
+from training.bilingual import Bilingual, Translator
 from training.checkpoints import open_run, step_numbers
 from training.cli import ROOT, fail
 from training.collect import Models
@@ -195,7 +196,11 @@ def start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
         _connect(extra, where, teacher_facts(Path(extra.path), config.student.path), None, stack)
         for extra, where in zip(config.teachers, beside, strict=True)
     ]
-    return link, Models(actor, reference, critic, link, start, others)
+    bilingual = None
+    if (weight := config.rewards.bilingual_weight) != 0:
+        translate = Translator(config.rewards.bilingual, actor.engine.device)
+        bilingual = Bilingual(config.rewards.bilingual, weight, translate, link)
+    return link, Models(actor, reference, critic, link, start, others, bilingual)
 
 
 def _connect(

@@ -167,6 +167,20 @@ class TeacherLink:
 
         return wait
 
+    def ask_for_texts(
+        self, prompts: Sequence[str], texts: Sequence[str]
+    ) -> Callable[[], tuple[torch.Tensor, list[int]]]:
+        """Send texts that follow prompts, neither of them the student's; call the result to wait for float32 [S]
+        log-probabilities of all texts' tokens, the teacher's end symbol last in each, and how many each has."""
+        end = int(self._tokenizer.eos_token_id)
+        read = [(*self._tokenizer(" " + t, add_special_tokens=False)["input_ids"], end) if t else (end,) for t in texts]
+        future = self._client.score(groups_of([tuple(self._tokenizer(p)["input_ids"]) for p in prompts], read, 1))
+
+        def wait() -> tuple[torch.Tensor, list[int]]:
+            return future.result().logprobs_S, [len(tokens) for tokens in read]
+
+        return wait
+
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
     ) -> Future[list[str]]:
