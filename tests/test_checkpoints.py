@@ -62,6 +62,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints.mark_best(10)
     for step in (20, 30, 1_000_000, 1_000_010):
         checkpoints.save({"student": Tensors(step)}, Progress(step=step, tokens={"sampled": 7 * step}))
+    checkpoints.wait()
     assert names(tmp_path) == {"step-000010", "step-1000000", "step-1000010", "latest", "best"}
     best = checkpoints.best()
     assert best is not None

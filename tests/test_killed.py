@@ -52,7 +52,8 @@ class Killed:
             )
         try:
             if moment == "start":
-                time.sleep(self._random.uniform(0.1, 1.0) * self._start_s)
+                end = begun + self._random.uniform(0.1, 1.0) * self._start_s
+                self._wait(process, lambda: time.monotonic() > end or self._steps() > before)
             else:
                 self._wait(process, lambda: self._steps() > before)
                 self._start_s = time.monotonic() - begun

@@ -106,6 +106,7 @@ class Checkpoints:
         self._group = distributed.side_group() if config.asynchronous else None
         self._writer: threading.Thread | None = None
         self._failure: CheckpointFailed | None = None
+        self._deletions: list[threading.Thread] = []
         self.seconds = 0.0
         """How long the run stood still for the last checkpoint."""
 
@@ -137,7 +138,7 @@ class Checkpoints:
             self._writer.start()
         else:
             self._write(partial, states, progress.step, stages)
-            self.wait()
+            self._raise_failure()
         self.seconds = time.monotonic() - started
 
     @contextmanager
@@ -152,10 +153,15 @@ class Checkpoints:
                 log.warning("%s; the run goes on without it (checkpoint.on_error: continue)", error)
 
     def wait(self) -> None:
-        """Return when no checkpoint is being written any more. Raises CheckpointFailed if the last one was not."""
+        """Return when no checkpoint is being written or deleted any more. Raises CheckpointFailed for the last one."""
         if self._writer is not None:
             self._writer.join()
         self._writer = None
+        while self._deletions:
+            self._deletions.pop().join()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
         if self._failure is not None:
             failure, self._failure, self._newest = self._failure, None, None
             raise failure
@@ -220,10 +226,13 @@ class Checkpoints:
                 self._delete(old)
 
     def _delete(self, checkpoint: Path) -> None:
-        """Under another name, so that a half-deleted one is not taken for a damaged one."""
+        """In the background, under another name, so that a half-deleted one is not taken for a damaged one."""
         doomed = checkpoint.with_name(f"{checkpoint.name}.old{PARTIAL}")
         shutil.rmtree(doomed, ignore_errors=True)
-        shutil.rmtree(checkpoint.rename(doomed), ignore_errors=True)
+        checkpoint.rename(doomed)
+        deletion = threading.Thread(target=shutil.rmtree, args=(doomed, True), name="delete", daemon=True)
+        self._deletions.append(deletion)
+        deletion.start()
 
     def find(self) -> Found | None:
         """The newest whole checkpoint; damaged ones on the way are renamed, with a warning. None in a new run.
