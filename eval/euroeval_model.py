@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eval.perplexity import load_model
 from eval.prefix_generation import Generated, Stops, generate
 
 
@@ -301,6 +302,28 @@ class LocalModel(VLLMModel):
             return scores
 
         return compute_and_record
+
+
+def load(model_dir: Path, dtype: str) -> tuple[Any, Any]:
+    """(model in evaluation mode on its device, tokenizer); an adapter is merged into its base.
+
+    ValueError where that cannot be.
+    """
+    if not (model_dir / "adapter_config.json").is_file():
+        return load_model(model_dir, dtype)
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
+
+    try:
+        base = str(PeftConfig.from_pretrained(str(model_dir)).base_model_name_or_path)
+        model, tokenizer = load_model(base, dtype)
+        model = PeftModel.from_pretrained(model, str(model_dir)).merge_and_unload().eval()
+        if (model_dir / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    except Exception as error:  # half-written files raise nearly anything
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{model_dir}: the adapter cannot be loaded ({type(error).__name__}: {reason})") from error
+    return model, tokenizer
 
 
 def prepare_tokenizer(tokenizer: Any, model: Any, kind: str) -> None:

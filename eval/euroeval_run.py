@@ -152,13 +152,12 @@ def evaluate(
     """
     import torch
 
-    from eval.euroeval_model import Engine, prepare_tokenizer
-    from eval.perplexity import load_model
+    from eval.euroeval_model import Engine, load, prepare_tokenizer
 
     work = output / "euroeval"
     work.mkdir(parents=True, exist_ok=True)
     settings = replace(settings, dtype=settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
-    model, tokenizer = load_model(model_dir, str(settings.dtype))
+    model, tokenizer = load(model_dir, str(settings.dtype))
     kind = settings.kind or ("base" if tokenizer.chat_template is None else "instruct")
     if kind == "instruct" and tokenizer.chat_template is None:
         raise ValueError(f"--kind instruct: {name} has no chat template; leave the option out or say --kind base")

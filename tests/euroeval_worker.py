@@ -191,6 +191,27 @@ def labels() -> dict[str, Any]:
     return found
 
 
+def adapter() -> dict[str, Any]:
+    """An adapter, and the same merged by hand: what they say to the same questions."""
+    from peft import LoraConfig, get_peft_model
+
+    euroeval_model.Engine = Engine
+    base, merged, tuned = save_model(WORK / "under"), WORK / "merged", WORK / "adapter"
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
+    )
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tuned)
+    model.merge_and_unload().save_pretrained(merged)
+    PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(merged)
+    arguments = ["--tasks", "foqa", "--split", "val", "--data", str(SPLITS), "--iterations", "1"]
+    ran = run("--model", *map(str, (base, tuned, merged)), *arguments)
+    return ran | {folder.name: result(folder) for folder in (base, tuned, merged)}
+
+
 def broken() -> dict[str, Any]:
     """Broken off in the second task and given again, beside an unbroken run of the same weights."""
     euroeval_model.Engine = WatchedEngine
@@ -224,7 +245,7 @@ def online() -> dict[str, Any]:
     return found | {"result": result(WORK / "online")}
 
 
-PARTS = {part.__name__: part for part in (formats, ruled, labels, broken, online)}
+PARTS = {part.__name__: part for part in (formats, ruled, labels, adapter, broken, online)}
 
 if __name__ == "__main__":
     for chosen in sys.argv[2:] or PARTS:

@@ -187,6 +187,14 @@ def test_a_broken_evaluation_goes_on(worked: dict[str, Any]) -> None:
     check_scores(broken["after"], ("scala-fo", "foqa"))
 
 
+def test_an_adapter_is_judged_on_top_of_its_base(worked: dict[str, Any]) -> None:
+    found = worked["adapter"]
+    assert found["errors"] == []
+    base, tuned, merged = (key_of(iterations(found[name], "foqa")) for name in ("under", "adapter", "merged"))
+    assert tuned == merged
+    assert tuned != base
+
+
 def key_of(rows: Sequence[Sequence[Row]]) -> list[list[str]]:
     """What was said, in an order that does not depend on which rows were remembered."""
     return [sorted(f"{row['prompt']} {row['generation']}" for row in one) for one in rows]

@@ -1,0 +1,105 @@
+"""What EuroEval's FoNE costs through our generation, beside `generate` for one row after the other.
+
+    GRPO_KD_MODELS=DIR python tests/benchmarks/bench_euroeval.py [--rows 24] [--threads 2]
+
+SmolLM2-135M (DIR/smollm2-135m), float32, on the CPU; the demo's sentences, 8 examples, one iteration. First the whole
+harness: its prompts, our generation with the examples computed once, its labels and metrics, everything but loading the
+model. Then Hugging Face's `generate` on the very same prompts, one at a time, with the same stops. Last the goal of
+docs/benchmarks.md; exit code 1 if it fails. Needs the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[0] = str(ROOT)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+from eval import euroeval_model
+from eval.euroeval_model import Engine, Output, SamplingParams
+from eval.euroeval_run import Settings, evaluate
+from training.demo_splits import write_demo_splits
+
+GOAL = 0.6
+"""Largest share of the plain time."""
+
+
+class WatchedEngine(Engine):
+    """Notes what the harness asked, and what it was told."""
+
+    asked: tuple[Sequence[str], SamplingParams, list[Output], Any] | None = None
+
+    def generate(
+        self, prompts: Sequence[str], sampling_params: SamplingParams, use_tqdm: Any = None, lora_request: Any = None
+    ) -> list[Output]:
+        outputs = super().generate(prompts, sampling_params, use_tqdm, lora_request)
+        if use_tqdm:  # not EuroEval's look at what the model says to "Hello"
+            type(self).asked = (prompts, sampling_params, outputs, self)
+        return outputs
+
+
+def plain(engine: Any, prompt: str, params: SamplingParams) -> list[int]:
+    """One row by Hugging Face's `generate`, with the harness's stops."""
+    ids = torch.tensor([engine.encode(prompt)])
+    strings = [text for text in params.stop if text]
+    output = engine.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=params.max_tokens,
+        stopping_criteria=StoppingCriteriaList([StopStringCriteria(engine.tokenizer, strings)]),
+        pad_token_id=engine.tokenizer.eos_token_id,
+    )
+    return output[0, ids.shape[1] :].tolist()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(os.environ.get("GRPO_KD_MODELS", "models")) / "smollm2-135m")
+    parser.add_argument("--rows", type=int, default=24, help="rows of the test split")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    euroeval_model.Engine = WatchedEngine  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        write_demo_splits(work / "splits")
+        test = work / "splits" / "fone" / "test.jsonl"
+        test.write_text("".join(line + "\n" for line in test.read_text().splitlines()[: options.rows]))
+        settings = Settings(tasks=("fone",), iterations=1, dtype="float32")
+        result = evaluate(
+            options.model, "smollm2-135m", settings, "local", work / "splits", work / "out", work / "cache"
+        )
+        shutil.rmtree(work / "cache", ignore_errors=True)
+    harness = result["tasks"]["fone"]["seconds"]
+    assert WatchedEngine.asked is not None
+    prompts, params, outputs, engine = WatchedEngine.asked
+    begin = time.monotonic()
+    alone = [plain(engine, prompt, params) for prompt in prompts]
+    single = time.monotonic() - begin
+    ours = [output.outputs[0].token_ids for output in outputs]
+    same = sum(a == b for a, b in zip(alone, ours, strict=True))
+    lengths = [len(engine.encode(prompt)) for prompt in prompts]
+    tokens = sum(map(len, ours))
+    print(f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {tokens} generated")
+    print(f"threads {options.threads}: harness with our generation {harness:.1f} s, plain `generate` {single:.1f} s")
+    print(f"the same tokens: {same} of {len(prompts)}")
+    passed = harness <= GOAL * single
+    print(f"{'PASS' if passed else 'FAIL'}: {harness / single:.2f} of the plain time (goal {GOAL})")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
