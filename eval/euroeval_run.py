@@ -104,7 +104,7 @@ def load_data_set(name: str, source: Source, folder: Path | None, work: Path, ca
     config = dataset_configs()[name]
     identity, revision = str(config.source), None
     if folder is not None:
-        identity = str(folder / name)
+        identity = f"demo/{name}" if source == "demo" else str(folder / name)
         config = replace(config, source=str(stage(folder, work / "data", name).resolve()))
     use_local_metrics(config.task.metrics)
     try:
