@@ -29,7 +29,7 @@ if not __package__:  # started as a script: our rooms first, and no file of this
 
 import yaml
 
-from configs.schema import DEMO, RunConfig
+from configs.schema import RunConfig
 from eval import heldout
 from eval.euroeval_data import OFFICIAL, TASKS, Source, check_splits, probe_hub
 from eval.euroeval_run import LEADERBOARD_ITERATIONS, Settings, evaluate
@@ -171,12 +171,12 @@ def _demo_splits(model: Path) -> Path | None:
     """The splits of the demo that a run was trained on, or None for any other model."""
     run = run_of(model)
     try:
-        data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"] if run else {}
+        heldout_file = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["heldout"] if run else ""
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
-    resolved = data.get("heldout_resolved") if data.get("heldout") == DEMO else None
-    folder = Path(resolved).parent / DEMO_SPLITS if resolved else None
-    return folder if folder is not None and folder.is_dir() else None
+    folder = Path(str(heldout_file)).parent / DEMO_SPLITS
+    # The demo is built into a folder of this name (training/demo_models.py).
+    return folder if folder.parent.name.startswith("demo-") and folder.is_dir() else None
 
 
 def _ask_heldout(args: argparse.Namespace, plan: Plan) -> int:
