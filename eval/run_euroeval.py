@@ -170,11 +170,13 @@ def _data_source(args: argparse.Namespace, models: Sequence[Path]) -> tuple[Sour
 def _demo_splits(model: Path) -> Path | None:
     """The splits of the demo that a run was trained on, or None for any other model."""
     run = run_of(model)
+    if run is None:
+        return None
     try:
-        heldout_file = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["heldout"] if run else ""
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        folder = Path(str(config["data"]["heldout"])).parent / DEMO_SPLITS
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
-    folder = Path(str(heldout_file)).parent / DEMO_SPLITS
     # The demo is built into a folder of this name (training/demo_models.py).
     return folder if folder.parent.name.startswith("demo-") and folder.is_dir() else None
 
