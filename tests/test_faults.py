@@ -156,6 +156,23 @@ def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_p
             assert two[key] == pytest.approx(one[key], abs=1e-3), key
 
 
+@pytest.mark.timeout(1500)
+def test_a_lost_teacher(tmp_path: Path, demo_cache: Path) -> None:
+    """Its server is killed: the ranks wait as long as they may, leave the step, write a checkpoint and ask to be
+    started again."""
+    patience = ["--teacher.timeout_s", "6", "--stuck_timeout_s", "90", "--checkpoint.every", "100000"]
+    with running(tmp_path, demo_cache, *FOREVER, *patience, ranks=2) as process:
+        wait_for(lambda: steps_done(tmp_path) >= 2, tmp_path, process)
+        for pid in processes_of(tmp_path):
+            if "serve_teacher.py" in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
+        assert process.wait(240) == 75
+        assert all_gone(tmp_path)
+    assert last_end(tmp_path)["exit_code"] == 75
+    assert "run the same command again" in last_end(tmp_path)["reason"]
+    assert (tmp_path / NAME / "checkpoints" / "latest").read_text() == f"step-{steps_done(tmp_path):06d}"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """The run's folder on a file system of 40 MB."""

@@ -1,14 +1,23 @@
-"""When a start has to write its last checkpoint, and what is said of starts: the arithmetic, by hand."""
+"""When a start has to write its last checkpoint, how it ends, and what is said of it."""
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from configs.lines import LineFile
+from configs.schema import ActorConfig, RunConfig
+from inference.client import TeacherLost
+from training.checkpoints import CheckpointFailed
+from training.memory import OutOfMemory, OutOfMemoryAlone, lowered
 from training.starts import Starts
-from training.stopping import TimeLimit
+from training.stopping import StopRequest, TimeLimit
+from training.supervisor import Supervisor
 
 
 class Now:
@@ -62,3 +71,84 @@ def test_a_start_that_said_nothing_was_killed(tmp_path: Path) -> None:
     assert (killed["from_step"], killed["ranks"], killed["reason"], killed["end"]) == (0, 2, "killed", None)
     assert (killed["slurm_job"], killed["slurm_restart_count"]) == ("8", 3)
     assert (stopped["from_step"], stopped["step"], stopped["reason"], stopped["exit_code"]) == (4, 6, "SIGUSR1", 75)
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests keep their own handlers
+    return Supervisor(CONFIG, tmp_path, StopRequest())
+
+
+CONFIG = RunConfig(actor=ActorConfig(micro_batch_tokens=5000))
+
+
+def ends(supervisor: Supervisor, error: BaseException) -> int:
+    def work() -> int:
+        raise error
+
+    return supervisor.run(work)
+
+
+def test_memory_that_runs_out_in_a_collective_halves_the_budget_of_the_next_start_once(
+    supervisor: Supervisor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert lowered(CONFIG, tmp_path) == CONFIG
+    assert ends(supervisor, OutOfMemoryAlone("8 GB asked for")) == 75
+    assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
+    less = RunConfig(actor=ActorConfig(micro_batch_tokens=100))
+    assert lowered(less, tmp_path) == less, "what the user has lowered further stays"
+    assert ends(supervisor, OutOfMemoryAlone("8 GB asked for")) == 1
+    assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
+    assert "8 GB asked for" in caplog.text
+    assert "lower actor.micro_batch_tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OutOfMemory("on another rank"), 1, "lower actor.micro_batch_tokens"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "out of memory"),
+        (MemoryError(), 1, "out of memory"),
+        (CheckpointFailed("the checkpoint of step 4 could not be written: No space left"), 1, "No space left"),
+        (TeacherLost("no teacher for 6 s"), 75, "run the same command again"),
+        (ZeroDivisionError("1/0"), 1, "ZeroDivisionError"),
+    ],
+)
+def test_the_exit_code_of_each_way_to_end(
+    error: Exception, code: int, words: str, supervisor: Supervisor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor.starts.begin(3, 1)
+    assert ends(supervisor, error) == code
+    assert words in caplog.text
+    (start,) = supervisor.starts.listed()
+    assert start["exit_code"] == code
+    assert words in start["reason"]
+
+
+def test_a_mistake_in_the_input_goes_through(supervisor: Supervisor) -> None:
+    with pytest.raises(SystemExit) as raised:
+        ends(supervisor, SystemExit(2))
+    assert raised.value.code == 2
+
+
+def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes 5 bytes more and is then full: no half line, and later every line in order."""
+    lines, real, room = LineFile(tmp_path / "rows"), os.write, 5
+    lines.append("one")
+
+    def write(handle: int, data: bytes) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = real(handle, data[:room])
+        room -= taken
+        return taken
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        for text in ("second", "third"):
+            with pytest.raises(OSError, match="No space left"):
+                lines.append(text)
+            assert (tmp_path / "rows").read_text() == "one\n"
+    lines.flush()
+    assert (tmp_path / "rows").read_text() == "one\nsecond\nthird\n"
