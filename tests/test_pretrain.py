@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.runs import ROOT, environment, finish, metrics
-from training.data import text_blocks
+from training.text import text_blocks
 
 
 def line(runs: Path, cache: Path, steps: int) -> list[str]:
@@ -49,11 +49,11 @@ def test_stage_0_learns_the_text(run: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "export")
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "export").eval()
     end, block = tokenizer.eos_token_id, config["data"]["text_block_tokens"]
-    held = text_blocks(config["data"]["text"], tokenizer, end, block)[19::20]
+    held = text_blocks(config["data"]["text"], tokenizer, end, block, cache=run.parent)[19::20]
     assert len(held) == summary["held_out_blocks"]
     nats, size = 0.0, 0
     with torch.no_grad():
-        for group in held:
+        for (group,) in held:
             ids = torch.tensor([[*group.prompt, *group.responses[0]]])
             nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
             size += len(tokenizer.decode(group.responses[0], skip_special_tokens=True).encode())
