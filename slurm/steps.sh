@@ -37,12 +37,6 @@ _status_of() { # PID
     wait "$1"
 }
 
-# Python as it is on the nodes: inside of the container, if there is one.
-_inside() { # KIND SCRIPT [ARGUMENT ...]
-    # shellcheck disable=SC2086 # a prefix of several words
-    ${GRPO_KD_CONTAINER:-} bash "$GRPO_KD_ROOT/slurm/task.sh" "$@"
-}
-
 # IPv4 address of a node as the other nodes see it: of the device GRPO_KD_INTERFACE, else the one that SLURM knows.
 _address_of() { # NODE GROUP
     local address
@@ -68,7 +62,8 @@ _read_settings() { # SCRIPT [ARGUMENT ...]
     local answer pid prepare=()
     ((${SLURM_HET_SIZE:-1} == 1)) || prepare=(--prepare)
     answer="$(mktemp)"
-    _inside one training/job.py "${prepare[@]}" "$@" >"$answer" &
+    # shellcheck disable=SC2086 # a prefix of several words
+    ${GRPO_KD_CONTAINER:-} bash "$GRPO_KD_ROOT/slurm/task.sh" one training/job.py "${prepare[@]}" "$@" >"$answer" &
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do
         _nap 0.5
@@ -220,9 +215,10 @@ run_steps() { # SCRIPT [ARGUMENT ...]
 
 # A single process: no step, no folder. A signal asks it to leave; 75 starts it again.
 run_alone() { # SCRIPT [ARGUMENT ...]
-    local pid status
-    trap 'job_asked=1; kill -TERM "$pid"' USR1 TERM
-    _inside one "$@" &
+    local pid="" status
+    trap 'job_asked=1; [[ -z "$pid" ]] || kill -TERM "$pid"' USR1 TERM
+    # shellcheck disable=SC2086 # a prefix of several words
+    ${GRPO_KD_CONTAINER:-} bash "$GRPO_KD_ROOT/slurm/task.sh" one "$@" &
     pid=$!
     _status_of "$pid"
     status=$?

@@ -230,3 +230,20 @@ def test_a_chain_that_cannot_be_submitted_whole_is_taken_back(login_node: dict[s
     assert f"--sft.output {tmp_path}/n-sft/export" in calls[0]
     assert f"--student.path {tmp_path}/n-sft/export" in calls[1]
     assert f"--model {tmp_path}/n/export" in calls[2]
+
+
+def test_without_slurm_the_pipeline_runs_here_and_ends_where_a_stage_fails(house: Path) -> None:
+    (house / "training" / "job.py").write_text("print('/r/n', 'n', 2, sep='\\n')\n")
+    for script in ("training/sft.py", "training/main.py", "eval/run_euroeval.py"):
+        (house / script).write_text("import sys\nprint(*sys.argv[1:], flush=True)\nsys.exit('fails' in sys.argv)\n")
+    env = active() | {"GRPO_KD_LOCAL": "1"}
+    done = run(["bash", "slurm/run_pipeline.sh", "--steps", "5"], house, env)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("--")] == [  # DeepSpeed has words of its own
+        "--steps 5 --name n-sft --sft.output /r/n-sft/export",
+        "--algo grpo --steps 5 --student.path /r/n-sft/export",
+        "--model /r/n/export",
+    ]
+    done = run(["bash", "slurm/run_pipeline.sh", "fails"], house, env)
+    assert done.returncode == 1
+    assert done.stdout.count("n-sft/export") == 1
