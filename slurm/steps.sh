@@ -177,6 +177,20 @@ _watch_student() {
     wait "$job_student"
 }
 
+# When the first component loses its node, SLURM starts that one anew while the others keep what they run. The teacher
+# of the start before is deaf to TERM, and holds the processors that the new one needs.
+_end_leftovers() {
+    local own left
+    own="^(${SLURM_JOB_ID}${SLURM_JOB_ID_HET_GROUP_1:+|$SLURM_JOB_ID_HET_GROUP_1})[.][0-9]"
+    for _ in {1..60}; do
+        left="$(squeue -s -h -u "$(id -un)" -o %i | grep -E "$own")" || return 0
+        _say "ending what is left of the start before: steps ${left//$'\n'/ }"
+        # shellcheck disable=SC2086 # a list of steps
+        scancel --signal=KILL $left
+        _nap 1
+    done
+}
+
 # Newer versions of SLURM set it; the trainer leaves in time by itself as well.
 _export_end_time() {
     local end
@@ -190,6 +204,7 @@ run_steps() { # SCRIPT [ARGUMENT ...]
     trap '_on_signal TERM' TERM
     nodes="${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}"
     _say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $nodes${SLURM_JOB_NODELIST_HET_GROUP_1:+, teacher on $SLURM_JOB_NODELIST_HET_GROUP_1}"
+    ((${SLURM_RESTART_COUNT:-0} == 0)) || _end_leftovers
     [[ -n "${SLURM_JOB_END_TIME:-}" ]] || _export_end_time
     _read_settings "$@" || { _finish $?; return; }
     job_begun="$(_progress)"
@@ -263,13 +278,13 @@ _requeue() {
             return 75
         fi
     fi
-    # A job that is being cancelled is not RUNNING any more, and must not come back.
-    if [[ "$(squeue -h -j "$SLURM_JOB_ID" -o %T | head -n 1)" != RUNNING ]]; then
-        _say "not requeued: the job is being ended"
-        return 75
+    # A job that is being cancelled is not RUNNING any more, and must not come back; nor is one that SLURM requeues.
+    if [[ "$(squeue -h -j "$SLURM_JOB_ID" -o %T | head -n 1)" == RUNNING ]]; then
+        _say "checkpoint $(_progress); requeued"
+        scontrol requeue "$SLURM_JOB_ID" || { _say "not requeued; submit it again to go on"; return 75; }
+    else
+        _say "checkpoint $(_progress); SLURM is ending this start"
     fi
-    _say "checkpoint $(_progress); requeued"
-    scontrol requeue "$SLURM_JOB_ID" || { _say "not requeued; submit it again to go on"; return 75; }
     # A script that leaves now would end its job before it is requeued.
     end=$((SECONDS + 600))
     while ((SECONDS < end)); do _nap 5; done

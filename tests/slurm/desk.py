@@ -98,7 +98,7 @@ class Desk:
         Yields the teacher's node.
         """
         node = self.node_of(job, component=1)
-        pids = self.cluster.processes(node, r"inference/serve_teacher\.py")
+        pids = self.cluster.processes(node, r"^\S*python \S*inference/serve_teacher\.py")
         assert pids
         self._send(pids, signal.SIGSTOP)
         try:

@@ -15,7 +15,7 @@ from tests.slurm.desk import FAILED, Desk
 
 LONG = ["--steps", "16", "--checkpoint.every", "2", "--checkpoint.samples_every", "2", "--teacher.timeout_s", "90"]
 SHORT = ["--steps", "2", "--checkpoint.samples_every", "1"]
-TRAINER, TEACHER = r"training/main\.py", r"inference/serve_teacher\.py"
+TRAINER, TEACHER = r"^\S*python \S*training/main\.py", r"^\S*python \S*inference/serve_teacher\.py"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,7 @@ def test_time_limit_preemption_lost_node_and_lost_teacher_change_nothing(desk: D
     until(lambda: desk.restarts(job) == 3, "requeue after the node was lost", 120)
     cluster.start_node(node)
     desk.wait_for_restart(job, 3)
+    until(lambda: "what is left of the start before" in desk.log(job), "the end of the old teacher", 60)
 
     desk.wait_for_steps("broken", desk.steps("broken") + 2)
     with desk.frozen_teacher(job) as teacher:
@@ -102,7 +103,7 @@ def test_a_dead_trainer_ends_its_teachers_and_the_job_says_why(desk: Desk) -> No
     before = desk.steps("dead")
     desk.wait_for_steps("dead", before + 2)
     with desk.frozen_teacher(job):
-        desk.kill("node0", rf"^\S*python \S*{TRAINER}")
+        desk.kill("node0", TRAINER)
     desk.finish(job, "FAILED", 120)
     assert "student component ended with exit code 137" in desk.last_words(job)
     assert desk.last_words(job, 1) == f"job {job}: the job ends with exit code 137"
