@@ -6,12 +6,14 @@ The mistakes are made by rule (rewards/minimal_pairs.py), the same for every mod
 50 %. A whole sentence is compared with a whole one; `per char` compares the log-probability of a character, because a
 sentence with a word left out is the likelier one by its length alone. `r` is the correlation of that with right and
 wrong: what a teacher's likelihood, taken as a reward, carries of grammar. With several models the difference of each
-one's accuracy to the first one's follows, with its interval.
+one's accuracy to the first one's follows, with its interval. Each model's win on each pair is kept in pairs.json beside
+its other evaluations, for eval/compare.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +27,9 @@ if not __package__:  # started as a script: our rooms first, and no file of this
 import torch
 
 from configs.files import write_atomically
+from configs.schema import RunConfig
 from eval.perplexity import Encoded, encode, load_model, read_texts
+from eval.places import eval_dir
 from rewards.minimal_pairs import (
     KINDS,
     Pair,
@@ -82,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=int, default=32, help="sentences in a forward pass")
     parser.add_argument("--json", type=Path, help="write the numbers and the pairs here as well")
+    parser.add_argument("--runs_dir", type=Path, default=Path(RunConfig().runs_dir), help="folder of all runs")
     options = parser.parse_args(arguments)
     results: dict[str, tuple[PairScores, list[float]]] = {}
     try:
@@ -94,6 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _print(results, len(pairs))
+    digest = hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
+    for path, (scores, wins) in results.items():
+        own = {"model": path, "text": str(options.text), "sha256": digest, **asdict(scores), "wins": wins}
+        write_atomically(eval_dir(path, options.runs_dir) / "pairs.json", json.dumps(own, ensure_ascii=False) + "\n")
     if options.json is not None:
         content = {
             "text": str(options.text),

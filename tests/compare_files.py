@@ -122,6 +122,9 @@ def write_everything(runs: Path) -> tuple[Path, Path]:
         write_json(folders[name] / "perplexity.json", perplexity(bits))
         source = "hub" if comparable else "demo"
         write_json(folders[name] / "euroeval.json", euroeval(mean, comparable=comparable, source=source))
+    for name, wins in (("start", [1.0, 0.0, 0.5, 0.0]), ("after", [1.0, 1.0, 0.5, 0.0])):
+        own = {"wins": wins, "accuracy": sum(wins) / 4, "sha256": "p0"}
+        write_json(folders[name] / "pairs.json", own)
     write_json(folders["start"] / "translate.json", translate(["Hon er í dag.", "Bilur bláur", "Nei."]))
     after = ["Hon er heima í dag.", "Bilurin er reyður.", "Eg veit ikki."]
     write_json(folders["after"] / "translate.json", translate(after))

@@ -77,6 +77,19 @@ def test_bits_of_another_text_are_marked(tmp_path: Path) -> None:
     assert danish.change.value == pytest.approx(-0.2)
 
 
+def test_pairs_of_one_file_are_paired_and_those_of_the_run_are_another_matter(tmp_path: Path) -> None:
+    run, _ = write_everything(tmp_path)
+    found = compare(entrants_of([run], [], tmp_path))
+    before, after, teacher = (found.cell(one, "pairs/accuracy") for one in found.entrants)
+    assert before is not None
+    assert after is not None
+    assert teacher is not None
+    assert (before.score.value, after.score.value) == (37.5, 62.5)
+    assert after.change is not None
+    assert (after.change.value, after.paired) == (pytest.approx(25.0), 4)
+    assert [found.notes[mark] for mark in teacher.marks] == ["not comparable with Student before: other sentences"]
+
+
 def test_a_chain_of_stages_is_one_row_each(tmp_path: Path) -> None:
     first = write_run(tmp_path, "stage1", str(tmp_path / "start"), right=(2, 10, 38))
     second = write_run(tmp_path, "stage2", str(first / "export"), right=(10, 25, 38))

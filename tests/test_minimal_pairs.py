@@ -132,12 +132,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     text = tmp_path / "text.txt"
     text.write_text("\n".join(SENTENCES), encoding="utf-8")
     command = ["--model", models[0], "--model", models[1], "--text", str(text), "--json", str(tmp_path / "out.json")]
+    command += ["--runs_dir", str(tmp_path / "runs")]
     assert main(command) == 0
     first = capsys.readouterr().out
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["models"].keys() == set(models)
     assert content["models"][models[0]]["pairs"] == len(content["pairs"]) == len(SENTENCES)
     assert "points (95 %, same pairs)" in first
+    for path in models:  # what a comparison pairs
+        (kept,) = (tmp_path / "runs" / "models").glob(f"{Path(path).name}-*/eval/pairs.json")
+        own = json.loads(kept.read_text())
+        assert sum(own["wins"]) / len(own["wins"]) == own["accuracy"] == content["models"][path]["accuracy"]
     assert main(command) == 0
     assert capsys.readouterr().out == first
     text.write_text("eitt\n", encoding="utf-8")
