@@ -69,7 +69,15 @@ def validate(config: RunConfig) -> None:
     _at_least(config.sft, "sft.", 1, "steps", "batch")
     _above_zero(config.sft, "sft.", "learning_rate")
     _at_least(config.eval, "eval.", 1, "batch", "kl_samples")
-    _at_least(config.eval, "eval.", 0, "minimal_pairs")
+    _at_least(config.eval, "eval.", 0, "minimal_pairs", "every", "patience")
+    _at_least(config.eval, "eval.", 1, "validation_questions")
+    for key, value in (
+        ("eval.patience", config.eval.patience),
+        ("eval.export", config.eval.export),
+        ("data.validation", config.data.validation),
+    ):
+        unused = value in (0, "last", None)
+        require(unused or config.eval.every > 0, key, value, "needs validations in the loop: set eval.every")
     _at_least(config.checkpoint, "checkpoint.", 1, "every", "keep", "samples_every")
 
 

@@ -49,6 +49,8 @@ class DataConfig:
     """JSONL file of questions with answers for stage 1, or `demo`."""
     heldout: str = DEMO
     """JSONL file of held-out questions with answers, or `demo`."""
+    validation: str | None = None
+    """JSONL file of questions for the validation in the loop (eval.every). None: some RL prompts are set aside."""
     text: str | None = DEMO
     """JSONL file with a `text` in each row, for L_PT; `demo`; or None."""
     template: str = "Spurningur: {question}\nSvar:"
@@ -81,6 +83,16 @@ class EvalConfig:
     minimal_pairs: int = 0
     """Pairs of a right sentence and one with a mistake that teacher and student judge at the start of stage 2; a
     teacher that is no better at it gets a warning. 0: none."""
+    every: int = 0
+    """Steps between validations in the loop, on other questions than the held-out ones. 0: none."""
+    validation_questions: int = 64
+    """Questions of such a validation: set aside from the RL prompts, or the first ones of data.validation."""
+    metric: Literal["f1", "exact_match", "reverse_kl"] = "f1"
+    """What makes a checkpoint the best: F1 or exact match (higher), or reverse KL to the teacher (lower)."""
+    patience: int = 0
+    """Validations in a row without a better one after which the run ends. 0: it never does."""
+    export: Literal["last", "best"] = "last"
+    """Which student is exported and evaluated at the end: that of the last step, or of the best validation."""
 
 
 @dataclass(frozen=True, kw_only=True)

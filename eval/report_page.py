@@ -11,6 +11,8 @@ from eval.run_files import RunFiles
 SHOWN_ANSWERS = 10
 HEADLINES = (
     "reward-mean",
+    "validation-f1",
+    "validation-reverse-kl",
     "kl-teacher",
     "kl-reference",
     "length-mean",

@@ -45,6 +45,9 @@ CURVES = {
     "reward/mean": ("Reward", "mean of the responses", 1.0),
     "kl/teacher": ("Reverse KL to the teacher", "nats a token", 1.0),
     "kl/reference": ("KL to the reference", "nats a token", 1.0),
+    "validation/f1": ("Validation F1", "%", 1.0),
+    "validation/exact_match": ("Validation exact match", "%", 1.0),
+    "validation/reverse_kl": ("Validation reverse KL to the teacher", "nats a token", 1.0),
     "length/mean": ("Response length", "tokens", 1.0),
     "length/finished_share": ("Responses that end by themselves", "%", 100.0),
     "loss/policy": ("Policy loss", "", 1.0),
@@ -123,12 +126,13 @@ def smoothing_window(steps: int) -> int:
 
 
 def _curve(steps: Sequence[int], values: list[float]) -> Draw:
-    """Raw points with their moving average."""
+    """Raw points with their moving average; what only some steps have is joined as it is."""
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
 
     def draw(axes: Axes) -> None:
         window = smoothing_window(len(steps))
-        if window == 1:
-            axes.plot(steps, values, color=PALETTE[0], linewidth=1.4, marker="o", markersize=2.5)
+        if window == 1 or 2 * len(known) < len(steps):
+            axes.plot(*zip(*known, strict=True), color=PALETTE[0], linewidth=1.4, marker="o", markersize=2.5)
             return
         axes.plot(steps, values, color=PALETTE[0], linestyle="none", marker="o", markersize=1.8, alpha=0.35)
         axes.plot(steps, moving_average(values, window), color=PALETTE[0], linewidth=1.6)

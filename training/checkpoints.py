@@ -298,6 +298,16 @@ class Checkpoints:
         if damage:
             write_atomically(self.directory / "latest", whole.name)
 
+    def load_best(self, parts: Mapping[str, Saveable]) -> int:
+        """Read what `mark_best` named into the models; its step. Raises NoWholeCheckpoint on every rank."""
+        directory = self.best()
+        found = "there is none" if directory is None else self._read(directory)
+        problems = [text for text in distributed.gather_strings([found if isinstance(found, str) else ""]) if text]
+        if problems:
+            raise NoWholeCheckpoint(f"{self.directory / 'best'}: the best checkpoint cannot be read: {problems[0]}")
+        assert isinstance(found, Found)
+        return self.load(found, parts).step
+
     def load(self, found: Found, parts: Mapping[str, Saveable]) -> Progress:
         """Read a checkpoint into the models."""
         other = found.to_reshape(_stages(parts))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from configs.schema import RunConfig
 from inference.packing import Group
-from training import distributed
+from training import distributed, validation
 from training.batch import Batch, has_signal
 from training.checkpoints import Checkpoints, Saveable
 from training.clock import Clock
@@ -40,6 +40,8 @@ class Corpus:
     """L_PT blocks, each as the groups that it is packed from (training/text.py); empty where L_PT is off."""
     cloning: Sequence[Group]
     """L_BC examples; empty where L_BC is off."""
+    validation: Sequence[Prompt] = ()
+    """Questions of the validation in the loop; empty where that is off."""
 
 
 def train(
@@ -56,7 +58,9 @@ def train(
     )
     skipped_in_a_row = 0
     status = "finished"
-    while progress.step < config.steps and not progress.kl_limit_reached:
+    if progress.best_step > 0:  # the run may have been killed between a checkpoint and its mark
+        checkpoints.mark_best(progress.best_step)
+    while progress.step < config.steps and not (progress.kl_limit_reached or progress.stopped_early):
         step, clock = progress.step, Clock(points.phase)
         points.begin(step)
         weights = recipe.weights(config, step, models.teacher.same_tokenizer)
@@ -83,13 +87,18 @@ def train(
         metrics |= describe(batch, experience, dropped)
         metrics |= clock.finish()
         _advance(progress, metrics, config)
+        if validation.due(config, progress):
+            points.enter("validation")
+            metrics |= validation.validate(models, corpus.validation, config, progress)
         if distributed.is_main():
             _record(folder, step, metrics, batch, config, bar)
+            validation.record(folder, progress, metrics)
         stopping = points.after_step(metrics["seconds/total"])
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
-        if due or stopping or gave_up or progress.kl_limit_reached:
-            save_checkpoint(models, folder, checkpoints, progress, config, points)
+        best = validation.is_best(progress)
+        if due or best or stopping or gave_up or progress.kl_limit_reached or progress.stopped_early:
+            save_checkpoint(models, folder, checkpoints, progress, config, points, best=best)
         if gave_up:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
@@ -269,14 +278,16 @@ def _record(folder: RunFolder, step: int, metrics: dict[str, float], batch: Batc
 
 def save_checkpoint(
     models: Models, folder: RunFolder, checkpoints: Checkpoints, progress: Progress, config: RunConfig,
-    points: SafePoints,
+    points: SafePoints, *, best: bool = False,
 ) -> None:  # fmt: skip
-    """A checkpoint, as a phase of its own. One that cannot be written raises CheckpointFailed on every rank, or is left
-    out with a warning (checkpoint.on_error). Collective."""
+    """A checkpoint, as a phase of its own; the best one is marked. One that cannot be written raises CheckpointFailed
+    on every rank, or is left out with a warning (checkpoint.on_error). Collective."""
     points.enter("checkpoint")
     with checkpoints.tolerated():
         distributed.together(folder.finish_lines, OSError)
         checkpoints.save(saved_parts(models), progress)
+        if best:
+            distributed.together(lambda: checkpoints.mark_best(progress.step), OSError)
     points.limit.took_checkpoint(checkpoints.seconds)
 
 

@@ -20,6 +20,7 @@ from training.experience import Prompt
 from training.extra_rewards import check_extra_rewards
 from training.loop import Corpus
 from training.text import TextBlocks, text_blocks
+from training.validation import check_validation, question_key, set_aside
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def check_files(config: RunConfig) -> None:
     for key, path in (("data.prompts", data.prompts), ("data.warmup", data.warmup), ("data.heldout", data.heldout)):
         if path != DEMO:
             _named(key, lambda p=path: read_questions(p, answers=False))
+    if data.validation is not None:
+        _named("data.validation", lambda: read_questions(str(data.validation), answers=False))
     if config.data.text not in (None, DEMO):
         _named("data.text", lambda: deque(iterate_jsonl(str(config.data.text), ["text"]), maxlen=0))
 
@@ -151,13 +154,16 @@ def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
     data = config.data
     compared = config.rewards.exact_match_weight != 0 or config.rewards.similarity_weight != 0
     prompts, skipped = load_prompts(data.prompts, data, tokenizer, key="data.prompts", room=room, need_answers=compared)
+    heldout, _ = load_prompts(data.heldout, data, tokenizer, key="data.heldout", room=room, need_answers=True)
+    judged: list[Prompt] = []
+    if config.eval.every > 0:
+        judged, prompts = _validation(config, tokenizer, room, prompts, heldout)
     require(
         config.prompts_per_step <= len(prompts),
         "prompts_per_step",
         config.prompts_per_step,
         f"is more than the {len(prompts)} prompts in {data.prompts}",
     )
-    heldout, _ = load_prompts(data.heldout, data, tokenizer, key="data.heldout", room=room, need_answers=True)
     text: Sequence[Sequence[Group]] = ()
     if config.pt_coef > 0:
         text = blocks_of(config, tokenizer, end_token)
@@ -168,13 +174,32 @@ def load_inputs(config: RunConfig, tokenizer: Any, end_token: int) -> Inputs:
     cloning = []
     if config.loss.bc_coef > 0 or config.phases.every > 0:
         warmup, _ = load_prompts(data.warmup, data, tokenizer, key="data.warmup", room=room, need_answers=True)
+        kept_out = {question_key(p) for p in judged}
+        warmup = [p for p in warmup if question_key(p) not in kept_out]
         cloning = [answer_group(p, p.answers[0], tokenizer, end_token) for p in warmup]
         require(
             config.loss.bc_batch <= len(cloning), "loss.bc_batch", config.loss.bc_batch,
             f"is more than the {len(cloning)} examples in {data.warmup}",
         )  # fmt: skip
     questions = heldout[: config.eval.questions] if config.eval.questions else heldout
-    return Inputs(Corpus(prompts, text, cloning), questions, skipped)
+    return Inputs(Corpus(prompts, text, cloning, judged), questions, skipped)
+
+
+def _validation(
+    config: RunConfig, tokenizer: Any, room: int, prompts: list[Prompt], heldout: list[Prompt]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(questions of the validation in the loop, RL prompts that are left)."""
+    data = config.data
+    if data.validation is None:
+        cut = set_aside(prompts, heldout, config)
+        return cut.validation, cut.prompts
+    found, _ = load_prompts(
+        data.validation, data, tokenizer, key="data.validation", room=room,
+        need_answers=config.eval.metric != "reverse_kl",
+    )  # fmt: skip
+    found = found[: config.eval.validation_questions]
+    check_validation(found, {"data.heldout": heldout, "data.prompts": prompts}, config)
+    return found, prompts
 
 
 def blocks_of(config: RunConfig, tokenizer: Any, end_token: int) -> TextBlocks:

@@ -48,6 +48,8 @@ from training.stopping import StopRequest, watch_launcher
 from training.supervisor import Supervisor
 from training.teacher_check import teacher_check, warning
 from training.teaching import TeacherFacts, TeacherLink, check_tokenizers, teacher_facts
+from training.validation import due
+from training.validation import summary as validation_summary
 
 log = logging.getLogger(__name__)
 FREE_KEYS = ("steps", "sft.steps", "sft.output", "actor.zero_stage", "critic.zero_stage", "threads",
@@ -139,7 +141,8 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     try:
         status = train(config, models, setup.inputs.corpus, folder, checkpoints, progress, points)
     except TeacherLost:
-        save_checkpoint(models, folder, checkpoints, progress, config, points)
+        if not due(config, progress):  # lost in a validation: the step is done again from the last checkpoint
+            save_checkpoint(models, folder, checkpoints, progress, config, points)
         with checkpoints.tolerated():
             checkpoints.wait()
         raise
@@ -149,6 +152,7 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
         _write_summary(setup, progress, status, {"eval_before": before}, supervisor.starts)
         return code
     points.enter("evaluation")
+    exported = _restore_best(config, checkpoints, models, progress)
     if RECIPES[config.recipe].interpolate:
         models.actor.interpolate(config.student.path, config.distill.warp_rate)
     models.actor.export(folder.export)
@@ -163,12 +167,24 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     distributed.barrier()
     evaluations = {"eval_before": before, "eval_after": after.scores(), "teacher_eval": teacher}
     supervisor.starts.end(status, 0, progress.step)
-    _write_summary(setup, progress, status, evaluations, supervisor.starts)
+    judged = validation_summary(config, progress, exported)
+    _write_summary(setup, progress, status, evaluations | judged, supervisor.starts)
     if distributed.is_main():
         folder.close()
         _report(folder)
         _print_table(folder, evaluations)
     return 0
+
+
+def _restore_best(config: RunConfig, checkpoints: Checkpoints, models: Models, progress: Progress) -> int:
+    """The best student in place of the last one, where eval.export asks for it; the step of the one that stays."""
+    if config.eval.export == "last" or progress.best_step == 0:
+        return progress.step
+    try:
+        return checkpoints.load_best({"student": saved_parts(models)["student"]})
+    except NoWholeCheckpoint as error:  # damaged, or there was no room for it
+        log.warning("%s; the last student is exported", error)
+        return progress.step
 
 
 def start_models(setup: Setup, stack: ExitStack) -> tuple[TeacherLink, Models]:
@@ -305,7 +321,8 @@ def already_finished(folder: RunFolder, config: RunConfig) -> bool:
     summary = folder.read_json("summary.json")
     if summary is None or summary["status"] != "finished":
         return False
-    if summary["steps"] < config.steps and not summary.get("kl_limit_reached"):
+    over = summary.get("kl_limit_reached") or (summary.get("validation") or {}).get("stopped_early")
+    if summary["steps"] < config.steps and not over:
         return False
     if distributed.environment_rank() == 0:
         _print_table(folder, summary)

@@ -29,6 +29,14 @@ class Progress:
     """Factor on the learning rate while the student is too far from its start (reference.kl_action: back_off)."""
     kl_limit_reached: bool = False
     """The student is as far from its start as it may get (reference.kl_limit)."""
+    validated_step: int = 0
+    """The last step that was validated (training/validation.py)."""
+    best_step: int = 0
+    """The step that was validated best; 0 where there is none yet."""
+    best_value: float | None = None
+    """Its eval.metric."""
+    stopped_early: bool = False
+    """No validation has been better for too long (eval.patience)."""
     skipped_updates: int = 0
     """Updates left out for a non-finite loss or score."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -96,7 +104,7 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop what was logged past the checkpoint that the run goes on from: no step twice, none missing."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "eval/validation.jsonl"):
             path = self.path / name
             if path.is_file():
                 kept = []
