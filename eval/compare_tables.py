@@ -18,8 +18,8 @@ READING = (
 
 
 def number(value: float, digits: int) -> str:
-    """With a minus that is one."""
-    return f"{value:.{digits}f}".replace("-", "−")
+    """With a minus that is one, and none before a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
 def ranged(found: Interval, digits: int, show: Callable[[float, int], str] = number) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from eval.bootstrap import Interval, difference
 from eval.compare_models import Entrant
-from eval.compare_scores import GROUPS, ORDER, Measure, Score, measure
+from eval.compare_scores import GROUPS, LANGUAGES, ORDER, Score, measure
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -112,13 +112,20 @@ def _change(score: Score, base: Score) -> tuple[Interval | None, int]:
 
 
 def _ordered(keys: set[str]) -> list[str]:
-    """By group, known measures first."""
+    """By group; known measures and languages first, in the order of their lists, and chrF++ before BLEU."""
+    groups, languages = list(GROUPS), list(LANGUAGES)
 
-    def place(key: str) -> tuple[int, int, str]:
-        found: Measure = measure(key)
-        groups = list(GROUPS)
-        group = groups.index(found.group) if found.group in groups else len(groups)
-        return group, ORDER.index(key) if key in ORDER else len(ORDER), key
+    def place(key: str) -> tuple[int, int, list[int], bool, str]:
+        group, _, rest = key.partition("/")
+        names = rest.split("/")[0].split("-")
+        spoken = [languages.index(name) if name in languages else len(languages) for name in names]
+        return (
+            groups.index(group) if group in groups else len(groups),
+            ORDER.index(key) if key in ORDER else len(ORDER),
+            spoken,
+            key.endswith("bleu"),
+            key,
+        )
 
     return sorted(keys, key=place)
 

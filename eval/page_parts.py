@@ -51,8 +51,8 @@ def table_region(name: str, table: str) -> str:
 
 
 def signed(value: float, digits: int) -> str:
-    """With a sign, and a minus that is one."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """With a sign, and a minus that is one; a zero is not below zero."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def drawn(rows: Sequence[Any], count: int) -> list[Any]:

@@ -14,9 +14,11 @@ import yaml
 
 from eval.bootstrap import translations
 from eval.compare import main
-from eval.compare_models import entrants_of, published
-from eval.compare_scores import ORDER, measure
+from eval.compare_models import Entrant, entrants_of, published
+from eval.compare_scores import ORDER, Score, measure
+from eval.compare_tables import number
 from eval.comparison import compare, gap_closed
+from eval.page_parts import signed
 from tests.compare_files import evaluation, perplexity, write_everything, write_json, write_run
 from tests.test_report import Page
 
@@ -203,6 +205,16 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["--run", str(run), "--runs_dir", str(tmp_path)]) == 0
     assert "No evaluation yet." in (run / "compare.html").read_text()
+
+
+def test_order_of_measures_and_zeros() -> None:
+    keys = {"bits/da", "bits/fo", "bits/other", "translate/eng-fao/bleu", "translate/eng-fao/chrf", "heldout/f1"}
+    scores = {key: Score(value=1.0, conditions={}) for key in keys}
+    found = compare([Entrant(name="a", kind="model", source="a", scores=scores)])
+    assert found.keys == [
+        "heldout/f1", "bits/fo", "bits/da", "bits/other", "translate/eng-fao/chrf", "translate/eng-fao/bleu",
+    ]  # fmt: skip
+    assert (number(-0.04, 1), number(-1.0, 1), signed(-0.04, 1), signed(-0.06, 1)) == ("0.0", "−1.0", "+0.0", "−0.1")
 
 
 def test_names_of_measures() -> None:
