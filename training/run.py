@@ -26,7 +26,7 @@ from inference.launch import start_local_teacher
 from training import distributed
 from training.actor import Actor
 from training.bilingual import Bilingual, Translator
-from training.checkpoints import open_run, step_numbers
+from training.checkpoints import Checkpoints, NoWholeCheckpoint, open_run, step_numbers
 from training.cli import ROOT, fail
 from training.collect import Models
 from training.composite import single_step_coef
