@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from eval.compare_plots import draw_comparison
     from eval.compare_tables import latex, markdown
     from eval.comparison import compare
-    from eval.places import newest_run
+    from eval.model_dirs import newest_run
 
     try:
         runs = options.run or [newest_run(options.runs_dir)]

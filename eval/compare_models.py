@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from eval.compare_scores import Score, Scores, read_folder, read_heldout, read_teacher_check
-from eval.places import eval_dir, run_of
+from eval.model_dirs import output_folder, run_of
 from eval.run_files import read_json
 
 PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
@@ -81,7 +81,7 @@ def _stages_before(run: Path, runs_dir: Path) -> list[Path]:
     """The runs whose exports this run started from, the first one first."""
     stages: list[Path] = []
     earlier = run_of(_config(run)["student"]["path"])
-    while earlier is not None and earlier not in [run.resolve(), *stages]:
+    while earlier is not None and earlier.resolve() not in [stage.resolve() for stage in (run, *stages)]:
         stages.insert(0, earlier)
         earlier = run_of(_config(earlier)["student"]["path"])
     return stages
@@ -89,7 +89,7 @@ def _stages_before(run: Path, runs_dir: Path) -> list[Path]:
 
 def _student(path: str, name: str, kind: str, runs_dir: Path, trained_by: Path | None, started: Path | None) -> Entrant:
     """The student as `trained_by` left it and `started` found it."""
-    folder = eval_dir(path, runs_dir)
+    folder = output_folder(path, runs_dir)
     scores, answers = _model_scores(folder)
     for run, file in ((trained_by, "after.json"), (started, "before.json")):
         content = read_json(run / "eval" / file) if run is not None else {}
@@ -112,7 +112,7 @@ def _student(path: str, name: str, kind: str, runs_dir: Path, trained_by: Path |
 
 def _teacher(run: Path, runs_dir: Path) -> Entrant:
     path = str(_config(run)["teacher"]["path"])
-    scores, answers = _model_scores(eval_dir(path, runs_dir))
+    scores, answers = _model_scores(output_folder(path, runs_dir))
     content = read_json(run / "eval" / "teacher.json")
     if content:
         scores |= read_heldout(content, _asked(run))
@@ -120,12 +120,12 @@ def _teacher(run: Path, runs_dir: Path) -> Entrant:
     scores = {**read_teacher_check(read_json(run / "eval" / "minimal_pairs.json"), "teacher"), **scores}
     return Entrant(
         name="Teacher", kind="teacher", source=str(Path(path).resolve()), scores=scores, answers=answers,
-        translations=_translations(eval_dir(path, runs_dir)),
+        translations=_translations(output_folder(path, runs_dir)),
     )  # fmt: skip
 
 
 def _model(path: str, runs_dir: Path) -> Entrant:
-    folder = eval_dir(path, runs_dir)
+    folder = output_folder(path, runs_dir)
     if not folder.is_dir():
         raise ValueError(
             f"--model {path}: no evaluation of it in {folder}; run one first, such as python eval/perplexity.py"

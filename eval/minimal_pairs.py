@@ -28,8 +28,8 @@ import torch
 
 from configs.files import write_atomically
 from configs.schema import RunConfig
+from eval.model_dirs import output_folder
 from eval.perplexity import Encoded, encode, load_model, read_texts
-from eval.places import eval_dir
 from rewards.minimal_pairs import (
     KINDS,
     Pair,
@@ -102,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     digest = hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
     for path, (scores, wins) in results.items():
         own = {"model": path, "text": str(options.text), "sha256": digest, **asdict(scores), "wins": wins}
-        write_atomically(eval_dir(path, options.runs_dir) / "pairs.json", json.dumps(own, ensure_ascii=False) + "\n")
+        write_atomically(
+            output_folder(path, options.runs_dir) / "pairs.json", json.dumps(own, ensure_ascii=False) + "\n"
+        )
     if options.json is not None:
         content = {
             "text": str(options.text),

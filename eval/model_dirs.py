@@ -49,16 +49,34 @@ def _check_adapter(model: Path, name: str) -> None:
         check_model(Path(base))
 
 
-def run_of(model: Path) -> Path | None:
+def run_of(model: str | Path) -> Path | None:
     """The run whose export this is."""
-    run = model.resolve().parent
-    return Path(os.path.relpath(run)) if model.resolve().name == "export" and (run / "config.yaml").is_file() else None
+    path = Path(model).resolve()
+    run = path.parent
+    return Path(os.path.relpath(run)) if path.name == "export" and (run / "config.yaml").is_file() else None
 
 
-def output_folder(model: Path, runs_dir: Path) -> Path:
-    """Where results go: beside the run's other evaluations, else into a folder named after the model."""
+def output_folder(model: str | Path, runs_dir: str | Path) -> Path:
+    """Where results go: beside the run's other evaluations, else into a folder named after the model. A hub id, of
+    which there is no directory here, counts as its own path."""
     run = run_of(model)
     if run is None:
-        resolved = model.resolve()
-        run = runs_dir / "models" / f"{resolved.name}-{hashlib.sha256(str(resolved).encode()).hexdigest()[:8]}"
+        resolved = str(Path(model).resolve() if Path(model).exists() else model)
+        digest = hashlib.sha256(resolved.encode()).hexdigest()[:8]
+        run = Path(runs_dir) / "models" / f"{Path(resolved).name}-{digest}"
     return run / "eval"
+
+
+def newest_run(runs_dir: str | Path) -> Path:
+    """The run whose evaluation or configuration was written last. Raises ValueError where there is none."""
+    runs = [path.parent for path in Path(runs_dir).glob("*/config.yaml")]
+    if not runs:
+        raise ValueError(
+            f"--runs_dir = {str(runs_dir)!r}: no run in it; train first (bash slurm/run_stage2_grpo.sh), or name one"
+        )
+
+    def written(run: Path) -> int:
+        files = [run / "config.yaml", run / "summary.json", *run.glob("eval/*.json")]
+        return max(file.stat().st_mtime_ns for file in files if file.is_file())
+
+    return max(runs, key=written)

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.files import write_atomically
 from configs.jsonl import read_jsonl
 from configs.schema import RunConfig
-from eval.places import eval_dir
+from eval.model_dirs import output_folder
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             scores = {name: score_texts(model, tokenizer, found, options.batch) for name, found in texts.items()}
             results[path] = {name: summarise(found) for name, found in scores.items()}
             write_atomically(
-                eval_dir(path, options.runs_dir) / "perplexity.json",
+                output_folder(path, options.runs_dir) / "perplexity.json",
                 json.dumps(_content(path, options.dtype, files, scores), ensure_ascii=False, indent=1) + "\n",
             )
     except ValueError as error:
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _print(results)
     for path in options.model:
-        print(f"written: {eval_dir(path, options.runs_dir) / 'perplexity.json'}")
+        print(f"written: {output_folder(path, options.runs_dir) / 'perplexity.json'}")
     return 0
 
 

@@ -32,9 +32,9 @@ from transformers import GenerationConfig
 
 from configs.files import write_atomically
 from configs.schema import RunConfig
+from eval.model_dirs import output_folder
 from eval.parallel_text import NAMES, ParallelText, load_parallel
 from eval.perplexity import load_model
-from eval.places import eval_dir
 
 DIRECTIONS = ("eng-fao", "fao-eng", "dan-fao", "fao-dan")
 SAVE_EVERY_S = 30.0
@@ -218,7 +218,7 @@ def _evaluate(path: str, text: ParallelText, examples: ParallelText, options: ar
         kind=kind, few_shot=options.few_shot if kind == "base" else 0, max_new_tokens=options.max_new_tokens,
         dtype=options.dtype,
     )  # fmt: skip
-    output = eval_dir(path, options.runs_dir) / "translate.json"
+    output = output_folder(path, options.runs_dir) / "translate.json"
     kept = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
     weights = _weights_digest(path)
     if kept.get("settings") != asdict(settings) or kept.get("weights") != weights:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from eval.places import eval_dir
+from eval.model_dirs import output_folder
 
 WORDS = ["Oslo", "Havn", "Tórshavn", "Klaksvík", "Reykjavík"]
 
@@ -108,10 +108,10 @@ def write_everything(runs: Path) -> tuple[Path, Path]:
            "correlation": 0.1}  # fmt: skip
     write_json(run / "eval" / "minimal_pairs.json", {"pairs": 50, "text": "fo.txt", "student": one, "teacher": one})
     folders = {
-        "start": eval_dir(start, runs),
+        "start": output_folder(start, runs),
         "after": run / "eval",
-        "teacher": eval_dir(runs / "teacher", runs),
-        "model": eval_dir(model, runs),
+        "teacher": output_folder(runs / "teacher", runs),
+        "model": output_folder(model, runs),
     }
     for name, bits, mean, comparable in (
         ("start", 2.0, 12.0, False),
