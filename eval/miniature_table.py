@@ -70,7 +70,7 @@ def _training(run: Path) -> list[str]:
     summary = json.loads(path.read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     sampled = summary.get("tokens", {}).get("sampled")
-    batch = config["sft"]["batch"] if sampled is None else config["loss"]["pt_batch"]
+    batch = config["sft"]["batch"] if sampled is None else config["loss"]["pt_batch"] * (config["loss"]["pt_coef"] > 0)
     tokens = f"{summary['steps'] * batch * config['data']['text_block_tokens']:,}"
     tokens += "" if sampled is None else f" + {sampled:,}"
     kl = [summary[key]["reverse_kl"] for key in ("eval_before", "eval_after") if key in summary]

@@ -35,7 +35,8 @@ def test_every_arm_is_a_valid_run_and_they_share_what_is_compared() -> None:
     block = grpo.data.text_block_tokens
     assert more.sft.steps * more.sft.batch * block == grpo.steps * (grpo.loss.pt_batch * block + sampled)
     assert text.sft.learning_rate == more.sft.learning_rate == grpo.actor.learning_rate
-    with pytest.raises(ValueError, match="--only other: no such arm; there are text, grpo-minillm, text-more"):
+    assert (found["grpo-alone"].pt_coef, grpo.pt_coef) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="--only other: no such arm; there are text, grpo-minillm"):
         plan.chosen(["text", "other"])
 
 
@@ -77,7 +78,8 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     run.mkdir()
     kl = {"eval_before": {"reverse_kl": 3.0}, "eval_after": {"reverse_kl": 2.5}}
     (run / "summary.json").write_text(json.dumps({"steps": 5, "tokens": {"sampled": 1234}, **kl}))
-    (run / "config.yaml").write_text(yaml.safe_dump({"loss": {"pt_batch": 4}, "data": {"text_block_tokens": 64}}))
+    config = {"loss": {"pt_batch": 4, "pt_coef": 1.0}, "data": {"text_block_tokens": 64}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "minutes.json").write_text('{"minutes": 7.04}')
     plan, found = read_plan(), {"start": start, "teacher": start, "grpo-minillm": arm}
     rows = {line.split(" | ")[0].strip("| "): line for line in table(plan, found, tmp_path).splitlines()}
