@@ -11,7 +11,7 @@ test: lint
 test-slow:
 	@$(ENV) && python -m pytest -m "slow and not gpu" --timeout 3600
 
-# A SLURM of its own with two nodes on this machine; needs root (tests/slurm/run.sh).
+# A SLURM of its own with three nodes on this machine; needs root (tests/slurm/run.sh).
 test-slurm:
 	@bash tests/slurm/run.sh
 

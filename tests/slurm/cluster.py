@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: munged, slurmctld and two slurmd, each node in its own network namespace.
+"""A real SLURM on this machine: munged, slurmctld and three slurmd, each node in its own network namespace.
 
 Only inside of tests/slurm/run.sh, which gives it namespaces of its own (network, mounts, host name, processes): nothing
 here meets the machine's network or another SLURM, and everything ends with the process that made it.
@@ -17,7 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CONTROLLER, NODES = "10.77.0.1", {"node0": "10.77.0.10", "node1": "10.77.0.11"}
+CONTROLLER = "10.77.0.1"
+NODES = {"node0": "10.77.0.10", "node1": "10.77.0.11", "node2": "10.77.0.12"}
+"""Components of a heterogeneous job never share a node: two for a teacher's need a third for the student."""
 
 
 def run(*command: str, check: bool = True, timeout: float = 60) -> str:
@@ -53,7 +55,7 @@ class Cluster:
         os.environ["SLURM_CONF"] = str(self.conf)
 
     def start(self) -> None:
-        """All daemons, until both nodes are idle."""
+        """All daemons, until all nodes are idle."""
         self._network()
         (self.root / "munge" / "key").write_bytes(os.urandom(128))
         (self.root / "munge" / "key").chmod(0o600)
@@ -131,7 +133,7 @@ class Cluster:
         self._daemons[name] = process
 
     def wait_idle(self) -> None:
-        """Until both nodes take jobs."""
+        """Until all nodes take jobs."""
         until(lambda: len(set(run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())) == len(NODES), "idle nodes")
 
     def stop(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.runs import ROOT, TINY, environment, timeless
 from tests.runs import metrics as read_metrics
-from tests.slurm.cluster import Cluster, run, until
+from tests.slurm.cluster import NODES, Cluster, run, until
 
 SITE = """
 : "${GRPO_KD_TIME:=30}" "${GRPO_KD_GPUS_PER_NODE:=0}" "${GRPO_KD_RANKS_PER_NODE:=1}" "${GRPO_KD_CPUS_PER_RANK:=2}"
@@ -112,8 +112,8 @@ class Desk:
                 os.kill(pid, number)
 
     def urgent(self) -> str:
-        """A job that needs both nodes whole, and may have them."""
-        line = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=64", "--output=/dev/null"]
+        """A job that needs all nodes whole, and may have them."""
+        line = ["-p", "urgent", f"-N{len(NODES)}", "--ntasks-per-node=1", "--cpus-per-task=64", "--output=/dev/null"]
         return run("sbatch", "--parsable", *line, "--wrap=true").strip()
 
     def minutes_since_start(self, job: str) -> int:

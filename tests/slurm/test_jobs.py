@@ -1,4 +1,4 @@
-"""The scripts of slurm/ on a real slurmctld with two nodes: components, chains, signals, lost nodes, arrays."""
+"""The scripts of slurm/ on a real slurmctld with three nodes: components, chains, signals, lost nodes, arrays."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_dead_trainer_ends_its_teachers_and_the_job_says_why(desk: Desk) -> No
         TEACHER_NODES=2, TEACHER_REPLICAS=2, TEACHER_RANKS_PER_NODE=1,
     )  # fmt: skip
     desk.wait_for_steps("dead", 1)
-    desk.kill("node0", TEACHER)
+    desk.kill("node1", TEACHER)
     until(lambda: "1 left" in desk.log(job), "word of the dead replica", 60)
     before = desk.steps("dead")
     desk.wait_for_steps("dead", before + 2)
@@ -107,11 +107,11 @@ def test_a_dead_trainer_ends_its_teachers_and_the_job_says_why(desk: Desk) -> No
     desk.finish(job, "FAILED", 120)
     assert "student component ended with exit code 137" in desk.last_words(job)
     assert desk.last_words(job, 1) == f"job {job}: the job ends with exit code 137"
-    until(lambda: not desk.cluster.processes("node1", TEACHER), "the end of the other replica", 30)
+    until(lambda: not desk.cluster.processes("node2", TEACHER), "the end of the other replica", 30)
 
 
 def test_two_student_nodes_are_two_ranks_on_one_node(desk: Desk) -> None:
-    """Across nodes the trainer starts its teacher itself; on one node the teacher is cut in two, over both nodes."""
+    """Across nodes the trainer starts its teacher itself; on one node the teacher is cut in two, over two nodes."""
     across = desk.submit("stage2_grpo", *SHORT, "--name", "across", STUDENT_NODES=2, TEACHER_NODES=0)
     desk.finish(across)
     assert "start 1 on node[0-1]" in desk.log(across)
