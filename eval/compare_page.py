@@ -72,7 +72,7 @@ def _group(
     )
     better = {measure(key).higher_is_better for key in keys}
     way = {frozenset({True}): "Higher is better.", frozenset({False}): "Lower is better."}.get(frozenset(better), "")
-    unit = "iterations of the harness" if group == "euroeval" else "examples"
+    unit = "questions or iterations of the harness" if group == "euroeval" else "examples"
     paired = sorted(
         {cell.paired for one in rows for key in keys if (cell := comparison.cell(one, key)) and cell.change}
     )

@@ -10,14 +10,17 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from configs.jsonl import read_jsonl
 from eval.bootstrap import Examples, Interval, interval, means, translations
 from eval.page_parts import answer_key
 from eval.run_files import is_number, read_json
+from rewards.answers import exact_match, token_f1
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,6 @@ def _f1(row: Mapping[str, Any]) -> float:
 
 
 def _exact(row: Mapping[str, Any]) -> float:
-    from rewards.answers import exact_match
-
     return 100.0 * exact_match(row["prediction"], row["answers"])
 
 
@@ -171,9 +172,9 @@ def read_translate(content: Mapping[str, Any]) -> Scores:
     return found
 
 
-def read_euroeval(content: Mapping[str, Any]) -> Scores:
-    """euroeval.json: every metric of every task. Iterations of the harness draw the same examples for every model, so
-    they are what is paired."""
+def read_euroeval(content: Mapping[str, Any], folder: Path) -> Scores:
+    """euroeval.json: every metric of every task. FoQA's models are paired question by question, from the generations;
+    elsewhere by iterations, which draw the same examples for every model."""
     settings, harness = content.get("settings") or {}, content.get("harness") or {}
     found: Scores = {}
     for task, one in content["tasks"].items():
@@ -195,15 +196,33 @@ def read_euroeval(content: Mapping[str, Any]) -> Scores:
             found[f"euroeval/{task}/{name}"] = Score(
                 value=value,
                 interval=Interval(value, value - radius, value + radius) if is_number(radius) else None,
-                examples=means(ids, scores) if len(scores) >= LEAST_ITERATIONS else None,
+                examples=_questions(folder, one, name)
+                or (means(ids, scores) if len(scores) >= LEAST_ITERATIONS else None),
                 conditions=conditions,
                 caveat=caveat,
             )
     return found
 
 
-READERS: Mapping[str, Callable[[Mapping[str, Any]], Scores]] = {
-    "euroeval.json": read_euroeval,
+def _questions(folder: Path, task: Mapping[str, Any], metric: str) -> Examples | None:
+    """FoQA's F1 or exact match by question, over the iterations that drew it; None for other tasks, or where the
+    generations are not there."""
+    file = folder / str(task.get("generations"))
+    of_row = {"f1": token_f1, "em": exact_match}.get(metric)
+    if of_row is None or not file.is_file():
+        return None
+    sums: dict[str, list[float]] = {}
+    for row in read_jsonl(file):
+        if "answers" not in row:
+            return None
+        total = sums.setdefault(str(row["id"]), [0.0, 0.0])
+        total[0] += 100.0 * of_row(row["prediction"]["prediction_text"], row["answers"]["text"])
+        total[1] += 1.0
+    return Examples(ids=tuple(sums), columns=np.array(list(sums.values())), statistic="ratio")
+
+
+Reader = Callable[[Mapping[str, Any]], Scores]
+READERS: Mapping[str, Reader] = {
     "perplexity.json": read_perplexity,
     "pairs.json": read_pairs,
     "translate.json": read_translate,
@@ -213,7 +232,8 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Scores]] = {
 def read_folder(folder: Path) -> Scores:
     """All evaluations in a model's eval folder but the held-out questions. Raises ValueError for a broken file."""
     found: Scores = {}
-    for name, read in READERS.items():
+    readers: dict[str, Reader] = {"euroeval.json": partial(read_euroeval, folder=folder), **READERS}
+    for name, read in readers.items():
         content = read_json(folder / name)
         if content:
             try:

@@ -11,8 +11,8 @@ from eval.comparison import Cell, Comparison
 from eval.page_parts import signed
 
 READING = (
-    "Square brackets: 95 % interval by bootstrap over examples (over the harness's iterations for EuroEval). Rows of "
-    "changes: difference to the baseline on the same examples, paired; bold where its interval does not hold 0. "
+    "Square brackets: 95 % interval by bootstrap over examples (EuroEval's own, over its iterations, for its scores). "
+    "Changes: difference to the baseline on the same examples, paired; bold where its interval does not hold 0. "
     "Letters mark numbers that may not be compared with the baseline or with published figures."
 )
 

@@ -18,6 +18,7 @@ from eval.compare_models import Entrant, entrants_of, published
 from eval.compare_scores import ORDER, Score, measure
 from eval.compare_tables import number
 from eval.comparison import compare, gap_closed
+from eval.model_dirs import output_folder
 from eval.page_parts import signed
 from tests.compare_files import evaluation, perplexity, write_everything, write_json, write_run
 from tests.test_report import Page
@@ -121,6 +122,31 @@ def test_published_and_incomparable_numbers_are_marked(tmp_path: Path) -> None:
     assert rows["gemma-3-27b-it"].score.value == 72.7  # type: ignore[union-attr]
     assert texts["GPT-4-turbo"][0].startswith("published (FoQA: ")
     assert all(cell.marks for cell in rows.values() if cell is not None)
+
+
+def test_foqa_is_paired_by_question(tmp_path: Path) -> None:
+    """Two iterations that drew some questions twice: a question counts as often as it was drawn, in both models."""
+    run, _ = write_everything(tmp_path)
+    for folder, right in ((output_folder(tmp_path / "start", tmp_path), "q1"), (run / "eval", "q1 q2")):
+        content = json.loads((folder / "euroeval.json").read_text())
+        content["tasks"]["foqa"]["generations"] = "euroeval/foqa.jsonl"
+        write_json(folder / "euroeval.json", content)
+        rows = [
+            {"iteration": n, "id": name, "prediction": {"prediction_text": "Havn" if name in right else "?"},
+             "answers": {"text": ["Havn", "Tórshavn"]}}
+            for n, name in ((0, "q1"), (0, "q2"), (0, "q2"), (1, "q3"))
+        ]  # fmt: skip
+        (folder / "euroeval").mkdir()
+        (folder / "euroeval" / "foqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare(entrants_of([run], [], tmp_path))
+    after = found.cell(found.entrants[1], "euroeval/foqa/f1")
+    assert after is not None
+    assert after.change is not None
+    assert (after.change.value, after.paired) == (pytest.approx(50.0), 3)  # q2 was drawn in two of four rows
+    assert after.score.value == 22.0  # the harness's own
+    mcc = found.cell(found.entrants[1], "euroeval/scala-fo/mcc")
+    assert mcc is not None
+    assert mcc.paired == 10
 
 
 def test_every_published_figure_has_a_source_and_a_measure() -> None:
