@@ -94,7 +94,7 @@ def test_time_limit_preemption_lost_node_and_lost_teacher_change_nothing(desk: D
 def test_a_dead_trainer_ends_its_teachers_and_the_job_says_why(desk: Desk) -> None:
     """Two replicas: without the first the run goes on; without the trainer nothing does."""
     job = desk.submit(
-        "stage2_grpo", *LONG, "--name", "dead", "--teacher.tensor_parallel", "1",
+        "stage2_grpo", *LONG, "--steps", "1000", "--name", "dead", "--teacher.tensor_parallel", "1",
         TEACHER_NODES=2, TEACHER_REPLICAS=2, TEACHER_RANKS_PER_NODE=1,
     )  # fmt: skip
     desk.wait_for_steps("dead", 1)
@@ -102,8 +102,7 @@ def test_a_dead_trainer_ends_its_teachers_and_the_job_says_why(desk: Desk) -> No
     until(lambda: "1 left" in desk.log(job), "word of the dead replica", 60)
     before = desk.steps("dead")
     desk.wait_for_steps("dead", before + 2)
-    with desk.frozen_teacher(job):
-        desk.kill("node0", TRAINER)
+    desk.kill("node0", TRAINER)
     desk.finish(job, "FAILED", 120)
     assert "student component ended with exit code 137" in desk.last_words(job)
     assert desk.last_words(job, 1) == f"job {job}: the job ends with exit code 137"
@@ -114,7 +113,7 @@ def test_two_student_nodes_are_two_ranks_on_one_node(desk: Desk) -> None:
     """Across nodes the trainer starts its teacher itself; on one node the teacher is cut in two, over two nodes."""
     across = desk.submit("stage2_grpo", *SHORT, "--name", "across", STUDENT_NODES=2, TEACHER_NODES=0)
     desk.finish(across)
-    assert "start 1 on node[0-1]" in desk.log(across)
+    assert f"job {across}: start 1 on node[" in desk.log(across)
     one = desk.submit(
         "stage2_grpo", *SHORT, "--name", "one", RANKS_PER_NODE=2, TEACHER_NODES=2, TEACHER_RANKS_PER_NODE=1
     )
