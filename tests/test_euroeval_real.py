@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not MODEL.is_dir(), reason="GRPO_KD_MODELS names no folder with smollm2-135m"),
 ]
 PROMPTS, NEW = 200, 8
-ROWS = 8
+ROWS = 4
 """Test rows of each task."""
 
 
