@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from configs.checks import require
 from configs.schema import RunConfig
@@ -171,10 +171,18 @@ class TeacherLink:
         self, prompts: Sequence[str], texts: Sequence[str]
     ) -> Callable[[], tuple[torch.Tensor, list[int]]]:
         """Send texts that follow prompts, neither of them the student's; call the result to wait for float32 [S]
-        log-probabilities of all texts' tokens, the teacher's end symbol last in each, and how many each has."""
+        log-probabilities of all texts' tokens, the teacher's end symbol last in each, and how many each has. What the
+        teacher has no room for is cut off: of a text its end beyond half of the room, of a prompt its beginning."""
         end = int(self._tokenizer.eos_token_id)
+        settings = AutoConfig.from_pretrained(self._facts.path).get_text_config()
+        room = int(getattr(settings, "max_position_embeddings", None) or 2**30)
         read = [(*self._tokenizer(" " + t, add_special_tokens=False)["input_ids"], end) if t else (end,) for t in texts]
-        future = self._client.score(groups_of([tuple(self._tokenizer(p)["input_ids"]) for p in prompts], read, 1))
+        read = [tokens[: room // 2] for tokens in read]
+        asked = [
+            tuple(self._tokenizer(prompt)["input_ids"])[-(room - len(tokens)) :]
+            for prompt, tokens in zip(prompts, read, strict=True)
+        ]
+        future = self._client.score(groups_of(asked, read, 1))
 
         def wait() -> tuple[torch.Tensor, list[int]]:
             return future.result().logprobs_S, [len(tokens) for tokens in read]
