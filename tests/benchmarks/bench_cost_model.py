@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_cost_model.py
 
-A random Llama of 26 million parameters under the real actor and reference, one thread. Two rates (large products, and
-the skinny ones of decoding) are taken from the first shape; all else is predicted. Predicted / measured is printed.
+A random Llama of 7 million parameters under the real actor and reference, one thread. Two rates (large products, and
+the skinny ones of decoding) are taken from the first shape; all else is predicted. Predicted / measured is printed, in
+seconds of this process, so that others on the machine disturb little.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ PARTS = ("prefill", "decode", "reference", "update")
 
 
 def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measure(folder: Path, work: Work) -> dict[str, float]:
@@ -69,8 +70,8 @@ def measure(folder: Path, work: Work) -> dict[str, float]:
     rounds: list[dict[str, float]] = []
     for step in range(ROUNDS + 1):
         marks: list[float] = []
-        start = time.perf_counter()
-        rollout = actor.sample(prompts, step=step, on_step=lambda _, marks=marks: marks.append(time.perf_counter()))
+        start = time.process_time()
+        rollout = actor.sample(prompts, step=step, on_step=lambda _, marks=marks: marks.append(time.process_time()))
         found = {"prefill": marks[0] - start, "decode": marks[-1] - marks[0]}
         found["reference"] = seconds(lambda rollout=rollout: reference.logprobs(rollout))
         advantages_BR = torch.randn(rollout.behavior_logprobs_BR.shape, generator=random)
@@ -98,8 +99,8 @@ def main() -> None:
         folder = Path(name)
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
-            vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
-            num_key_value_heads=4, max_position_embeddings=2048, eos_token_id=2, pad_token_id=0,
+            vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=2, pad_token_id=0,
         )  # fmt: skip
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
         save_tokenizer(folder)
