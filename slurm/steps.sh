@@ -186,7 +186,7 @@ _end_leftovers() {
         left="$(squeue -s -h -u "$(id -un)" -o %i | grep -E "$own")" || return 0
         _say "ending what is left of the start before: steps ${left//$'\n'/ }"
         # shellcheck disable=SC2086 # a list of steps
-        scancel --signal=KILL $left
+        scancel --signal=KILL $left 2>/dev/null # some may have gone meanwhile
         _nap 1
     done
 }
