@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 from collections.abc import Iterator
@@ -118,15 +119,20 @@ def test_two_student_nodes_are_two_ranks_on_one_node(desk: Desk) -> None:
         "stage2_grpo", *SHORT, "--name", "one", RANKS_PER_NODE=2, TEACHER_NODES=2, TEACHER_RANKS_PER_NODE=1
     )
     desk.finish(one)
-    assert desk.outcome("across") == desk.outcome("one")
+    first, second = desk.outcome("across"), desk.outcome("one")
+    assert first["samples"] == second["samples"]
+    for row, other in zip(first["metrics"], second["metrics"], strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-6)  # the teacher may merge the ranks' questions
 
 
 def test_the_pipeline_runs_through(desk: Desk) -> None:
     said = desk.shell("slurm/run_pipeline.sh", *SHORT, "--sft.steps", "2", "--name", "chain", TEACHER_NODES=0)
     jobs = said.splitlines()[0].removeprefix("jobs ").partition(":")[0].split()
     assert len(jobs) == 3
-    for job in jobs:
+    judged = importlib.util.find_spec("euroeval") is not None
+    for job in jobs[:2]:
         desk.finish(job)
+    desk.finish(jobs[2], "COMPLETED" if judged else "FAILED")  # stage 3 says that EuroEval is missing
     settings = (desk.folder / "chain" / "config.yaml").read_text()
     assert f"path: {desk.folder}/chain-sft/export" in settings
     (scores,) = (desk.folder / "chain" / "eval").glob("held*.json")
