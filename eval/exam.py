@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from rewards.answers import exact_match, score_answers, token_f1
 
@@ -67,6 +68,7 @@ class Exam:
 
 def load_exam(model_dir: Path, questions: list[Question], settings: AskSettings) -> Exam:
     """Load a model and tokenise its prompts; ValueError where that cannot be."""
+    transformers_logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)

@@ -27,6 +27,7 @@ if not __package__:  # started as a script: our rooms first, and no file of this
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from configs.files import write_atomically
 from configs.jsonl import read_jsonl
@@ -89,6 +90,7 @@ def read_texts(path: Path) -> list[str]:
 
 def load_model(model_dir: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
     """(model in evaluation mode on its device, tokenizer); ValueError where that cannot be."""
+    transformers_logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)

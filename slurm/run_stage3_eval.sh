@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Stage 3: score the newest run's exported student (eval/run_euroeval.py).
 #
-#   bash slurm/run_stage3_eval.sh [--steps 5 ...]      on this machine
-#   sbatch slurm/run_stage3_eval.sh [--steps 5 ...]    under SLURM, one node as below
-#   bash slurm/submit.sh stage3_eval [--steps 5 ...]   under SLURM, as slurm/site.env says
+#   bash slurm/run_stage3_eval.sh [--model DIR ...]      on this machine
+#   sbatch slurm/run_stage3_eval.sh [--model DIR ...]    under SLURM, one node as below
+#   bash slurm/submit.sh stage3_eval [--model DIR ...]   under SLURM, as slurm/site.env says
 #
 # Resources and processes only; every setting of the run is in configs/ (arguments are passed on).
 #SBATCH --job-name=grpo-kd-eval

@@ -164,6 +164,7 @@ def test_a_run_killed_between_the_name_and_latest_goes_on_from_the_one_before(tm
     write(tmp_path, 10, 20)
     (tmp_path / "checkpoints" / "latest").write_text("step-000010")
     (tmp_path / "checkpoints" / "step-000030.partial" / "student").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".latest.0a1b2c3d").write_text("step-0000")  # killed while it moved
     assert resumed(tmp_path) == (10, 10.0)
     assert names(tmp_path) == {"step-000010", "step-000020", "latest"}
     checkpoints = write(tmp_path)

@@ -115,3 +115,18 @@ def test_the_demo_is_built_only_for_what_is_read() -> None:
     no_text = replace(mine, reward="teacher_logprob", data=replace(mine.data, text="demo"))
     assert not uses_demo(no_text, stage=2)
     assert uses_demo(replace(no_text, reward="minillm"), stage=2)
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on_where_the_setting_has_its_default(tmp_path: Path) -> None:
+    from training.run import check_same_run
+    from training.run_folder import RunFolder
+
+    folder = RunFolder(tmp_path / "run")
+    (folder.checkpoints / "step-000010").mkdir(parents=True)
+    settings = as_dict(RunConfig())
+    assert isinstance(settings["eval"], dict)
+    del settings["eval"]["patience"]
+    (folder.path / "config.yaml").write_text(dump_config(settings))
+    check_same_run(folder, RunConfig())
+    with pytest.raises(ValueError, match=r"eval\.patience: .* then, 7 now"):
+        check_same_run(folder, replace(RunConfig(), eval=replace(RunConfig().eval, patience=7)))

@@ -285,6 +285,9 @@ class Checkpoints:
         """Rename what was found damaged, and say so; delete what was never finished. Rank 0 alone."""
         for unfinished in self.directory.glob(f"*{PARTIAL}"):
             shutil.rmtree(unfinished, ignore_errors=True)
+        for pointer in ("latest", "best"):
+            for unfinished in self.directory.glob(f".{pointer}.*"):  # killed while it moved
+                unfinished.unlink()
         for text in damage:
             directory = self.directory / text.partition(":")[0]
             aside = directory.with_name(f"{directory.name}{DAMAGED}")

@@ -347,11 +347,15 @@ def _report(folder: RunFolder) -> None:
 
 
 def check_same_run(folder: RunFolder, config: RunConfig) -> None:
-    """A run goes on only with the settings that it was started with. Raises ValueError naming what differs."""
+    """A run goes on only with the settings that it was started with. Raises ValueError naming what differs.
+
+    A setting that is younger than the run had its default then.
+    """
     path = folder.path / "config.yaml"
     if not path.is_file() or not step_numbers(folder.checkpoints):
         return
-    old, new = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(as_dict(config))))
+    default, new = (_flat(json.loads(json.dumps(as_dict(c)))) for c in (RunConfig(), config))
+    old = default | _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
     keys = sorted(old.keys() | new.keys())
     changed = [k for k in keys if old.get(k) != new.get(k) and not _PLACE.sub("teacher", k).startswith(FREE_KEYS)]
     if changed:
