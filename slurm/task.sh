@@ -24,9 +24,10 @@ if ((WORLD_SIZE > LOCAL_WORLD_SIZE)) && command -v ip >/dev/null; then
 fi
 if [[ "$kind" == teacher ]]; then
     # A preempted job gets TERM in all steps at once, but the trainer needs its teacher until it has left: the server
-    # is deaf to signals and lives as long as its standard input, which ends with the step.
+    # is deaf to signals and lives as long as its standard input: a pipe that it holds both ends of itself. (A process
+    # at the other end would outlive it, and SLURM does not report a step's end while somebody has its output open.)
     trap '' TERM USR1
-    exec python "$@" < <(exec sleep infinity)
+    exec python "$@" 0<> <(:)
 fi
 
 # Signals of SLURM reach every process of the step, this one too: it waits until Python has answered.
