@@ -13,7 +13,7 @@ from training.cli import DEMO_CONFIGS, dump_config, instantiate, load_config, ma
 from training.composite import single_step_coef
 
 ROOT = Path(__file__).resolve().parent.parent
-PLANS = ("frames.yaml", "ablation.yaml", "miniature.yaml")
+PLANS = ("frames.yaml", "ablation.yaml", "miniature.yaml", "sentiment.yaml")
 RUNS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name not in PLANS)
 
 

@@ -36,7 +36,7 @@ def test_collectives_get_tensors_on_nccls_device(name: str, monkeypatch: pytest.
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, op=None: seen.append(tensor))
-    monkeypatch.setattr(dist, "all_gather", lambda out, tensor: seen.extend([*out, tensor]))
+    monkeypatch.setattr(dist, "all_gather", lambda out, tensor, group=None: seen.extend([*out, tensor]))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     result: object = None
     with FakeTensorMode():

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+DistError = dist.DistError
+"""What a store raises whose server has gone."""
 _beats = 0
 
 

@@ -217,16 +217,15 @@ def micro_batch(patient: Patient) -> Finding:
 @contextmanager
 def _budget(patient: Patient, tokens: int) -> Iterator[None]:
     """Another micro_batch_tokens for actor and critic."""
-    config = replace(patient.config, actor=replace(patient.config.actor, micro_batch_tokens=tokens))
     models: list[Any] = [m for m in (patient.models.actor, patient.models.critic) if m is not None]
-    before = [model._config for model in models]
+    before = [model.budget.tokens for model in models]
     for model in models:
-        model._config = config
+        model.budget.tokens = tokens
     try:
         yield
     finally:
         for model, old in zip(models, before, strict=True):
-            model._config = old
+            model.budget.tokens = old
 
 
 def _same_step(patient: Patient, metrics: Mapping[str, float], how: str) -> Finding:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
-from torch.distributed import DistError
 
 from training import distributed
 
@@ -119,7 +118,7 @@ class Watchdog:
         if beats != self._told.beats:
             self._beat_s = time.monotonic()
         self._told = replace(self._place, beats=beats, ticks=self._told.ticks + 1)
-        with contextlib.suppress(DistError):  # rank 0, whose store it is, has gone: _look says so when it matters
+        with contextlib.suppress(distributed.DistError):  # rank 0 and its store have gone: _look says so in time
             self._store.set(str(distributed.rank()), json.dumps(asdict(self._told)))
 
     def _look(self) -> bool:
@@ -128,7 +127,7 @@ class Watchdog:
         others = [r for r in range(distributed.world_size()) if r != distributed.rank()]
         try:
             places = [Place(**json.loads(text)) for text in self._store.multi_get([str(r) for r in others])]
-        except DistError:
+        except distributed.DistError:
             return False
         now = time.monotonic()
         for rank, place in zip(others, places, strict=True):
