@@ -66,6 +66,7 @@ class Watchdog:
                 timeout=timedelta(seconds=2 * self._interval_s),
             )  # fmt: skip
             self._store = PrefixStore("watchdog", store)
+            self._tell()  # before the first step: the others' look waits for a rank that has never told its place
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @property
