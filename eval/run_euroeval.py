@@ -199,9 +199,9 @@ def _print_table(results: Sequence[tuple[str, dict[str, Any], Path]]) -> None:
             )
             mark = "" if found["comparable"] else " *"
             print(f"{name:{width}}  {task:16}  {found['data']['source']:5}  {', '.join(scores)}{mark}")
-    if any(not found["comparable"] for _, result, _ in results for found in result["tasks"].values()):
-        reasons = {found["why_not"]: None for _, result, _ in results for found in result["tasks"].values()}
-        print("* not comparable with EuroEval's leaderboard: " + "; or ".join(reason for reason in reasons if reason))
+    whys = [found["why_not"] for _, result, _ in results for found in result["tasks"].values()]
+    if reasons := dict.fromkeys(reason for why in whys for reason in (why or "").split("; ") if reason):
+        print("* not comparable with EuroEval's leaderboard: " + "; ".join(reasons))
     for _, result, output in results:
         print(f"written: {os.path.relpath(output)}/euroeval.json ({result['seconds']:.0f} s of evaluation)")
 
