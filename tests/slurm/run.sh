@@ -14,7 +14,12 @@ skip() {
 [[ "$(uname)" == Linux && "$(id -u)" == 0 ]] || skip "needs root on Linux, for network namespaces"
 namespaces=(--net --mount --uts --pid --fork --mount-proc --kill-child)
 unshare "${namespaces[@]}" true 2>/dev/null || skip "this machine allows no namespaces (unshare ${namespaces[*]})"
-if ! command -v slurmctld slurmd sbatch munged ip >/dev/null; then
+lacks() { # true where a program is missing (`command -v` with several names asks for any of them)
+    local program
+    for program in slurmctld slurmd sbatch munged ip; do command -v "$program" >/dev/null || return 0; done
+    return 1
+}
+if lacks; then
     command -v apt-get >/dev/null || skip "no SLURM here, and no apt-get to install it (slurm-wlm, munge, iproute2)"
     log="$(mktemp)"
     { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
