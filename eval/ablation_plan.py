@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from eval.plan_parts import chosen, flags
+
 PLAN_FILE = Path(__file__).resolve().parent.parent / "configs" / "ablation.yaml"
 MEASURED = "eval/language.json"
 """Where eval/ablation.py puts bits a byte and the language rate of a run's student."""
@@ -42,15 +44,11 @@ class Plan:
 
     def chosen(self, names: Sequence[str] | None) -> list[Variant]:
         """The variants of these names, in the plan's order; None: all. ValueError where there is no such name."""
-        known = [variant.name for variant in self.variants]
-        if wrong := [name for name in names or [] if name not in known]:
-            raise ValueError(f"--only {' '.join(wrong)}: no such variant; there are {', '.join(known)}")
-        return [variant for variant in self.variants if names is None or variant.name in names]
+        return chosen(self.variants, names, "variant")
 
     def arguments(self, variant: Variant) -> list[str]:
         """The command line of training/main.py, without name, folders and seed."""
-        values = {**self.common, **variant.settings}
-        return [word for key, value in values.items() for word in (f"--{key}", _word(value))]
+        return flags({**self.common, **variant.settings})
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,6 @@ class Task:
     def name(self) -> str:
         """Name of the run's folder."""
         return f"{self.variant.name}-seed{self.seed}"
-
-
-def _word(value: object) -> str:
-    """A YAML value as a word of the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def read_plan(path: Path = PLAN_FILE) -> Plan:

@@ -10,7 +10,17 @@ from eval.compare_models import Entrant
 from eval.compare_scores import GROUPS, LANGUAGES, measure
 from eval.compare_tables import READING, answered, bounds, number
 from eval.comparison import Cell, Comparison, gap_closed
-from eval.page_parts import answer_card, answer_key, chart_grid, drawn, page, signed, table_region, written
+from eval.page_parts import (
+    answer_card,
+    answer_key,
+    answer_section,
+    chart_grid,
+    drawn,
+    page,
+    signed,
+    table_region,
+    written,
+)
 from eval.report_plots import Plot
 
 SHOWN_ANSWERS = 10
@@ -117,16 +127,8 @@ def _answers(comparison: Comparison) -> str:
     if not shared:
         return ""
     chosen = drawn(shared, SHOWN_ANSWERS)
-    cards = "\n".join(
-        answer_card(row, {name: found[answer_key(row)] for name, found in said.items()}) for row in chosen
-    )
-    return f"""<section>
-<h2>Answers side by side</h2>
-<p class="note">{len(chosen)} of {len(shared)} held-out questions, drawn at random. ✓ right, ◐ partly (F1), ✗ wrong.</p>
-<div class="cards">
-{cards}
-</div>
-</section>"""
+    cards = [answer_card(row, {name: found[answer_key(row)] for name, found in said.items()}) for row in chosen]
+    return answer_section("Answers side by side", cards, len(shared))
 
 
 def _translations(comparison: Comparison) -> str:

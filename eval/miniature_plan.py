@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from eval.plan_parts import chosen, flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN_FILE = ROOT / "configs" / "miniature.yaml"
@@ -53,10 +54,7 @@ class Plan:
 
     def chosen(self, names: Sequence[str] | None) -> list[Arm]:
         """The arms of these names, in the plan's order; None: all. ValueError where there is no such name."""
-        known = [arm.name for arm in self.arms]
-        if wrong := [name for name in names or [] if name not in known]:
-            raise ValueError(f"--only {' '.join(wrong)}: no such arm; there are {', '.join(known)}")
-        return [arm for arm in self.arms if names is None or arm.name in names]
+        return chosen(self.arms, names, "arm")
 
 
 def read_plan(path: Path = PLAN_FILE) -> Plan:
@@ -78,13 +76,7 @@ def arguments(plan: Plan, arm: Arm, paths: Mapping[str, Path]) -> list[str]:
         **plan.common,
         **arm.settings,
     }
-    words = [word for key, value in values.items() for word in (f"--{key}", _word(value))]
-    return ["--config", str(BASE), *words]
-
-
-def _word(value: object) -> str:
-    """A YAML value as a word of the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return ["--config", str(BASE), *flags(values)]
 
 
 def split(sentences: Sequence[str], heldout: int, seed: int) -> tuple[list[str], list[str]]:

@@ -77,6 +77,18 @@ def answer_card(row: Mapping[str, Any], replies: Mapping[str, Mapping[str, Any] 
 </article>"""
 
 
+def answer_section(title: str, cards: Sequence[str], questions: int) -> str:
+    """Those cards, drawn from so many questions."""
+    shown = "\n".join(cards)
+    return f"""<section>
+<h2>{escape(title)}</h2>
+<p class="note">{len(cards)} of {questions} held-out questions, drawn at random. ✓ right, ◐ partly (F1), ✗ wrong.</p>
+<div class="cards">
+{shown}
+</div>
+</section>"""
+
+
 def _reply(row: Mapping[str, Any]) -> str:
     """An answer with its mark; the mark is a sign and a word, not only a colour."""
     f1 = float(row.get("f1") or 0.0)

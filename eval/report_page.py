@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from eval.page_parts import answer_card, answer_key, chart_grid, drawn, page, signed, table_region
+from eval.page_parts import answer_card, answer_key, answer_section, chart_grid, drawn, page, signed, table_region
 from eval.report_plots import Plot, smoothing_window
 from eval.run_files import RunFiles
 
@@ -156,17 +156,11 @@ def _answers(run: RunFiles) -> str:
         return ""
     rows = run.answers[stage]
     chosen = drawn(rows, SHOWN_ANSWERS)
-    cards = "\n".join(
+    cards = [
         answer_card(row, {name: by_stage[stage].get(answer_key(row)) for stage, name in STAGE_NAMES.items()})
         for row in chosen
-    )
-    return f"""<section>
-<h2>Answers before and after</h2>
-<p class="note">{len(chosen)} of {len(rows)} held-out questions, drawn at random. ✓ right, ◐ partly (F1), ✗ wrong.</p>
-<div class="cards">
-{cards}
-</div>
-</section>"""
+    ]
+    return answer_section("Answers before and after", cards, len(rows))
 
 
 def _config(run: RunFiles) -> str:

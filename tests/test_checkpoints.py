@@ -30,7 +30,7 @@ class Tensors:
         return [(directory / "tensor.pt", {"tensor": self.tensor}), (directory / "name.txt", b"f\xc3\xb8royskt")]
 
     def load(self, directory: Path) -> None:
-        self.tensor = torch.load(directory / "tensor.pt")["tensor"]
+        self.tensor = torch.load(directory / "tensor.pt", weights_only=True)["tensor"]
         assert (directory / "name.txt").read_text(encoding="utf-8") == "føroyskt"
 
 

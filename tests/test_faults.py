@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from tests import student_models
-from tests.runs import ROOT, command, environment, free_port, metrics, timeless
+from tests.runs import ROOT, command, environment, finish_ranks, metrics, timeless
 from tests.teacher_models import save_tokenizer
 from tests.test_leaving import processes_of, wait_until
 
@@ -238,24 +238,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
     # Every tensor of some size is a mapping of its own, given back as it is freed: the limit is then exact.
-    shared = environment() | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "PYTHONWARNINGS": "ignore"}
-    shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     program = [sys.executable, str(ROOT / "tests" / "fault_worker.py"), str(folder / "model"), str(folder / "out.json")]
-    logs = [folder / f"rank{rank}.log" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            program, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        codes = [process.wait(900) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text(errors="replace")[-2500:] for log in logs)
+    finish_ranks(program, 2, folder, 900, **allocator)
     return json.loads((folder / "out.json").read_text())
 
 

@@ -6,7 +6,6 @@ Each world size is one set of processes (tests/rank_worker.py) that run all of i
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import ROOT, environment, free_port
+from tests.runs import ROOT, finish_ranks
 from tests.student_models import save
 from tests.teacher_models import save_tokenizer
 
@@ -36,24 +35,8 @@ def run_ranks(world: int, jobs: list[dict[str, Any]], folder: Path, seconds: flo
     """Start `world` processes and return what rank 0 wrote; a rank that has not ended in time fails the test."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    shared = environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared["PYTHONWARNINGS"] = "ignore"
-    command = [sys.executable, str(WORKER), str(folder / "jobs.json"), str(folder / "out.json")]
-    logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        codes = [process.wait(seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * world, "\n".join(log.read_text()[-2500:] for log in logs)
+    program = [sys.executable, str(WORKER), str(folder / "jobs.json"), str(folder / "out.json")]
+    finish_ranks(program, world, folder, seconds)
     return json.loads((folder / "out.json").read_text())
 
 

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from configs.schema import DEMO, RunConfig, require, validate
 from training.cli import DEMO_CONFIGS, fail, parse
-from training.sft import open_run, train_supervised
+from training.sft import open_run, run_stage, train_supervised
 
 if TYPE_CHECKING:
     from inference.packing import Group
@@ -43,16 +43,7 @@ def main(argv: list[str]) -> int:
         require(config.data.text is not None, "data.text", None, "give raw text: a file with a `text` in each row")
     except ValueError as error:
         fail(str(error))
-    from training.checkpoints import CheckpointFailed
-    from training.stopping import StopRequest, watch_launcher
-
-    stop = StopRequest()
-    watch_launcher()
-    try:
-        return run(config, stop)
-    except CheckpointFailed as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    return run_stage(run, config)
 
 
 def run(config: RunConfig, stop: StopRequest) -> int:

@@ -45,6 +45,11 @@ def main(argv: list[str]) -> int:
         validate(config)
     except ValueError as error:
         fail(str(error))
+    return run_stage(run, config)
+
+
+def run_stage(run: Callable[[RunConfig, StopRequest], int], config: RunConfig) -> int:
+    """Run stage 0 or 1 under the launcher's and the scheduler's signals; returns the exit code."""
     from training.checkpoints import CheckpointFailed
     from training.stopping import StopRequest, watch_launcher
 
