@@ -5,24 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.ranges import (
+    AtLeastOne,
+    ClosedUnitInterval,
+    Finite,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    ZeroToBelowOne,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the student answers."""
 
-    group_size: int = 8
+    group_size: PositiveInt = 8
     """G: responses to each prompt. GRPO needs at least 2."""
-    max_new_tokens: int = 64
+    max_new_tokens: PositiveInt = 64
     """Longest response, in tokens."""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Softmax temperature of sampling and of every policy log-probability."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens. 0: all."""
-    top_p: float = 1.0
-    """Sample within this probability mass. 1: all."""
-    min_p: float = 0.0
-    """Leave out tokens that are less likely than this share of the likeliest (arXiv 2407.01082). 0: none."""
-    teacher_mix: float = 0.0
+    teacher_mix: ZeroToBelowOne = 0.0
     """alpha: share of the teacher in what is sampled from (MiniLLM, arXiv 2306.08543, section 2.2). 0: student only."""
     mix_by: Literal["token", "response"] = "token"
     """Mix at each token (equal tokenizers), or let the teacher write a response whole (any tokenizers)."""
@@ -35,31 +41,21 @@ class SamplingConfig:
 class ActorConfig:
     """Optimisation of the student with DeepSpeed."""
 
-    learning_rate: float = 1e-6
+    learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of the learning rate from the end of warm-up to the last step."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
-    weight_decay: float = 0.0
-    """AdamW weight decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW moment decay rates."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     offload: bool = False
     """Keep the optimizer state in CPU memory (GPU runs, ZeRO 1 to 3)."""
-    hybrid_engine: bool = True
-    """Use DeepSpeed's hybrid engine, natively where no injected kernel exists."""
-    rollout: Literal["grouped", "deepspeed"] = "grouped"
-    """Who samples: our grouped sampler, or DeepSpeed's rollout engine (injected kernels where they exist)."""
-    check_sampling: bool = True
-    """At start-up compare sampled log-probabilities with the training forward, and go native where they differ."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: PositiveInt = 8192
     """Packed tokens in one forward and backward pass; a longer single group is run by itself."""
-    updates_per_rollout: int = 1
+    updates_per_rollout: PositiveInt = 1
     """Optimizer steps on one batch of samples; the prompts are dealt into that many mini-batches."""
     max_skipped: int = 10
     """Updates in a row that may be skipped for a non-finite loss or score before the run ends."""
@@ -73,23 +69,22 @@ class ApiConfig:
     """Name of the model, as the endpoint knows it."""
     base_url: str = "https://api.openai.com/v1"
     """Address of the endpoint."""
-    temperature: float = 0.0
+    temperature: NonNegativeFloat = 0.0
     """Sampling temperature of its replies."""
-    max_tokens: int = 256
+    max_tokens: PositiveInt = 256
     """Longest reply, in its tokens."""
-    timeout_s: float = 60.0
+    timeout_s: PositiveFloat = 60.0
     """Seconds that a reply may take."""
-    attempts: int = 6
-    """Times that a question is asked before it counts as unanswered."""
-    backoff_s: float = 1.0
-    """Seconds before the second attempt; doubled before each further one, at most 60, or what the endpoint asks for."""
-    requests_per_minute: float = 0.0
+    attempts: PositiveInt = 6
+    """Times that a question is asked before it counts as unanswered; the pauses between are the openai client's own, or
+    what the endpoint asks for."""
+    requests_per_minute: NonNegativeFloat = 0.0
     """Most requests a minute of each process. 0: no limit."""
-    parallel: int = 4
+    parallel: PositiveInt = 4
     """Requests under way at once."""
-    dollars_per_million_in: float = 0.0
+    dollars_per_million_in: NonNegativeFloat = 0.0
     """Price of a million prompt tokens, for the count of the cost."""
-    dollars_per_million_out: float = 0.0
+    dollars_per_million_out: NonNegativeFloat = 0.0
     """Price of a million reply tokens."""
 
 
@@ -99,22 +94,18 @@ class BilingualConfig:
 
     path: str | None = None
     """Hugging Face directory of an encoder-decoder model for translation, or of a causal one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Its parameter and compute type."""
     instruction: str = "{text}"
     """What the model is given; a causal one needs words around {text} (`Faroese: {text}\\nEnglish:`), T5 a prefix."""
     source_language: str | None = None
     """Name of Faroese for tokenizers that ask for one (NLLB: fao_Latn)."""
     target_language: str | None = None
     """Name of English for models that begin with one (NLLB: eng_Latn)."""
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Longest translation, in its tokens."""
-    batch: int = 32
+    batch: PositiveInt = 32
     """Texts translated at a time."""
     template: str = "Question: {question}\nAnswer:"
-    """English prompt of a question."""
-    context_template: str = "Text: {context}\nQuestion: {question}\nAnswer:"
-    """English prompt of a question with a context."""
+    """English prompt of a question; its context, where it has one, stands before it as `Text: ...` in a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,34 +118,37 @@ class RewardConfig:
     """minillm: the long part is the mean, not the sum, of the rewards that follow."""
     gamma: float = 1.0
     """minillm: discount of the long part, in powers relative to the token."""
-    teacher_weight: float = 1.0
+    teacher_weight: Finite = 1.0
     """Weight of `teacher` in the reward; each of `teachers` has its own."""
-    exact_match_weight: float = 0.0
-    """Weight of an extra part: 1 where the answer equals one of the data's answers. Needs answers in the prompts."""
-    similarity_weight: float = 0.0
+    similarity_weight: Finite = 0.0
     """Weight of an extra part: likeness 0..1 to the nearest of the data's answers. Needs answers in the prompts."""
     similarity_metric: Literal["rouge_l", "chrf", "bleu", "exact_match", "token_f1", "edit"] = "rouge_l"
-    """How that likeness is measured (rewards/similarity.py)."""
-    language_weight: float = 0.0
-    """Weight of an extra part: is the response Faroese, 0..1 (rewards/language.py)."""
+    """How that likeness is measured (rewards/parts/similarity.py)."""
+    language_weight: Finite = 0.0
+    """Weight of an extra part: is the response Faroese, 0..1 (rewards/parts/language.py)."""
     language_dictionary: str | None = None
     """Half of that part is the share of words that a Hunspell dictionary knows: `auto` for the installed Faroese one,
     or a path without .dic and .aff. None: no dictionary. Needs the package spylls."""
-    format_weight: float = 0.0
+    format_weight: Finite = 0.0
     """Weight of an extra part: 1 where the response ended by itself and the whole of it matches `format_pattern`."""
     format_pattern: str = r"[^\n]*\S[^\n]*"
     """Regular expression for the whole response. Default: one line with something on it."""
-    length_weight: float = 0.0
+    length_weight: Finite = 0.0
     """Weight of an extra part: 1 for a response of so many words, less outside, 0 at none and at twice the most."""
-    length_min_words: int = 1
+    length_min_words: PositiveInt = 1
     """Words from which a response is long enough."""
     length_max_words: int = 20
     """Words up to which a response is short enough."""
-    judge_weight: float = 0.0
+    judge_weight: Finite = 0.0
     """Weight of an extra part: the mark 0..1 of a model behind an OpenAI-compatible endpoint (`judge`)."""
-    bilingual_weight: float = 0.0
+    bilingual_weight: Finite = 0.0
     """Weight of an extra part: the teacher's mean log-probability of a token (nats, at most 0) of the answer's English
     translation, under an English prompt (`bilingual`)."""
+    custom: str | None = None
+    """A function of one's own as an extra part, FILE.py:FUNCTION: from rewards.base.RewardInput to a number for each
+    response, or for each token (docs/extending.md)."""
+    custom_weight: float = 1.0
+    """Weight of that part."""
     bilingual: BilingualConfig = field(default_factory=BilingualConfig)
     """The translator."""
     judge: ApiConfig = field(default_factory=ApiConfig)
@@ -174,7 +168,7 @@ class GRPOConfig:
     no_signal: Literal["keep", "skip", "resample"] = "keep"
     """A group whose scores are all equal: keep it (it counts in the denominators), leave it out, or answer other
     prompts in its place (DAPO's dynamic sampling, arXiv 2503.14476)."""
-    resample_rounds: int = 2
+    resample_rounds: PositiveInt = 2
     """Most rounds of sampling in place of such groups in a step."""
 
 
@@ -190,8 +184,6 @@ class PPOConfig:
     """Coefficient of -(log pi_b - log pi_ref) in the reward: the fixed one, or the first of the adaptive one."""
     kl_target: float | None = None
     """Nats a token that the adaptive controller aims at. None: fixed coefficient."""
-    kl_horizon: int = 1000
-    """Responses over which the adaptive controller reacts."""
     value_clip: float = 0.2
     """Values move at most this far from their old ones in one update."""
     whiten: bool = True
@@ -204,9 +196,9 @@ class ScheduleConfig:
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """Constant: the factor stays 1."""
-    final: float = 0.0
+    final: NonNegativeFloat = 0.0
     """Factor at the end."""
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """RL steps until the end is reached. None: those of the run."""
 
 
@@ -216,35 +208,33 @@ class LossConfig:
 
     The critic's L_value has an engine and an optimizer of its own, so it needs no weight here."""
 
-    clip_low: float = 0.2
+    clip_low: OpenUnitInterval = 0.2
     """Lower clip of the importance ratio: 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: PositiveFloat = 0.2
     """Upper clip of the importance ratio: 1 + clip_high."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens (DAPO), over tokens then responses (GRPO), or a sum over a constant length (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of each token, or of the whole sequence (GSPO)."""
-    policy_coef: float = 1.0
+    policy_coef: NonNegativeFloat = 1.0
     """Weight of L_policy."""
-    kl_coef: float = 0.0
+    kl_coef: NonNegativeFloat = 0.0
     """beta, weight of the KL to the reference in the loss."""
     kl_estimator: Literal["k2", "k3", "full"] = "k3"
     """That KL as a loss: from the sampled token (k2, k3), or exact over the vocabulary (full). k1 has no gradient in
     expectation as a loss; it is PPO's penalty in the reward."""
-    importance_cap: float | None = None
+    importance_cap: AtLeastOne | None = None
     """Truncated importance weights between the training forward and what sampling recorded: min(pi_old/pi_b, cap).
     The ratio is then taken to the training forward's pi_old. None: the ratio is taken to pi_b directly."""
-    pt_coef: float | None = None
+    pt_coef: NonNegativeFloat | None = None
     """lambda_PT, weight of the language-model loss on raw text. None: 0.1 with reward minillm, else 0."""
-    pt_batch: int = 8
-    """L_PT sequences a step, over all ranks."""
-    bc_coef: float = 0.0
+    pt_batch: PositiveInt = 8
+    """L_PT sequences a step, over all ranks; and L_BC examples."""
+    bc_coef: NonNegativeFloat = 0.0
     """lambda_BC, weight of behaviour cloning on the warm-up answers."""
-    bc_batch: int = 8
-    """L_BC examples a step, over all ranks."""
-    single_step_coef: float | None = None
+    single_step_coef: NonNegativeFloat | None = None
     """lambda_1, weight of MiniLLM's exact single-step KL. None: 1 with minillm and equal tokenizers, else 0."""
-    single_step_entries: int = 0
+    single_step_entries: NonNegativeInt = 0
     """L_single from the teacher's K likeliest entries and one bucket for the rest: a lower bound that spares the
     trainer the product with the teacher's output layer, for a second request. 0: exact, from its hidden states."""
     policy_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -257,7 +247,7 @@ class LossConfig:
     """Course of bc_coef."""
     single_step_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Course of single_step_coef."""
-    gradient_shares_every: int = 0
+    gradient_shares_every: NonNegativeInt = 0
     """Steps between measurements of each term's gradient norm (costs one more backward pass a term). 0: never."""
 
 
@@ -265,16 +255,16 @@ class LossConfig:
 class DistillConfig:
     """The baselines beside reinforcement learning (`--recipe`)."""
 
-    answer_temperature: float = 0.0
-    """seqkd, sampled_ce: temperature of the teacher's answers. 0: greedy."""
-    sampled_tokens: int = 256
+    answer_temperature: NonNegativeFloat = 0.0
+    """Stage 1 from the teacher, seqkd, sampled_ce: temperature of the teacher's answers. 0: greedy."""
+    sampled_tokens: PositiveInt = 256
     """sampled_ce: teacher tokens sampled at each position (Gemma 3, arXiv 2503.19786, section 3)."""
-    jsd_beta: float = 0.5
+    jsd_beta: ClosedUnitInterval = 0.5
     """gkd: generalised Jensen-Shannon divergence (arXiv 2306.13649, eq. 1) from forward KL (0) to reverse KL (1)."""
-    bond_forward: float = 0.5
+    bond_forward: ClosedUnitInterval = 0.5
     """bond: weight of imitating the best of N (forward KL) against the quantile reward (backward KL), arXiv
     2407.14622."""
-    warp_rate: float = 0.5
+    warp_rate: ClosedUnitInterval = 0.5
     """warp: place of the exported student between the start of the run (0) and its end (1) (arXiv
     2406.16768, eq. 5)."""
 
@@ -283,7 +273,7 @@ class DistillConfig:
 class PhaseConfig:
     """Alternating phases: supervised steps on the warm-up answers between stretches of reinforcement learning."""
 
-    every: int = 0
+    every: NonNegativeInt = 0
     """RL steps between supervised phases. 0: none."""
-    steps: int = 10
+    steps: PositiveInt = 10
     """Optimizer steps of a supervised phase."""

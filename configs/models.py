@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from configs.ranges import Finite, NonNegativeInt, PositiveFloat, PositiveInt
 
 DEMO = "demo"
 """A path with this value means: the embedded Faroese demo, built on first use."""
+DEMO_STAGE1 = "demo-stage1"
+"""As student.path: the demo's student after stage 1, from which stage 2 starts anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """Train a low-rank adapter in place of the whole student (LoRA, arXiv 2106.09685), through peft."""
 
-    rank: int = 0
+    rank: NonNegativeInt = 0
     """Rank of the update of each matrix. 0: no adapter, every parameter is trained."""
-    alpha: int = 16
+    alpha: PositiveInt = 16
     """The update is scaled by alpha / rank."""
     targets: str = "all-linear"
     """Modules that get one: `all-linear`, or names with commas between (q_proj,v_proj)."""
@@ -29,6 +33,13 @@ class StudentConfig:
 
     path: str = DEMO
     """Hugging Face model directory (config.json, safetensors, tokenizer), a hub id, or `demo`."""
+    prompt: Literal["auto", "plain", "chat"] = "auto"
+    """How it is asked: in the text of data.template (plain), with that as a user's message in its tokenizer's chat
+    template (chat), or so where it has one (auto)."""
+    system_prompt: str | None = None
+    """A system message before the user's (chat)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    """What else its chat template takes, as `{"enable_thinking": false}` (Qwen 3)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and compute type of the student, the reference and the critic. Log-softmax is always float32."""
     gradient_checkpointing: bool = False
@@ -42,15 +53,12 @@ class ReferenceConfig:
     """The frozen student that the KL term is measured against."""
 
     update: Literal["fixed", "every", "ema"] = "fixed"
-    """Stays the start of the run; becomes the student every `every` steps; or follows it as a moving average."""
-    every: int = 50
+    """Stays the start of the run; becomes the student every `every` steps; or follows it as a moving average, which
+    keeps 0.99 of itself at each step (WARP, arXiv 2406.16768)."""
+    every: PositiveInt = 50
     """Steps between updates (`every`)."""
-    decay: float = 0.99
-    """Share of itself that the moving average keeps at each step (`ema`; WARP, arXiv 2406.16768, has 0.99)."""
-    kl_limit: float | None = None
-    """Nats a token of KL to the start of the run beyond which `kl_action` is taken. None: no limit."""
-    kl_action: Literal["stop", "back_off"] = "stop"
-    """Stop with a checkpoint; or halve the learning rate at each step beyond the limit, and double it back below."""
+    kl_limit: PositiveFloat | None = None
+    """Nats a token of KL to the start of the run beyond which the run stops with a checkpoint. None: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,32 +67,40 @@ class TeacherConfig:
 
     path: str = DEMO
     """Hugging Face model directory (config.json, safetensors, tokenizer) or `demo`."""
+    prompt: Literal["auto", "plain", "chat"] = "auto"
+    """How it is asked: in the text of data.template (plain), with that as a user's message in its tokenizer's chat
+    template (chat), or so where it has one (auto)."""
+    system_prompt: str | None = None
+    """A system message before the user's (chat)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    """What else its chat template takes, as `{"enable_thinking": false}` (Qwen 3)."""
+    backend: str = "auto"
+    """What runs it: `megatron`, `transformers` (any causal language model, one process, slower), or another row of
+    BACKENDS (inference/model/backend.py). `auto`: Megatron where it computes exactly what the model is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and compute type. Log-probabilities are always reduced in float32."""
-    tensor_parallel: int = 2
-    """Processes that share one teacher. Must divide the number of attention heads."""
+    tensor_parallel: PositiveInt = 2
+    """Processes that share one teacher. Must divide the number of attention heads. The transformers backend has one
+    process, which deals the layers to so many CUDA devices."""
     address: str | None = None
     """`host:port` of a running server, or the path of its address file; several replicas with commas between. None:
     start one here, which ends with the trainer. The secret is read from the environment (GRPO_KD_TEACHER_SECRET)."""
+    devices: str | None = None
+    """CUDA devices of a server that is started here, with commas between, as CUDA_VISIBLE_DEVICES has them. None: those
+    that the trainer's ranks of this machine leave; where they leave too few, the teacher shares theirs (a warning)."""
     interface: str = "127.0.0.1"
     """Address that the server binds to. Only this one."""
     port: int = 0
     """TCP port of the server. 0: any free port."""
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads of each teacher process."""
-    timeout_s: float = 600.0
+    timeout_s: PositiveFloat = 600.0
     """Seconds that a client waits for a lost or slow teacher before the run is checkpointed and leaves with 75."""
-    max_batch_tokens: int = 16384
+    max_batch_tokens: PositiveInt = 16384
     """Packed tokens in one teacher forward; larger requests are cut into several."""
-    max_request_tokens: int = 4194304
-    """Tokens that a single request may carry; a larger one ends its session."""
-    max_request_rows: int = 65536
-    """Responses that a single request may carry; more end its session."""
     max_cache_tokens: int = 65536
     """Tokens whose keys and values wait for the next decode step (`next`); the longest unused are dropped first."""
-    max_sessions: int = 64
-    """Clients served at a time; one more is refused."""
-    logit_chunk: int = 1024
+    logit_chunk: PositiveInt = 1024
     """Tokens whose vocabulary logits are alive at once."""
 
 
@@ -94,19 +110,15 @@ class ExtraTeacherConfig(TeacherConfig):
 
     name: str
     """Its part of the reward is logged as `reward/REWARD/NAME`."""
-    weight: float = 1.0
+    weight: Finite = 1.0
     """Weight of its part of the reward; that of `teacher` is rewards.teacher_weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """The value model (PPO): a second DeepSpeed engine."""
+    """The value model (PPO): a second DeepSpeed engine, on a copy of the student's backbone."""
 
-    path: str | None = None
-    """Hugging Face model directory of the backbone. None: the student's."""
-    learning_rate: float = 1e-5
+    learning_rate: PositiveFloat = 1e-5
     """Peak learning rate of AdamW; schedule and warm-up are the actor's."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
-    warmup_steps: int = 0
-    """First steps in which only the critic is trained."""

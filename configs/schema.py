@@ -1,8 +1,8 @@
 """What a run is: every setting, typed, with its unit and its default.
 
 No torch, no model code. Values come from these defaults, then from a YAML file, then from the command line;
-`training/main.py --help` prints these pages (configs/models.py: the models; configs/learning.py: how they learn).
-Checks that need only the values are in configs/checks.py; checks that read files are in `training/preflight.py`. A
+`training/main.py --help all` prints these pages (configs/models.py: the models; configs/learning.py: how they learn).
+Checks that need only the values are in configs/checks.py; checks that read files are in `training/data/preflight.py`. A
 check never changes a value.
 """
 
@@ -12,56 +12,56 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.checks import require as require
-from configs.checks import validate as validate
-from configs.learning import ActorConfig as ActorConfig
-from configs.learning import DistillConfig as DistillConfig
-from configs.learning import GRPOConfig as GRPOConfig
-from configs.learning import LossConfig as LossConfig
-from configs.learning import PhaseConfig as PhaseConfig
-from configs.learning import PPOConfig as PPOConfig
-from configs.learning import RewardConfig as RewardConfig
-from configs.learning import SamplingConfig as SamplingConfig
-from configs.learning import ScheduleConfig as ScheduleConfig
-from configs.models import DEMO as DEMO
-from configs.models import AdapterConfig as AdapterConfig
-from configs.models import CriticConfig as CriticConfig
-from configs.models import ExtraTeacherConfig as ExtraTeacherConfig
-from configs.models import ReferenceConfig as ReferenceConfig
-from configs.models import StudentConfig as StudentConfig
-from configs.models import TeacherConfig as TeacherConfig
-
-Algorithm = Literal["grpo", "ppo"]
-RewardName = Literal["teacher_logprob", "minillm"]
-Recipe = Literal["rl", "seqkd", "sampled_ce", "gkd", "bond", "warp"]
+from configs.checks import require, validate  # noqa: F401
+from configs.learning import (
+    ActorConfig,
+    DistillConfig,
+    GRPOConfig,
+    LossConfig,
+    PhaseConfig,
+    PPOConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScheduleConfig,  # noqa: F401
+)
+from configs.models import (
+    DEMO,
+    AdapterConfig,  # noqa: F401
+    CriticConfig,
+    ExtraTeacherConfig,
+    ReferenceConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from configs.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts, held-out questions and raw text. JSONL rows have `question` and may have `context`, `answers`, `id`.
+    """Prompts, held-out questions and raw text.
 
-    Where a JSONL file is asked for, a .csv, .tsv, .parquet or .txt file, a folder or a hub id (`owner/name:split`) will
-    do as well (configs/tables.py)."""
+    Each is a file, a folder or a data set of the hub (`owner/name:split`), in a layout of docs/data.md."""
 
     prompts: str = DEMO
-    """JSONL file of RL prompts (answers are not used), or `demo`."""
+    """RL prompts (answers are not used), or `demo`."""
     warmup: str = DEMO
-    """JSONL file of questions with answers for stage 1, or `demo`."""
+    """Questions with answers for stage 1, or `demo`."""
     heldout: str = DEMO
-    """JSONL file of held-out questions with answers, or `demo`."""
+    """Held-out questions with answers, or `demo`."""
+    open: str | None = None
+    """Open questions asked beside the held-out ones: each row has a `pattern`, a regular expression that a right answer
+    matches whole; or `demo`. None: none are asked."""
     validation: str | None = None
-    """JSONL file of questions for the validation in the loop (eval.every). None: some RL prompts are set aside."""
+    """Questions for the validation in the loop (eval.every). None: some RL prompts are set aside."""
     text: str | None = DEMO
-    """JSONL file with a `text` in each row, for L_PT; `demo`; or None."""
+    """Rows with a `text`, for L_PT; `demo`; or None."""
     template: str = "Spurningur: {question}\nSvar:"
     """How a question becomes a prompt."""
     context_template: str = "Tekstur: {context}\nSpurningur: {question}\nSvar:"
     """How a question with a context becomes a prompt."""
-    use_chat_template: bool = False
-    """The rendered template is a user's message, which student and teacher each read in their own chat template."""
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: AtLeastTwo = 512
     """Longer prompts are counted and skipped."""
-    text_block_tokens: int = 64
+    text_block_tokens: AtLeastTwo = 64
     """Tokens in one L_PT sequence."""
     text_packing: Literal["blocks", "documents"] = "blocks"
     """L_PT: texts stand end to end in a block, and a text sees those before it in its block (blocks), or itself only
@@ -76,20 +76,23 @@ class EvalConfig:
 
     questions: int | None = None
     """Held-out questions asked. None: all."""
-    batch: int = 64
+    batch: PositiveInt = 64
     """Questions answered at a time."""
-    kl_samples: int = 1
-    """Sampled answers a question for the reverse KL to the teacher."""
-    minimal_pairs: int = 0
+    kl_samples: PositiveInt = 1
+    """Sampled answers a question for the reverse KL to the teacher, and for the share of right open answers."""
+    beside: str | None = None
+    """Another student of the same shape, a baseline that is asked the same questions at the end: a model directory, or
+    `demo`. None: none is."""
+    minimal_pairs: NonNegativeInt = 0
     """Pairs of a right sentence and one with a mistake that teacher and student judge at the start of stage 2; a
     teacher that is no better at it gets a warning. 0: none."""
-    every: int = 0
+    every: NonNegativeInt = 0
     """Steps between validations in the loop, on other questions than the held-out ones. 0: none."""
-    validation_questions: int = 64
+    validation_questions: PositiveInt = 64
     """Questions of such a validation: set aside from the RL prompts, or the first ones of data.validation."""
     metric: Literal["f1", "exact_match", "reverse_kl"] = "f1"
     """What makes a checkpoint the best: F1 or exact match (higher), or reverse KL to the teacher (lower)."""
-    patience: int = 0
+    patience: NonNegativeInt = 0
     """Validations in a row without a better one after which the run ends. 0: it never does."""
     export: Literal["last", "best"] = "last"
     """Which student is exported and evaluated at the end: that of the last step, or of the best validation."""
@@ -99,14 +102,16 @@ class EvalConfig:
 class SFTConfig:
     """Stage 1: supervised warm-up."""
 
-    steps: int = 100
+    steps: PositiveInt = 100
     """Optimizer steps."""
-    batch: int = 32
+    batch: PositiveInt = 32
     """Examples a step, over all ranks."""
-    learning_rate: float = 1e-5
+    learning_rate: PositiveFloat = 1e-5
     """Peak learning rate; the rest of the optimizer is the actor's."""
     answers: Literal["data", "teacher"] = "data"
-    """Train on the answers of the data set, or on the teacher's (asked through its server, cached on disk)."""
+    """Train on the answers in data.warmup, or on the teacher's to data.prompts (asked through its server, cached)."""
+    samples: PositiveInt = 1
+    """The teacher's answers to each prompt, at distill.answer_temperature."""
     output: str | None = None
     """Directory of the trained model. None: runs/NAME/export."""
 
@@ -115,28 +120,37 @@ class SFTConfig:
 class CheckpointConfig:
     """Saving and resuming."""
 
-    every: int = 50
+    every: PositiveInt = 50
     """Steps between checkpoints; one more is written at the end."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Checkpoints kept, besides the best."""
     asynchronous: bool = False
     """Write in the background, from a copy of the states in the host's memory, while training goes on."""
     on_error: Literal["stop", "continue"] = "stop"
     """Where a checkpoint cannot be written (full disk): end the run with the reason, or warn and go on without it. The
     ones before it stay whole in both cases."""
-    samples_every: int = 10
+    samples_every: PositiveInt = 10
     """Steps between entries in samples.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Giving the student back."""
+
+    push_to_hub: str | None = None
+    """Hub repository (owner/name) that the finished export is uploaded to; made, private, where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run. `--algo` and `--reward` choose one of the four approaches."""
 
-    algo: Algorithm = "grpo"
-    """Advantage estimator: group baseline (grpo) or critic (ppo)."""
-    reward: RewardName = "minillm"
-    """Reward: the teacher's log-likelihood, or MiniLLM's reverse-KL reward."""
-    recipe: Recipe = "rl"
+    algo: str = "grpo"
+    """Advantage estimator, a row of training/algorithms.py: group baseline (grpo) or critic (ppo)."""
+    reward: str = "minillm"
+    """What a teacher's log-probabilities make of a response, a row of rewards/__init__.py: the log-likelihood itself
+    (teacher_logprob), or MiniLLM's reverse-KL reward (minillm)."""
+    recipe: str = "rl"
     """What is done with them: reinforcement learning (rl; warp: with averaged weights), or a baseline beside it:
     supervised on the teacher's answers (seqkd), cross-entropy on sampled teacher tokens there (sampled_ce),
     divergence to the teacher on the student's own answers (gkd), best of N (bond). See docs/algorithms.md."""
@@ -150,13 +164,16 @@ class RunConfig:
     """Size of the embedded demo's models; `tiny` is for tests and learns little."""
     seed: int = 0
     """Seed of sampling, data order and new weights."""
-    steps: int = 100
+    steps: PositiveInt = 100
     """RL steps."""
-    prompts_per_step: int = 16
+    prompts_per_step: PositiveInt = 16
     """N: prompts sampled a step, over all ranks."""
+    report_to: str = "tensorboard"
+    """Where the numbers of each step are shown besides metrics.jsonl: tensorboard, wandb, mlflow, with commas between;
+    or none."""
     threads: int | None = None
     """CPU threads of each trainer process. None: the cores divided among the trainer's local ranks."""
-    time_limit_s: float | None = None
+    time_limit_s: PositiveFloat | None = None
     """Seconds that one start of the run may take: it checkpoints in time and leaves with 75. Where SLURM says when the
     job ends, that counts as well. None: no limit of our own."""
     stuck_timeout_s: float = 900.0
@@ -180,6 +197,7 @@ class RunConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     @property
     def run_name(self) -> str:
@@ -187,17 +205,9 @@ class RunConfig:
         recipe = "" if self.recipe == "rl" else f"-{self.recipe}"
         return self.name or f"{self.algo}-{self.reward}{recipe}" + (f"-seed{self.seed}" if self.seed else "")
 
-    @property
-    def pt_coef(self) -> float:
-        """lambda_PT with its default resolved: MiniLLM trains on raw text unless told otherwise."""
-        if self.loss.pt_coef is not None:
-            return self.loss.pt_coef
-        return 0.1 if self.reward == "minillm" and self.data.text is not None else 0.0
-
 
 def as_dict(config: RunConfig) -> dict[str, object]:
     """Plain nested values, ready for YAML."""
     values = dataclasses.asdict(config)
-    values["actor"]["betas"] = list(config.actor.betas)
     values["teachers"] = list(values["teachers"])
     return values

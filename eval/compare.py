@@ -5,7 +5,8 @@
 
 Reads the evaluations that lie in the runs' folders (held-out questions, EuroEval, bits a byte, minimal pairs,
 translation) and measures nothing itself. Writes compare.md, compare.html, compare.tex and compare-*.png into the first
-run's folder, or into --out. docs/comparing.md says how to read them.
+run's folder, or into --out, and curves.html and curves-*.png, which lay the runs' curves over each other. It may be
+called while runs go on. docs/comparing.md says how to read them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-if not __package__:  # started as a script: our rooms first, and no file of this folder hides a library
+if not __package__:  # started as a script: our folders first, and no file of this folder hides a library
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.files import write_atomically
+from configs.io.files import write_atomically
 from configs.schema import RunConfig
 
 
@@ -31,16 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", default=[], help="other models that were evaluated: directories, hub ids")
     parser.add_argument("--runs_dir", type=Path, default=Path(RunConfig().runs_dir), help="folder of all runs")
     parser.add_argument("--out", type=Path, help="folder of the output (default: the first run's)")
-    parser.add_argument("--no_published", action="store_true", help="without the figures of eval/published.yaml")
+    parser.add_argument("--no_published", action="store_true", help="without the figures of eval/pages/published.yaml")
     options = parser.parse_args(arguments)
 
     # Imported late: a mistake in the arguments is answered at once, not after seconds of importing matplotlib.
-    from eval.compare_models import entrants_of, published
-    from eval.compare_page import render_comparison
-    from eval.compare_plots import draw_comparison
-    from eval.compare_tables import latex, markdown
-    from eval.comparison import compare
-    from eval.model_dirs import newest_run
+    from eval.measures.model_dirs import newest_run
+    from eval.pages.compare_models import entrants_of, published
+    from eval.pages.compare_page import render_comparison, render_curves
+    from eval.pages.compare_plots import draw_comparison
+    from eval.pages.compare_tables import latex, markdown
+    from eval.pages.comparison import compare
+    from eval.pages.page_parts import visible
+    from eval.pages.report_plots import draw_curves
+    from eval.pages.run_files import read_run
 
     try:
         runs = options.run or [newest_run(options.runs_dir)]
@@ -50,20 +55,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.no_published:  # a published figure says something beside one of ours only
             entrants += [one for one in published() if known & one.scores.keys()]
         comparison = compare(entrants)
+        files = [read_run(run) for run in runs]
+        names = [file.name for file in files]
+        twice = {name for name in names if names.count(name) > 1}
+        for place, run in enumerate(runs):
+            if names[place] in twice:
+                files[place] = replace(files[place], name=f"{run.resolve().parent.name}/{names[place]}")
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     out = options.out or runs[0]
     title = f"Comparison: {', '.join(run.resolve().name for run in runs)}"
-    table = markdown(comparison, title)
+    table = visible(markdown(comparison, title))
     plots = draw_comparison(comparison)
     write_atomically(out / "compare.md", table)
-    write_atomically(out / "compare.tex", latex(comparison))
+    write_atomically(out / "compare.tex", visible(latex(comparison)))
     for plot in (plot for group in plots.values() for plot in group):
         write_atomically(out / f"compare-{plot.slug}.png", plot.png)
     write_atomically(out / "compare.html", render_comparison(comparison, plots, title))
+    curves = draw_curves({run.name: (run.steps, run.metrics) for run in files})
+    for plot in curves:
+        write_atomically(out / f"curves-{plot.slug}.png", plot.png)
+    write_atomically(out / "curves.html", render_curves(files, curves, title.replace("Comparison", "Curves", 1)))
     print(table)
-    print(f"written: {out / 'compare.html'}, compare.md, compare.tex and {sum(map(len, plots.values()))} PNG beside it")
+    charts = sum(map(len, plots.values())) + len(curves)
+    print(f"written: {out / 'compare.html'}, curves.html, compare.md, compare.tex and {charts} PNG beside them")
     return 0
 
 

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # started as a script: our rooms first, and no file of this folder hides a library
+if not __package__:  # started as a script: our folders first, and no file of this folder hides a library
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.files import write_atomically
-from eval.report_page import render_page
-from eval.report_plots import draw_plots
-from eval.run_files import read_run
+from configs.io.files import write_atomically
+from eval.pages.report_page import render_page
+from eval.pages.report_plots import draw_plots
+from eval.pages.run_files import read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,12 +3,12 @@
     python eval/run_euroeval.py                                     # the newest run's export
     python eval/run_euroeval.py --model runs/a/export DIR ORG/NAME  # several models, same tasks
     python eval/run_euroeval.py --iterations 2 --tasks foqa fosent  # a quicker look
-    python eval/run_euroeval.py --data DIR                          # local splits (format: eval/euroeval_data.py)
+    python eval/run_euroeval.py --data DIR                          # local splits (format: eval/euroeval/data.py)
 
 The real `euroeval` package makes prompts, examples, bootstrap samples, labels and scores; the generation is ours, in
-this process, on CPU or CUDA. A model of the embedded demo is judged on the demo's own splits, any other on the hub's
+this process, on CPU or CUDA. A model of the embedded demo is measured on the demo's own splits, any other on the hub's
 data where the hub answers within 5 s. Results: runs/NAME/eval/euroeval.json, for a model outside of any run
-RUNS_DIR/models/NAME-HASH/eval/euroeval.json (eval/euroeval_run.py has the format). What is finished is kept: the same
+RUNS_DIR/models/NAME-HASH/eval/euroeval.json (eval/euroeval/run.py has the format). What is finished is kept: the same
 command again goes on. Needs the extra: pip install -c constraints.txt 'euroeval>=16.11,<17'. docs/evaluation.md says
 when the figures may be compared.
 """
@@ -22,22 +22,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-if not __package__:  # started as a script: our rooms first, and no file of this folder hides a library
+if not __package__:  # started as a script: the repository first, and no file of this folder hides a library
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import yaml
-
+from configs.io.results import Result
 from configs.schema import RunConfig
 from eval import heldout
-from eval.euroeval_data import OFFICIAL, TASKS, Source, check_splits, probe_hub
-from eval.euroeval_run import LEADERBOARD_ITERATIONS, Settings, evaluate
-from eval.model_dirs import check_model, newest_export, output_folder, run_of
+from eval.euroeval.data import OFFICIAL, TASKS, Source, check_splits, probe_hub
+from eval.euroeval.run import LEADERBOARD_ITERATIONS, RESULT, Settings, evaluate
+from eval.measures.model_dirs import check_model, newest_export, output_folder, run_config, run_of
 
 INSTALL = "EuroEval is not installed; pip install -c constraints.txt 'euroeval>=16.11,<17'"
 DEMO_SPLITS = "euroeval"
-"""Folder of the demo's splits, beside its held-out questions (training/demo_splits.py)."""
+"""Folder of the demo's splits, beside its held-out questions (training/data/demo/splits.py)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,24 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     try:
         plan = _plan(args)
+        if args.heldout and (status := _ask_heldout(args, plan)) != 0:
+            return status
+        if importlib.util.find_spec("euroeval") is None:
+            raise ValueError(INSTALL)
+        if plan.problem:
+            raise ValueError(plan.problem)
+        results = [_evaluate(model, name, plan.settings, args) for name, model in plan.models]
     except (ValueError, OSError) as error:
-        return _refuse(error)
-    if args.heldout and (status := _ask_heldout(args, plan)) != 0:
-        return status
-    if importlib.util.find_spec("euroeval") is None:
-        return _refuse(INSTALL)
-    if plan.problem:
-        return _refuse(plan.problem)
-    results = []
-    for name, model in plan.models:
-        output = output_folder(model, args.runs_dir)
-        try:
-            result = evaluate(model, name, plan.settings, plan.source, plan.folder, output, Path(args.cache_dir))
-        except ValueError as error:
-            return _refuse(error)
-        results.append((name, result, output))
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     _print_table(results)
+    for _, model in plan.models:
+        print(f"written: {os.path.relpath(output_folder(model, args.runs_dir))}/{RESULT}")
     return 0
+
+
+def _evaluate(model: Path, name: str, settings: Settings, args: argparse.Namespace) -> Result:
+    import torch  # late, as a mistake in the arguments is told without it
+
+    from eval.measures.model import Model
+
+    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    return evaluate(Model(path=str(model), dtype=dtype, runs_dir=args.runs_dir), name, settings)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -89,12 +92,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _refuse(reason: Exception | str) -> int:
-    """Say what to mend, in one line."""
-    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
-    return 2
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What will be asked of whom, checked as far as that goes without importing anything heavy."""
@@ -102,47 +99,30 @@ class Plan:
     models: list[tuple[str, Path]]
     """Name as the user gave it, and directory."""
     settings: Settings
-    source: Source
-    """Where the data come from."""
-    folder: Path | None
-    """Local splits; None: the hub."""
     problem: str | None
     """Why EuroEval cannot run; the held-out questions can be asked all the same."""
 
 
 def _plan(args: argparse.Namespace) -> Plan:
     """Check models, data and output; ValueError names what to mend."""
-    models = [(str(name), _model_dir(str(name))) for name in args.model or [newest_export(args.runs_dir)]]
+    models = [(str(name), check_model(name)) for name in args.model or [newest_export(args.runs_dir)]]
     for name, model in models:
-        check_model(model)
         _check_writable(output_folder(model, args.runs_dir), name)
     source, folder, problem = _data_source(args, [model for _, model in models])
     if folder is not None:
         check_splits(folder, args.tasks)
     settings = Settings(
         tasks=tuple(args.tasks),
+        source=source,
+        folder=folder,
+        cache_dir=Path(args.cache_dir),
         iterations=args.iterations,
         split=args.split,
         few_shot=not args.zero_shot,
         kind=args.kind,
-        dtype=args.dtype,
         batch=args.batch,
     )
-    return Plan(models=models, settings=settings, source=source, folder=folder, problem=problem)
-
-
-def _model_dir(name: str) -> Path:
-    """The directory, or what the hub has (or has had) under that name."""
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
-    except Exception as error:  # the hub's client raises nearly anything
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--model {name}: no such directory, and the hub does not give it ({reason})") from error
+    return Plan(models=models, settings=settings, problem=problem)
 
 
 def _check_writable(output: Path, name: str) -> None:
@@ -173,11 +153,10 @@ def _demo_splits(model: Path) -> Path | None:
     if run is None:
         return None
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        folder = Path(str(config["data"]["heldout"])).parent / DEMO_SPLITS
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        folder = Path(str(run_config(run)["data"]["heldout"])).parent / DEMO_SPLITS
+    except (ValueError, KeyError):
         return None
-    # The demo is built into a folder of this name (training/demo_models.py).
+    # The demo is built into a folder of this name (training/data/demo/models.py).
     return folder if folder.parent.name.startswith("demo-") and folder.is_dir() else None
 
 
@@ -187,23 +166,25 @@ def _ask_heldout(args: argparse.Namespace, plan: Plan) -> int:
     return heldout.main(["--model", *own, "--runs_dir", str(args.runs_dir)]) if own else 0
 
 
-def _print_table(results: Sequence[tuple[str, dict[str, Any], Path]]) -> None:
+def _print_table(results: Sequence[Result]) -> None:
     """The scores, one model and task a line."""
-    width = max(len(name) for name, _, _ in results)
+    width = max(len(result.model) for result in results)
     print(f"\n{'model':{width}}  {'task':16}  {'data':5}  scores (mean ± 95 % of the iterations)")
-    for name, result, _ in results:
-        for task, found in result["tasks"].items():
+    for result in results:
+        for row in result.rows:
+            task = row["task"]
+            values = {metric: result.values[f"{task}/{metric}"] for metric in row["scores"]}
             scores = (
-                f"{metric} {one['mean']:.1f}" + (f" ± {one['ci95']:.1f}" if one["ci95"] is not None else "")
-                for metric, one in found["metrics"].items()
+                f"{metric} {one.value:.1f}" + (f" ± {one.high - one.value:.1f}" if one.high is not None else "")
+                for metric, one in values.items()
             )
-            mark = "" if found["comparable"] else " *"
-            print(f"{name:{width}}  {task:16}  {found['data']['source']:5}  {', '.join(scores)}{mark}")
-    whys = [found["why_not"] for _, result, _ in results for found in result["tasks"].values()]
+            star = "" if row["comparable"] else " *"
+            print(f"{result.model:{width}}  {task:16}  {result.data[task]['source']:5}  {', '.join(scores)}{star}")
+    whys = [row["why_not"] for result in results for row in result.rows]
     if reasons := dict.fromkeys(reason for why in whys for reason in (why or "").split("; ") if reason):
         print("* not comparable with EuroEval's leaderboard: " + "; ".join(reasons))
-    for _, result, output in results:
-        print(f"written: {os.path.relpath(output)}/euroeval.json ({result['seconds']:.0f} s of evaluation)")
+    seconds = sum(row["seconds"] for result in results for row in result.rows)
+    print(f"{seconds:.0f} s of evaluation")
 
 
 if __name__ == "__main__":

@@ -14,71 +14,49 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from inference import session, wire
-from inference.connection import CLOSED, Connector, TeacherLost, TeacherRefused, one_line
-from inference.packing import Group
-from inference.replies import (
-    TeacherAnswers,
-    TeacherGather,
-    TeacherHidden,
-    TeacherInfo,
-    TeacherNext,
-    TeacherScore,
-    TeacherTopK,
-)
-from inference.session import Channel
-from inference.wire import Request
+from inference.attention.packing import Group
+from inference.protocol import session, wire
+from inference.protocol.connection import CLOSED, Connector, TeacherLost, TeacherRefused
+from inference.protocol.replies import TeacherInfo
+from inference.protocol.session import Channel
+from inference.protocol.wire import Request
 
 __all__ = ["TeacherClient", "TeacherDecoding", "TeacherInfo", "TeacherLost", "TeacherRefused"]
 
-T = TypeVar("T")
+Make = Callable[[list[torch.Tensor]], Any]
+"""From a reply's tensors to what the client hands out."""
+Replay = Callable[[], Request]
+"""The request that gives the same answer on a server that has lost the decoding."""
 
 
 @dataclass(frozen=True)
 class _Job:
     request: Request
-    make: Callable[[list[torch.Tensor]], Any]
+    make: Make
+    replay: Replay | None
     future: Future[Any]
-    replay: Callable[[], Request] | None
-    """The request that gives the same answer on a server that has lost the decoding."""
 
 
 class TeacherClient:
     """A connection to the teacher. The constructor connects, and raises if the two do not fit together."""
 
     def __init__(
-        self,
-        address: str,
-        *,
-        secret: str,
-        tokenizer_fingerprint: str | None,
-        timeout_s: float,
-        prefer: int = 0,
-        vocab_size: int | None = None,
-        dtype: str | None = None,
-        temperature: float | None = None,
-        max_reply_bytes: int = 1 << 36,
+        self, address: str, *, secret: str, tokenizer_fingerprint: str | None, timeout_s: float, prefer: int = 0
     ) -> None:
         """`address` as in teacher.address: host:port, an address file, or several of them with commas between.
 
         Of several replicas the one numbered `prefer` (modulo their count) is asked first: give each rank its own
-        number. What is None is not compared in the handshake; a given `temperature` is then the only one that this
-        client can ask for.
+        number. `tokenizer_fingerprint` None: the client talks in the teacher's tokens whatever its own are.
         """
-        expected = {
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-            "vocab_size": vocab_size,
-            "dtype": dtype,
-            "temperature": temperature,
-        }
         self._timeout_s = timeout_s
-        self._connector = Connector(address, prefer=prefer, secret=secret, timeout_s=timeout_s, expected=expected)
-        self._max_reply_bytes = max_reply_bytes
+        self._connector = Connector(
+            address, secret=secret, tokenizer_fingerprint=tokenizer_fingerprint, timeout_s=timeout_s, prefer=prefer
+        )
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._channel: Channel | None = self._connector.open(time.monotonic() + timeout_s, "never connected")
         self._thread = threading.Thread(target=self._work, name="teacher-client", daemon=True)
@@ -94,73 +72,55 @@ class TeacherClient:
         """The replica that is asked now."""
         return self._connector.address
 
-    def ping(self) -> Future[None]:
-        """Done when the server has answered."""
-        return self._ask(Request("ping"), lambda _: None)
+    def score(self, groups: Sequence[Group], temperature: float = 1.0) -> Future[torch.Tensor]:
+        """float32 [S] log p(token | prompt, tokens before it), nats, of all response tokens in batch order."""
+        return self._ask(Request("score", _in_order(groups), temperature), lambda t: t[0][:, 0])
 
-    def score(self, groups: Sequence[Group], temperature: float = 1.0) -> Future[TeacherScore]:
-        """Log-probabilities of all response tokens."""
-        ordered, lengths = _in_order(groups)
-        request = Request("score", ordered, temperature)
-        return self._ask(request, lambda t: TeacherScore(lengths, t[0][:, 0]))
+    def hidden(self, groups: Sequence[Group]) -> Future[torch.Tensor]:
+        """[S, Hidden] in the teacher's dtype, states after the final norm that predict each response token: hidden @
+        output_layer.T are the logits."""
+        return self._ask(Request("hidden", _in_order(groups)), lambda t: t[0])
 
-    def hidden(self, groups: Sequence[Group]) -> Future[TeacherHidden]:
-        """Final hidden states before all response tokens."""
-        ordered, lengths = _in_order(groups)
-        return self._ask(Request("hidden", ordered), lambda t: TeacherHidden(lengths, t[0]))
-
-    def topk(self, groups: Sequence[Group], k: int, temperature: float = 1.0) -> Future[TeacherTopK]:
-        """The k likeliest entries before each response token."""
-        ordered, lengths = _in_order(groups)
-        request = Request("topk", ordered, temperature, k=k)
-        return self._ask(request, lambda t: TeacherTopK(lengths, t[0], t[1], t[2][:, 0]))
-
-    def gather(self, groups: Sequence[Group], ids_SK: torch.Tensor, temperature: float = 1.0) -> Future[TeacherGather]:
-        """Log-probabilities at `ids_SK` (int64 [S, K], in batch order) before each response token."""
-        ordered, lengths = _in_order(groups)
-        extras = tuple(ids_SK.reshape(-1).tolist())
-        request = Request("gather", ordered, temperature, k=ids_SK.shape[1], extras=extras)
-        return self._ask(request, lambda t: TeacherGather(lengths, t[0], t[1][:, 0]))
+    def topk(self, groups: Sequence[Group], k: int, temperature: float = 1.0) -> Future[list[torch.Tensor]]:
+        """The k likeliest entries before each response token: float32 [S, K] log-probabilities, descending, and int64
+        [S, K] ids. The rest of the mass is 1 - sum(exp)."""
+        return self._ask(Request("topk", _in_order(groups), temperature, k), lambda t: t)
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        samples: int = 1,
         temperature: float = 0.0,
         eos_ids: Sequence[int] | None = None,
         seed: int = 0,
-    ) -> Future[TeacherAnswers]:
-        """`samples` answers to each prompt; temperature 0 is greedy. `eos_ids` None: the teacher's own."""
-        ends = self.info().eos_ids if eos_ids is None else eos_ids
-        groups = tuple(Group(tuple(prompt), ()) for prompt in prompts)
+    ) -> Future[list[tuple[int, ...]]]:
+        """An answer to each prompt, an ending id included; temperature 0 is greedy. `eos_ids` None: the teacher's
+        own."""
         request = Request(
-            "generate",
-            groups,
+            "answer",
+            tuple(Group(tuple(prompt), ()) for prompt in prompts),
             temperature,
-            samples=samples,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            extras=tuple(ends),
+            ids=tuple(self.info().eos_ids if eos_ids is None else eos_ids),
         )
         return self._ask(request, _answers)
 
-    def decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        samples: int = 1,
-        k: int = 0,
-        temperature: float = 1.0,
-    ) -> TeacherDecoding:
+    def decode(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, samples: int = 1) -> TeacherDecoding:
         """Token by token beside the caller, who chooses each token: `samples` responses to each prompt.
 
-        Each step gives the K likeliest entries; K = V is the whole distribution, K = 0 the hidden states in its place.
         A session holds one decoding: a new one ends the one before.
         """
-        return TeacherDecoding(self._ask, prompts, samples, max_new_tokens, k, temperature)
+        opening = Request(
+            "open",
+            tuple(Group(tuple(prompt), ((),) * samples, n * samples) for n, prompt in enumerate(prompts)),
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            handle=secrets.randbits(62) + 1,
+            rows_A=tuple(range(len(prompts) * samples)),
+        )
+        return TeacherDecoding(self._ask, opening)
 
     def close(self) -> None:
         """End the session; what was not answered yet gets TeacherLost."""
@@ -175,19 +135,14 @@ class TeacherClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(
-        self,
-        request: Request,
-        make: Callable[[list[torch.Tensor]], T],
-        replay: Callable[[], Request] | None = None,
-    ) -> Future[T]:
-        future: Future[T] = Future()
+    def _ask(self, request: Request, make: Make, replay: Replay | None = None) -> Future[Any]:
+        future: Future[Any] = Future()
         if request.kind in wire.GROUP_KINDS and not request.groups:
             raise ValueError(f"{request.kind}: no groups")
         if self._connector.closed.is_set():
             future.set_exception(TeacherLost(CLOSED))
         else:
-            self._jobs.put(_Job(request, make, future, replay))
+            self._jobs.put(_Job(request, make, replay, future))
         return future
 
     def _work(self) -> None:
@@ -199,7 +154,7 @@ class TeacherClient:
                 # A broken connection is mended when somebody asks.
                 if self._channel is not None:
                     try:
-                        self._exchange(self._channel, Request("ping"), session.CONNECT_S)
+                        _exchange(self._channel, Request("ping"), session.CONNECT_S)
                     except (RuntimeError, ValueError):
                         self._channel = None
                 continue
@@ -227,7 +182,7 @@ class TeacherClient:
             if self._channel is None:
                 self._channel = self._connector.open(deadline, reason)
             try:
-                return self._exchange(self._channel, request, max(1.0, deadline - time.monotonic()))
+                return _exchange(self._channel, request, max(1.0, deadline - time.monotonic()))
             except wire.StateLost as error:
                 if job.replay is None:
                     raise TeacherRefused(str(error)) from error
@@ -237,120 +192,77 @@ class TeacherClient:
                 raise
             except RuntimeError as error:
                 self._channel = None
-                reason = one_line(error)
+                reason = session.one_line(error)
 
-    def _exchange(self, channel: Channel, request: Request, timeout_s: float) -> list[torch.Tensor]:
-        """One request and its reply."""
-        encoded = wire.encode_request(request)
-        self._check_size(encoded[0].tolist())
-        channel.send(encoded, timeout_s)
-        words = channel.receive_header(timeout_s)
-        if words[2] != 0:
-            if not 2 <= words[4] <= wire.MAX_JSON_BYTES:
-                raise wire.WireError("malformed error reply")
-            message = str(wire.decode_json(channel.receive(words[4], torch.uint8, timeout_s)).get("error"))
-            raise wire.StateLost(message) if words[2] == wire.STATE_LOST else TeacherRefused(message)
-        tensors = []
-        for dtype, rows, columns in wire.reply_layout(words, self._max_reply_bytes):
-            data = channel.receive(rows * columns * dtype.itemsize, torch.uint8, timeout_s)
-            tensors.append(data.view(dtype).view(rows, columns))
-        return tensors
 
-    def _check_size(self, words: list[int]) -> None:
-        """The server would refuse such a header before it reads on, while this side still waits to send."""
-        info = self.info()
-        limits = wire.Limits(info.max_request_tokens, info.max_request_rows, info.vocab_size, info.max_positions)
-        try:
-            wire.request_payload_size(words, limits)
-        except wire.WireError as error:
-            raise TeacherRefused(str(error)) from error
+def _exchange(channel: Channel, request: Request, timeout_s: float) -> list[torch.Tensor]:
+    """One request and its reply."""
+    encoded = wire.encode_request(request)
+    try:
+        # The server would refuse such a header before it reads on, while this side still waits to send.
+        wire.request_payload_size(encoded[0].tolist())
+    except wire.WireError as error:
+        raise TeacherRefused(str(error)) from error
+    channel.send(encoded, timeout_s)
+    words = channel.receive_header(timeout_s)
+    if words[2] != wire.OK:
+        if not 2 <= words[4] <= wire.MAX_JSON_BYTES:
+            raise wire.WireError("malformed error reply")
+        message = str(wire.decode_json(channel.receive(words[4], torch.uint8, timeout_s)).get("error"))
+        raise wire.StateLost(message) if words[2] == wire.STATE_LOST else TeacherRefused(message)
+    tensors = []
+    for dtype, rows, columns in wire.reply_layout(words):
+        data = channel.receive(rows * columns * dtype.itemsize, torch.uint8, timeout_s)
+        tensors.append(data.view(dtype).view(rows, columns))
+    return tensors
 
 
 class TeacherDecoding:
-    """Responses that grow by one token a step. `first` is the distribution before any token."""
+    """Responses that grow by one token a step. `first` predicts the token that comes first.
 
-    def __init__(
-        self,
-        ask: Callable[[Request, Callable[[list[torch.Tensor]], Any], Callable[[], Request] | None], Future[Any]],
-        prompts: Sequence[Sequence[int]],
-        samples: int,
-        max_new_tokens: int,
-        k: int,
-        temperature: float,
-    ) -> None:
-        self._ask = ask
-        self._prompts = [tuple(prompt) for prompt in prompts]
-        self._samples, self._max_new, self._k, self._temperature = samples, max_new_tokens, k, temperature
-        self._handle = secrets.randbits(62) + 1
-        self._tokens: list[list[int]] = [[] for _ in range(len(self._prompts) * samples)]
+    What predicts is [A, Hidden] of the A responses that still grow, in the teacher's dtype: hidden @ output_layer.T are
+    all logits.
+    """
+
+    def __init__(self, ask: Callable[[Request, Make, Replay | None], Future[Any]], opening: Request) -> None:
+        self._ask, self._opening = ask, opening
+        self._tokens: list[list[int]] = [[] for _ in opening.rows_A]
         self._step = 0
-        everyone = tuple(range(len(self._tokens)))
-        self.first: Future[TeacherNext] = ask(self._opening(everyone, 0), self._make(everyone), None)
+        self.first: Future[torch.Tensor] = ask(opening, lambda t: t[0], None)
 
-    def next(self, rows: Sequence[int], tokens: Sequence[int]) -> Future[TeacherNext]:
-        """The distribution after `tokens[i]` was chosen for response `rows[i]`; rows ascend.
+    def next(self, rows: Sequence[int], tokens: Sequence[int]) -> Future[torch.Tensor]:
+        """What follows once `tokens[i]` was chosen for response `rows[i]`; rows ascend.
 
         A row that is left out is finished and must not come back.
         """
-        kept, step = tuple(rows), self._step
-        chosen = tuple(tokens)
-        for row, token in zip(kept, chosen, strict=True):
+        rows_A, chosen, step = tuple(rows), tuple(tokens), self._step
+        for row, token in zip(rows_A, chosen, strict=True):
             if len(self._tokens[row]) != step:
                 raise ValueError(f"response {row} was left out of an earlier step")
             self._tokens[row].append(token)
         self._step += 1
-        request = Request(
-            "next", temperature=self._temperature, k=self._k, extras=kept + chosen, handle=self._handle, step=step
-        )
-        return self._ask(request, self._make(kept), lambda: self._opening(kept, step + 1))
+        request = Request("next", handle=self._opening.handle, step=step, rows_A=rows_A, ids=chosen)
+        return self._ask(request, lambda t: t[0], lambda: self._reopening(rows_A, step + 1))
 
     def close(self) -> Future[None]:
         """Give the server's memory back; a new decoding or the end of the session does that too."""
-        return self._ask(Request("release", handle=self._handle), lambda _: None, None)
+        return self._ask(Request("release", handle=self._opening.handle), lambda _: None, None)
 
-    def _opening(self, rows: tuple[int, ...], step: int) -> Request:
-        """The request that starts this decoding, or brings it back to where `rows` have `step` tokens."""
-        alive = set(rows)
-        groups = []
-        for n, prompt in enumerate(self._prompts):
-            first = n * self._samples
-            mine = range(first, first + self._samples)
-            responses = tuple(tuple(self._tokens[b][:step]) if b in alive else () for b in mine)
-            groups.append(Group(prompt, responses, first))
-        return Request(
-            "open",
-            tuple(groups),
-            self._temperature,
-            k=self._k,
-            samples=self._samples,
-            max_new_tokens=self._max_new,
-            extras=rows,
-            handle=self._handle,
-            step=step,
+    def _reopening(self, rows_A: tuple[int, ...], step: int) -> Request:
+        """The request that brings this decoding back to where `rows_A` have `step` tokens."""
+        alive, samples = set(rows_A), self._opening.samples
+        responses = [tuple(tokens[:step]) if b in alive else () for b, tokens in enumerate(self._tokens)]
+        groups = tuple(
+            replace(group, responses=tuple(responses[n * samples : (n + 1) * samples]))
+            for n, group in enumerate(self._opening.groups)
         )
-
-    def _make(self, rows: tuple[int, ...]) -> Callable[[list[torch.Tensor]], TeacherNext]:
-        rows_A = torch.tensor(rows, dtype=torch.int64)
-        nothing = torch.zeros(len(rows), 0)
-
-        def make(tensors: list[torch.Tensor]) -> TeacherNext:
-            if self._k == 0:
-                return TeacherNext(rows_A, nothing, nothing.long(), nothing.sum(1), tensors[0])
-            return TeacherNext(rows_A, tensors[0], tensors[1], tensors[2][:, 0], nothing)
-
-        return make
+        return replace(self._opening, groups=groups, rows_A=rows_A, step=step)
 
 
-def _in_order(groups: Sequence[Group]) -> tuple[tuple[Group, ...], torch.Tensor]:
-    """The groups in batch order, and the lengths of their responses."""
-    ordered = tuple(sorted(groups, key=lambda group: group.first_response))
-    return ordered, torch.tensor([len(r) for group in ordered for r in group.responses], dtype=torch.int64)
+def _in_order(groups: Sequence[Group]) -> tuple[Group, ...]:
+    return tuple(sorted(groups, key=lambda group: group.first_response))
 
 
-def _answers(tensors: list[torch.Tensor]) -> TeacherAnswers:
-    lengths, tokens = tensors[0][:, 0].tolist(), tensors[1][:, 0].tolist()
-    responses, at = [], 0
-    for length in lengths:
-        responses.append(tuple(tokens[at : at + length]))
-        at += length
-    return TeacherAnswers(tuple(responses))
+def _answers(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:
+    lengths, tokens = tensors[0][:, 0].tolist(), tensors[1][:, 0]
+    return [tuple(part.tolist()) for part in tokens.split(lengths)]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 ENGLISH_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -39,15 +40,13 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     return max(_pair_f1(normalise(prediction).split(), normalise(answer).split()) for answer in _accepted(answers))
 
 
-def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Mean F1 and exact match over all questions, in percent (0..100)."""
-    if not predictions:
-        raise ValueError("score_answers: no predictions; a score needs at least one question")
-    pairs = list(zip(predictions, answers, strict=True))
-    return {
-        "f1": 100.0 * sum(token_f1(prediction, accepted) for prediction, accepted in pairs) / len(pairs),
-        "exact_match": 100.0 * sum(exact_match(prediction, accepted) for prediction, accepted in pairs) / len(pairs),
-    }
+def answer_row(question: Mapping[str, Any], prediction: str) -> dict[str, Any]:
+    """A row of a result: the question (id, question, context, answers), what was said, and f1 and exact_match of that
+    in percent."""
+    kept = {key: question[key] for key in ("id", "question", "context", "answers") if question.get(key) is not None}
+    answers = question["answers"]
+    f1, match = 100.0 * token_f1(prediction, answers), 100.0 * exact_match(prediction, answers)
+    return {**kept, "prediction": prediction, "f1": f1, "exact_match": match}
 
 
 def _pair_f1(predicted: list[str], expected: list[str]) -> float:
@@ -59,6 +58,16 @@ def _pair_f1(predicted: list[str], expected: list[str]) -> float:
         return 0.0
     precision, recall = common / len(predicted), common / len(expected)
     return 2 * precision * recall / (precision + recall)
+
+
+def open_scores(patterns: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
+    """What sampled answers to open questions are worth, each with the pattern (a regular expression) of its question.
+
+    `open_right`: answers that match theirs whole. `open_different`: right answers that differ from the others to the
+    same pattern, so that nobody is good who says one thing again and again. Both in percent of all answers."""
+    right = [(pattern, text) for pattern, text in zip(patterns, texts, strict=True) if re.fullmatch(pattern, text)]
+    share = 100.0 / max(len(texts), 1)
+    return {"open_right": share * len(right), "open_different": share * len(set(right))}
 
 
 def _accepted(answers: Sequence[str]) -> Sequence[str]:

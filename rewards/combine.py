@@ -1,30 +1,19 @@
-"""A reward is a weighted sum of named parts: the teacher's token rewards, and parts that judge the whole response."""
+"""A reward is a weighted sum of named parts: token rewards of each teacher, and parts that look at the response."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rewards.base import RewardInput, RewardOutput, place_on_last_token
+from rewards.base import RewardOutput
+from rewards.tokens import place_on_last_token, sum_by_response
 
 
 @dataclass(frozen=True)
-class Part:
-    """One judgement of whole responses."""
-
-    name: str
-    """`reward/NAME` in the metrics."""
-    weight: float
-    """What it is multiplied by in the sum; may be negative."""
-    values_B: torch.Tensor
-    """float32 [B] unweighted."""
-
-
-@dataclass(frozen=True)
-class Opinion:
-    """What one of several teachers makes of the responses."""
+class TeacherReward:
+    """The reward by one of several teachers."""
 
     name: str | None
     """Its parts are named `PART/NAME`; None: PART alone, for the first teacher."""
@@ -33,38 +22,46 @@ class Opinion:
     reward: RewardOutput
 
 
-def weighted_sum(opinions: Sequence[Opinion]) -> RewardOutput:
+def weighted_sum(teachers: Sequence[TeacherReward]) -> RewardOutput:
     """The teachers' rewards, and returns where all have them, added by weight; parts stay as they are."""
-    first = opinions[0].reward
-    rewards_BR, returns_BR = torch.zeros_like(first.rewards_BR), None
-    if first.returns_BR is not None:
-        returns_BR = torch.zeros_like(first.returns_BR)
-    named = {}
-    for opinion in opinions:
-        rewards_BR = rewards_BR + opinion.weight * opinion.reward.rewards_BR
-        if returns_BR is not None and opinion.reward.returns_BR is not None:
-            returns_BR = returns_BR + opinion.weight * opinion.reward.returns_BR
-        for part, values_B in opinion.reward.parts.items():
-            named[part if opinion.name is None else f"{part}/{opinion.name}"] = values_B
-    return RewardOutput(rewards_BR, returns_BR, named)
+    rewards_S = sum_of([t.weight * t.reward.rewards_S for t in teachers])
+    returns = [t.weight * t.reward.returns_S for t in teachers if t.reward.returns_S is not None]
+    named = {
+        part if t.name is None else f"{part}/{t.name}": values_B
+        for t in teachers
+        for part, values_B in t.reward.parts_B.items()
+    }
+    return RewardOutput(rewards_S, sum_of(returns) if len(returns) == len(teachers) else None, named)
 
 
-def add_parts(reward: RewardOutput, inputs: RewardInput, parts: Sequence[Part]) -> RewardOutput:
-    """The reward with each part's weighted value on the response's last token.
+def sum_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Element-wise sum, in order."""
+    total = torch.zeros_like(tensors[0])
+    for tensor in tensors:
+        total = total + tensor
+    return total
 
-    Where tokens are credited with returns (`minillm`), every token of the response led to the judgement, so each one's
-    return grows by all of it; it is not divided by the tokens that follow, as the long part is.
+
+def add_parts(
+    reward: RewardOutput, parts: Mapping[str, torch.Tensor], weights: Mapping[str, float], lengths_B: torch.Tensor
+) -> RewardOutput:
+    """The reward with each part's weighted values added: `[S]` token by token, `[B]` on the response's last token.
+
+    Where tokens are credited with returns (`minillm`), every token of the response led to what a part says of the
+    whole, so each one's return grows by all of it; it is not divided by the tokens that follow, as the long part is.
     Raises ValueError where a part's name is taken or a value is not finite.
     """
-    rewards_BR, returns_BR, named = reward.rewards_BR, reward.returns_BR, dict(reward.parts)
-    for part in parts:
-        if part.name in named:
-            raise ValueError(f"two parts of the reward are called {part.name!r}")
-        if not bool(torch.isfinite(part.values_B).all()):
-            raise ValueError(f"part {part.name!r} of the reward has a value that is not finite: {part.values_B}")
-        named[part.name] = part.values_B
-        placed_BR = place_on_last_token(part.values_B, inputs.lengths_B, rewards_BR.shape[1])
-        rewards_BR = rewards_BR + part.weight * placed_BR
-        if returns_BR is not None:
-            returns_BR = returns_BR + torch.where(inputs.mask_BR, part.weight * part.values_B[:, None], 0.0)
-    return RewardOutput(rewards_BR, returns_BR, named)
+    rewards_S, returns_S, named = reward.rewards_S, reward.returns_S, dict(reward.parts_B)
+    for name, values in parts.items():
+        if name in named:
+            raise ValueError(f"two parts of the reward are called {name!r}")
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"part {name!r} of the reward has a value that is not finite: {values}")
+        by_token = len(values) != len(lengths_B)
+        values_S = values if by_token else place_on_last_token(values, lengths_B)
+        named[name] = sum_by_response(values, lengths_B) if by_token else values
+        rewards_S = rewards_S + weights[name] * values_S
+        if returns_S is not None:
+            whole_S = named[name].repeat_interleave(lengths_B)
+            returns_S = returns_S + weights[name] * whole_S
+    return RewardOutput(rewards_S, returns_S, named)

@@ -8,13 +8,14 @@ neuter that may be either case); the share of such pairs caps what a perfect jud
 The first word is never touched: it is given, and the log-probability is that of all behind it, so that every tokenizer
 and every model, with or without a start symbol, is asked the same.
 
-Pure: text in, text out. The scoring is in eval/minimal_pairs.py and training/teacher_check.py.
+Pure: text in, text out. The scoring is in eval/measures/minimal_pairs.py and training/teacher/check.py.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -140,28 +141,6 @@ _CORRUPTIONS: dict[str, Callable[[list[str], random.Random], Iterator[list[str]]
 # --- what scores say -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairScores:
-    """What one model's log-probabilities say of the pairs."""
-
-    pairs: int
-    accuracy: float
-    """Share of pairs whose right sentence is the likelier one as a whole, 0 to 1; a tie counts half."""
-    low: float
-    high: float
-    """95 % interval of `accuracy` (Wilson)."""
-    accuracy_per_character: float
-    """The same by the log-probability of a character: as a whole, a sentence with a word left out is nearly always the
-    likelier one, because it is shorter."""
-    accuracy_by_kind: dict[str, float]
-    """As a whole."""
-    bits_per_character: float
-    """Of the right sentences."""
-    correlation: float
-    """Point-biserial correlation of the log-probability of a character with right (1) and wrong (0), over all 2n
-    sentences: what a reward of that kind carries of grammar. 0 where all are alike."""
-
-
 def sentences_of(pairs: Sequence[Pair]) -> list[str]:
     """All right sentences, then all wrong ones."""
     return [pair.right for pair in pairs] + [pair.wrong for pair in pairs]
@@ -177,25 +156,32 @@ def wins_of(right: Sequence[float], wrong: Sequence[float]) -> list[float]:
     return [1.0 if r > w else 0.5 if r == w else 0.0 for r, w in zip(right, wrong, strict=True)]
 
 
-def score_pairs(pairs: Sequence[Pair], right: Sequence[float], wrong: Sequence[float]) -> PairScores:
-    """`right` and `wrong`: log-probability of each sentence behind its first word, nats."""
-    wins = wins_of(right, wrong)
+def score_pairs(pairs: Sequence[Pair], right: Sequence[float], wrong: Sequence[float]) -> dict[str, tuple[float, ...]]:
+    """What one model's log-probabilities say of the pairs: each number, and its 95 % interval where it has one.
+
+    `right` and `wrong`: log-probability of each sentence behind its first word, nats.
+
+    accuracy                share of pairs whose right sentence is the likelier one as a whole, 0 to 1; a tie counts
+                            half (Wilson's interval); accuracy/KIND is that of one kind of mistake
+    accuracy_per_character  the same by the log-probability of a character: as a whole, a sentence with a word left out
+                            is nearly always the likelier one, because it is shorter
+    bits_per_character      of the right sentences
+    correlation             point-biserial, of the log-probability of a character with right (1) and wrong (0), over all
+                            2n sentences: what a reward of that kind carries of grammar; 0 where all are alike
+    """
+    count, wins = len(pairs), wins_of(right, wrong)
     by_kind: dict[str, list[float]] = {}
     for pair, win in zip(pairs, wins, strict=True):
         by_kind.setdefault(pair.kind, []).append(win)
     lengths = [len(behind_first_word(sentence)) for sentence in sentences_of(pairs)]
     each = [value / length for value, length in zip([*right, *wrong], lengths, strict=True)]
-    low, high = wilson(sum(wins), len(wins))
-    return PairScores(
-        pairs=len(pairs),
-        accuracy=sum(wins) / max(len(wins), 1),
-        low=low,
-        high=high,
-        accuracy_per_character=sum(wins_of(each[: len(pairs)], each[len(pairs) :])) / max(len(wins), 1),
-        accuracy_by_kind={kind: sum(found) / len(found) for kind, found in sorted(by_kind.items())},
-        bits_per_character=-sum(right) / math.log(2) / max(sum(lengths[: len(pairs)]), 1),
-        correlation=correlation(each, [1.0] * len(pairs) + [0.0] * len(pairs)),
-    )
+    return {
+        "accuracy": (sum(wins) / count, *wilson(sum(wins), count)),
+        **{f"accuracy/{kind}": (sum(found) / len(found),) for kind, found in sorted(by_kind.items())},
+        "accuracy_per_character": (sum(wins_of(each[:count], each[count:])) / count,),
+        "bits_per_character": (-sum(right) / math.log(2) / sum(lengths[:count]),),
+        "correlation": (correlation(each, [1.0] * count + [0.0] * count),),
+    }
 
 
 def wilson(wins: float, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -210,21 +196,18 @@ def wilson(wins: float, count: int, z: float = 1.959964) -> tuple[float, float]:
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Pearson's r; 0 where either does not vary."""
-    count = len(first)
-    if count == 0:
+    try:
+        return statistics.correlation(first, second)
+    except statistics.StatisticsError:
         return 0.0
-    mean_1, mean_2 = sum(first) / count, sum(second) / count
-    both = sum((a - mean_1) * (b - mean_2) for a, b in zip(first, second, strict=True))
-    spread = sum((a - mean_1) ** 2 for a in first) * sum((b - mean_2) ** 2 for b in second)
-    return both / math.sqrt(spread) if spread > 0 else 0.0
 
 
-def difference_interval(first: Sequence[float], second: Sequence[float], z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of the first model's accuracy minus the second's, from their wins on the same pairs (paired,
+def accuracy_difference(first: Sequence[float], second: Sequence[float], z: float = 1.959964) -> tuple[float, ...]:
+    """The first model's accuracy minus the second's, with its 95 % interval, from their wins on the same pairs (paired,
     normal approximation)."""
     both = [a - b for a, b in zip(first, second, strict=True)]
-    if len(both) < 2:
-        return -1.0, 1.0
     mean = sum(both) / len(both)
+    if len(both) < 2:
+        return mean, -1.0, 1.0
     spread = math.sqrt(sum((d - mean) ** 2 for d in both) / (len(both) - 1) / len(both))
-    return mean - z * spread, mean + z * spread
+    return mean, mean - z * spread, mean + z * spread

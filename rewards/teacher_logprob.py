@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rewards.base import RewardInput, RewardOutput
+from rewards.tokens import place_in_response, sum_before, sum_by_response
 
 
 def teacher_logprob_rewards(inputs: RewardInput, *, length_alpha: float) -> RewardOutput:
@@ -16,9 +17,10 @@ def teacher_logprob_rewards(inputs: RewardInput, *, length_alpha: float) -> Rewa
     `length_alpha` 1 gives the mean log-probability of a token (length-normalised), 0 the plain sum, which favours
     short responses.
     """
-    logprobs_BR = torch.where(inputs.mask_BR, inputs.teacher_logprobs_BR, 0.0)
-    share_R = torch.arange(1, logprobs_BR.shape[1] + 1, dtype=logprobs_BR.dtype) ** -length_alpha
-    fade_R = torch.cat([share_R.new_zeros(1), share_R])[: len(share_R)] - share_R  # of the sum so far
-    before_BR = logprobs_BR.cumsum(1) - logprobs_BR
-    rewards_BR = torch.where(inputs.mask_BR, logprobs_BR * share_R - before_BR * fade_R, 0.0)
-    return RewardOutput(rewards_BR=rewards_BR, returns_BR=None, parts={"teacher_logprob": rewards_BR.sum(1)})
+    logprobs_S, lengths_B = inputs.teacher_logprobs_S, inputs.lengths_B
+    t_S = place_in_response(lengths_B)
+    share_S = (t_S + 1).to(logprobs_S.dtype) ** -length_alpha
+    earlier_S = torch.where(t_S > 0, t_S.clamp(min=1).to(logprobs_S.dtype) ** -length_alpha, 0.0)
+    fade_S = earlier_S - share_S  # of the sum so far
+    rewards_S = logprobs_S * share_S - sum_before(logprobs_S, lengths_B) * fade_S
+    return RewardOutput(rewards_S, None, {"teacher_logprob": sum_by_response(rewards_S, lengths_B)})

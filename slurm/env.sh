@@ -25,56 +25,6 @@ _grpo_kd_site() {
     [[ -z "$nounset" ]] || set -u
 }
 
-# Requirements of pyproject.toml, one a line: the run's, and the test tools' where asked for.
-_grpo_kd_requirements() { # PYTHON NEEDS
-    "$1" - "$2" <<'PY'
-import sys
-import tomllib
-
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-extra = project["optional-dependencies"]["dev"] if sys.argv[1] == "dev" else []
-print("\n".join(project["dependencies"] + extra))
-PY
-}
-
-# Does this Python have everything? Reads package metadata only: importing torch would take seconds.
-# Else prints the first thing that it lacks.
-_grpo_kd_complete() { # PYTHON NEEDS
-    local requirements
-    if ! requirements="$(_grpo_kd_requirements "$1" "$2" 2>/dev/null)"; then
-        echo "Python older than 3.11"
-        return 1
-    fi
-    "$1" - "$requirements" <<'PY'
-import sys
-from importlib.metadata import PackageNotFoundError, requires, version
-
-try:
-    from packaging.requirements import Requirement
-except ImportError:
-    try:
-        from pip._vendor.packaging.requirements import Requirement
-    except ImportError:
-        print("no packaging")
-        sys.exit(1)
-
-needs = [Requirement(line) for line in sys.argv[1].splitlines()]
-for need in needs:  # grows by what an extra such as jsonargparse[signatures] asks for
-    try:
-        have = version(need.name)
-    except PackageNotFoundError:
-        print(f"no {need.name}")
-        sys.exit(1)
-    if not need.specifier.contains(have, prereleases=True):
-        print(f"{need.name} {have}, needs {need.specifier}")
-        sys.exit(1)
-    for line in requires(need.name) or [] if need.extras else []:
-        part = Requirement(line)
-        if part.marker and any(part.marker.evaluate({"extra": extra}) for extra in need.extras):
-            needs.append(part)
-PY
-}
-
 # A Python >= 3.11 that can make environments; 3.11 first: the tested versions are those for 3.11. One with its C
 # headers is better, because DeepSpeed builds its operators against them.
 _grpo_kd_find_python() {
@@ -124,9 +74,8 @@ _grpo_kd_make_venv() {
             "$python" -m venv --clear .venv || exit 1
         fi
         touch .venv/grpo-kd-installing
-        requirements="$(_grpo_kd_requirements .venv/bin/python dev)" || exit 1
         # Through a file, not a pipe, so that a failure of either side is seen.
-        printf '%s\n' "$requirements" >.venv/requirements.txt
+        .venv/bin/python slurm/requirements.py dev >.venv/requirements.txt || exit 1
         .venv/bin/python -m pip install --quiet --disable-pip-version-check \
             -c constraints.txt -r .venv/requirements.txt || exit 1
         rm -f .venv/grpo-kd-installing
@@ -138,10 +87,10 @@ _grpo_kd_make_venv() {
 }
 
 _grpo_kd_choose() {
-    local needs="${GRPO_KD_NEEDS:-run}" lack
+    local lack
     if ! command -v python >/dev/null; then
         lack="no python on PATH"
-    elif lack="$(_grpo_kd_complete python "$needs" 2>&1)"; then
+    elif lack="$(python slurm/requirements.py "${GRPO_KD_NEEDS:-run}" --check 2>&1)"; then
         [[ -n "${GRPO_KD_INSIDE:-}" ]] || echo "environment: $(command -v python)" >&2
         return 0
     fi
@@ -202,6 +151,9 @@ launch() {
     trap 'interrupted=1; _grpo_kd_forward INT "$!"' INT
     # SLURM's USR1 (time limit ahead) and a closed terminal ask for the same as TERM: checkpoint and leave.
     trap 'interrupted=1; _grpo_kd_forward TERM "$!"' TERM USR1 HUP
+    # Without a GPU, DeepSpeed would say so twice before our first line (NVIDIA, AMD, WSL).
+    compgen -G "/dev/nvidia*" >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]] ||
+        export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
     set -m # a process group of its own, so that Ctrl-C in a terminal arrives once, through us
     deepspeed "${flags[@]}" "$@" </dev/null &
     set +m

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The ablation (configs/ablation.yaml): every variant with every seed on the embedded demo, then the table and the plot.
 #
-#   bash slurm/run_ablation.sh [--jobs 2] [--seeds 0 1 2] [--only full no-kl] [--steps 300] [--runs_dir DIR] [--docs]
-#   sbatch --array=0-44 slurm/run_ablation.sh          one run a task; afterwards the line above makes the table
+#   bash slurm/run_ablation.sh [--jobs 2] [--seeds 0 1 2] [--only grpo-minillm reverse-kl] [--steps 100] [--runs_dir DIR]
+#   sbatch --array=0-84 slurm/run_ablation.sh          one run a task; afterwards the line above makes the table
 #
-# Finished runs are not started again. Settings are in configs/; other arguments go to each run (--demo_size tiny).
+# Finished runs are not started again. Other arguments go to each run (--demo_size tiny).
 #SBATCH --job-name=grpo-kd-ablation
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -18,9 +18,7 @@
 set -uo pipefail
 
 # sbatch runs a copy of this file from a spool folder; the repository is then where sbatch was called.
-for root in "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
-    [[ -f "$root/slurm/env.sh" ]] && break
-done
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do [[ -f "$here/env.sh" ]] && break; done
 # shellcheck source-path=SCRIPTDIR source=env.sh
-source "$root/slurm/env.sh" || exit 1
-alone eval/run_ablation.py "$@"
+source "$here/env.sh" || exit 1
+alone eval/run_experiment.py configs/ablation.yaml "$@"

@@ -11,7 +11,7 @@ set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh" || exit 1
 
 # shellcheck disable=SC2086 # a prefix of several words
-settings="$(${GRPO_KD_CONTAINER:-} bash slurm/task.sh one training/job.py training/main.py "$@")" || exit
+settings="$(${GRPO_KD_CONTAINER:-} bash slurm/task.sh one training/run/job.py training/main.py "$@")" || exit
 { read -r folder && read -r name; } <<<"$settings"
 warm="${folder%/*}/$name-sft"
 stage1=(stage1_sft "$@" --name "$name-sft" --sft.output "$warm/export")

@@ -20,9 +20,7 @@
 set -uo pipefail
 
 # sbatch runs a copy of this file from a spool folder; the repository is then where sbatch was called.
-for root in "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
-    [[ -f "$root/slurm/env.sh" ]] && break
-done
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do [[ -f "$here/env.sh" ]] && break; done
 # shellcheck source-path=SCRIPTDIR source=env.sh
-source "$root/slurm/env.sh" || exit 1
+source "$here/env.sh" || exit 1
 launch training/pretrain.py "$@"

@@ -57,13 +57,13 @@ _port() { # NUMBER
     echo $((12000 + (SLURM_JOB_ID * 8 + $1) % 20000))
 }
 
-# Ask training/job.py where the run is, and prepare its teacher in a heterogeneous job.
+# Ask training/run/job.py where the run is, and prepare its teacher in a heterogeneous job.
 _read_settings() { # SCRIPT [ARGUMENT ...]
     local answer pid prepare=()
     ((${SLURM_HET_SIZE:-1} == 1)) || prepare=(--prepare)
     answer="$(mktemp)"
     # shellcheck disable=SC2086 # a prefix of several words
-    ${GRPO_KD_CONTAINER:-} bash "$GRPO_KD_ROOT/slurm/task.sh" one training/job.py "${prepare[@]}" "$@" >"$answer" &
+    ${GRPO_KD_CONTAINER:-} bash "$GRPO_KD_ROOT/slurm/task.sh" one training/run/job.py "${prepare[@]}" "$@" >"$answer" &
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do
         _nap 0.5

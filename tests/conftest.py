@@ -15,17 +15,35 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="session")
-def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny demo is built once for all tests."""
-    return tmp_path_factory.mktemp("cache")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole runs go first, so that no process is left with a long one while the others have none."""
+    long = {item.path for item in items if "demo_cache" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of a test run (pytest-xdist gives each a folder of its own below the same one)."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def demo_cache(shared_folder: Path) -> Path:
+    """Where the tiny demo is built once for all tests; whoever needs it first builds it, the others wait."""
+    cache = shared_folder / "cache"
+    cache.mkdir(exist_ok=True)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def finished_run(shared_folder: Path, demo_cache: Path) -> Path:
     """A whole run of three steps on one rank: GRPO with minillm on the tiny demo."""
-    from tests.runs import command, finish
+    from configs.io.files import locked
+    from tests.support.runs import command, finish
 
-    runs = tmp_path_factory.mktemp("runs")
-    finish(command(runs, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
+    runs = shared_folder / "finished"
+    with locked(shared_folder / "finished.lock"):
+        if not (runs / "grpo-minillm" / "summary.json").is_file():
+            finish(command(runs, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
     return runs / "grpo-minillm"

@@ -34,7 +34,7 @@ time.sleep(120)
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Path:
+def repository(tmp_path: Path) -> Path:
     """A small copy of the repository with a trainer that does nothing."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     for file in ("pyproject.toml", "constraints.txt"):
@@ -55,43 +55,45 @@ def run(command: list[str], cwd: Path, env: dict[str, str], **more: object) -> s
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=120, **more)  # type: ignore[call-overload, no-any-return]
 
 
-def test_the_active_environment_is_used(house: Path) -> None:
-    done = run(["bash", "-c", "source slurm/env.sh && command -v python"], house, active() | {"GRPO_KD_NEEDS": "dev"})
+def test_the_active_environment_is_used(repository: Path) -> None:
+    done = run(
+        ["bash", "-c", "source slurm/env.sh && command -v python"], repository, active() | {"GRPO_KD_NEEDS": "dev"}
+    )
     assert done.returncode == 0
     assert done.stderr == f"environment: {Path(sys.executable).parent}/python\n"
-    assert not (house / ".venv").exists()
+    assert not (repository / ".venv").exists()
 
 
-def fake_venv(house: Path) -> Path:
+def fake_venv(repository: Path) -> Path:
     """A .venv that says it is complete."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(house / ".venv")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(repository / ".venv")], check=True)
     mark = "source slurm/env.sh; _grpo_kd_fingerprint > .venv/grpo-kd-complete"
-    run(["bash", "-c", mark], house, active())
-    return house / ".venv"
+    run(["bash", "-c", mark], repository, active())
+    return repository / ".venv"
 
 
-def test_a_complete_venv_is_used_where_the_active_one_lacks_something(house: Path, tmp_path: Path) -> None:
-    venv = fake_venv(house)
+def test_a_complete_venv_is_used_where_the_active_one_lacks_something(repository: Path, tmp_path: Path) -> None:
+    venv = fake_venv(repository)
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", str(bare)], check=True)
     env = active() | {"PATH": f"{bare}/bin:/usr/bin:/bin"}
-    done = run(["bash", "-c", "source slurm/env.sh && command -v python; echo $VIRTUAL_ENV"], house, env)
+    done = run(["bash", "-c", "source slurm/env.sh && command -v python; echo $VIRTUAL_ENV"], repository, env)
     assert done.stdout == f"{venv}/bin/python\n{venv}\n"
     assert done.stderr == f"environment: {venv} (active one passed over: no torch)\n"
 
 
-def test_a_venv_for_other_versions_is_made_again(house: Path) -> None:
+def test_a_venv_for_other_versions_is_made_again(repository: Path) -> None:
     """The marker is for these requirements only; a failing installation ends with a message and no marker."""
-    venv = fake_venv(house)
-    with (house / "constraints.txt").open("a") as file:
+    venv = fake_venv(repository)
+    with (repository / "constraints.txt").open("a") as file:
         file.write("# changed\n")
-    (house / "pip").mkdir()
-    env = active() | {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(house / "pip")}
-    env["PATH"] = f"{house / 'pip'}:{env['PATH']}"
-    (house / "pip" / "python3.11").symlink_to(sys.executable)
-    (house / "pip" / "python").write_text("#!/bin/sh\nexit 1\n")
-    (house / "pip" / "python").chmod(0o755)
-    done = run(["bash", "-c", "source slurm/env.sh"], house, env)
+    (repository / "pip").mkdir()
+    env = active() | {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(repository / "pip")}
+    env["PATH"] = f"{repository / 'pip'}:{env['PATH']}"
+    (repository / "pip" / "python3.11").symlink_to(sys.executable)
+    (repository / "pip" / "python").write_text("#!/bin/sh\nexit 1\n")
+    (repository / "pip" / "python").chmod(0o755)
+    done = run(["bash", "-c", "source slurm/env.sh"], repository, env)
     assert done.returncode == 1
     assert "error: .venv could not be made" in done.stderr
     assert not (venv / "grpo-kd-complete").exists()
@@ -100,8 +102,8 @@ def test_a_venv_for_other_versions_is_made_again(house: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"), [("run_stage2_ppo.sh", "--algo ppo"), ("run_stage2_grpo.sh", "--algo grpo")]
 )
-def test_exit_codes_and_arguments_pass_through(house: Path, name: str, expected: str) -> None:
-    done = run(["bash", str(house / "slurm" / name), "--name", "a b", "exit=75"], house.parent, active())
+def test_exit_codes_and_arguments_pass_through(repository: Path, name: str, expected: str) -> None:
+    done = run(["bash", str(repository / "slurm" / name), "--name", "a b", "exit=75"], repository.parent, active())
     assert f"args {expected} --name a b exit=75" in done.stdout
     assert done.returncode == 75
 
@@ -109,10 +111,10 @@ def test_exit_codes_and_arguments_pass_through(house: Path, name: str, expected:
 @pytest.mark.parametrize(
     ("number", "seen"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"), (signal.SIGUSR1, "SIGTERM")]
 )
-def test_signals_reach_the_trainer(house: Path, number: signal.Signals, seen: str) -> None:
+def test_signals_reach_the_trainer(repository: Path, number: signal.Signals, seen: str) -> None:
     """The launcher by itself dies of SIGTERM and leaves the trainer behind."""
     command = ["bash", "slurm/run_stage2_grpo.sh"]
-    with subprocess.Popen(command, cwd=house, env=active(), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=repository, env=active(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid = 0
         for line in process.stdout:
@@ -129,13 +131,13 @@ def test_signals_reach_the_trainer(house: Path, number: signal.Signals, seen: st
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_scripts_find_the_repository_from_a_spool_folder(house: Path, tmp_path: Path, name: str) -> None:
+def test_scripts_find_the_repository_from_a_spool_folder(repository: Path, tmp_path: Path, name: str) -> None:
     """sbatch runs a copy; SLURM_SUBMIT_DIR says where it was called."""
     spool = tmp_path / "spool"
     spool.mkdir()
     text = re.sub(r"^(launch|alone) ", "echo would run: ", (ROOT / "slurm" / name).read_text(), flags=re.MULTILINE)
     (spool / "slurm_script").write_text(text)
-    done = run(["bash", "slurm_script"], spool, active() | {"SLURM_SUBMIT_DIR": str(house)})
+    done = run(["bash", "slurm_script"], spool, active() | {"SLURM_SUBMIT_DIR": str(repository)})
     assert done.returncode == 0, done.stderr
     assert "would run: " in done.stdout
 
@@ -151,7 +153,7 @@ def test_scripts_are_sbatch_scripts_without_hyperparameters(name: str) -> None:
     allowed = {"job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "time", "output"}
     allowed |= {"signal", "requeue", "open-mode"}
     assert set(re.findall(r"^#SBATCH --([a-z-]+)", "\n".join(lines), re.MULTILINE)) <= allowed
-    assert re.fullmatch(r'(launch|alone) \S+\.py( --algo (grpo|ppo))? "\$@"', lines[-1])
+    assert re.fullmatch(r'(launch|alone) \S+\.py( --algo (grpo|ppo)| configs/\S+\.yaml)? "\$@"', lines[-1])
     assert os.access(ROOT / "slurm" / name, os.X_OK)
 
 
@@ -173,26 +175,30 @@ echo "$((100 + $(wc -l <"$CALLS")));cluster"
 
 
 @pytest.fixture
-def login_node(house: Path) -> dict[str, str]:
+def login_node(repository: Path) -> dict[str, str]:
     """An environment whose sbatch and scancel write down how they were called."""
-    programs = house / "programs"
+    programs = repository / "programs"
     programs.mkdir()
     (programs / "sbatch").write_text(FAKE_SBATCH)
     (programs / "scancel").write_text('#!/usr/bin/env bash\necho "scancel $*" >>"$CALLS"\n')
     for program in programs.iterdir():
         program.chmod(0o755)
-    env = active() | {"CALLS": str(house / "calls"), "FAIL": "nothing", "GRPO_KD_SITE": str(house / "site.env")}
+    env = active() | {
+        "CALLS": str(repository / "calls"),
+        "FAIL": "nothing",
+        "GRPO_KD_SITE": str(repository / "site.env"),
+    }
     return env | {"PATH": f"{programs}:{env['PATH']}"}
 
 
-def test_submit_makes_a_heterogeneous_job_of_what_site_env_says(house: Path, login_node: dict[str, str]) -> None:
-    (house / "site.env").write_text(
+def test_submit_makes_a_heterogeneous_job_of_what_site_env_says(repository: Path, login_node: dict[str, str]) -> None:
+    (repository / "site.env").write_text(
         "GRPO_KD_ACCOUNT=acc\nGRPO_KD_PARTITION=gpu\nGRPO_KD_TEACHER_PARTITION=big\nGRPO_KD_STUDENT_NODES=2\n"
         'GRPO_KD_TEACHER_NODES=1\nGRPO_KD_TEACHER_GPUS_PER_NODE=8\nGRPO_KD_TIME=2:00:00\nGRPO_KD_SBATCH="--qos=long"\n'
     )
-    done = run(["bash", "slurm/submit.sh", "stage2_ppo", "--name", "x"], house, login_node)
+    done = run(["bash", "slurm/submit.sh", "stage2_ppo", "--name", "x"], repository, login_node)
     assert done.stdout == "101\n", done.stderr
-    call = (house / "calls").read_text().strip()
+    call = (repository / "calls").read_text().strip()
     student, teacher = call.split(" : ")
     shared = "--requeue --open-mode=append --time=2:00:00 --account=acc --qos=long"
     node = "--cpus-per-task=8 --mem=240G --gpus-per-node"
@@ -204,14 +210,14 @@ def test_submit_makes_a_heterogeneous_job_of_what_site_env_says(house: Path, log
     )
 
 
-def test_other_stages_have_no_teacher_component(house: Path, login_node: dict[str, str]) -> None:
+def test_other_stages_have_no_teacher_component(repository: Path, login_node: dict[str, str]) -> None:
     env = login_node | {"GRPO_KD_TEACHER_NODES": "1"}
-    run(["bash", "slurm/submit.sh", "stage3_eval", "--model", "m"], house, env)
-    call = (house / "calls").read_text()
+    run(["bash", "slurm/submit.sh", "stage3_eval", "--model", "m"], repository, env)
+    call = (repository / "calls").read_text()
     assert " : " not in call
     assert "--nodes=1 --ntasks-per-node=1 " in call
     assert "--gpus-per-node=1 " in call
-    done = run(["bash", "slurm/submit.sh", "stage9"], house, env)
+    done = run(["bash", "slurm/submit.sh", "stage9"], repository, env)
     assert done.returncode == 2
     assert "no stage 'stage9'" in done.stderr
 
@@ -232,18 +238,21 @@ def test_a_chain_that_cannot_be_submitted_whole_is_taken_back(login_node: dict[s
     assert f"--model {tmp_path}/n/export" in calls[2]
 
 
-def test_without_slurm_the_pipeline_runs_here_and_ends_where_a_stage_fails(house: Path) -> None:
-    (house / "training" / "job.py").write_text("print('/r/n', 'n', 2, sep='\\n')\n")
+def test_without_slurm_the_pipeline_runs_here_and_ends_where_a_stage_fails(repository: Path) -> None:
+    (repository / "training" / "run").mkdir()
+    (repository / "training" / "run" / "job.py").write_text("print('/r/n', 'n', 2, sep='\\n')\n")
     for script in ("training/sft.py", "training/main.py", "eval/run_euroeval.py"):
-        (house / script).write_text("import sys\nprint(*sys.argv[1:], flush=True)\nsys.exit('fails' in sys.argv)\n")
+        (repository / script).write_text(
+            "import sys\nprint(*sys.argv[1:], flush=True)\nsys.exit('fails' in sys.argv)\n"
+        )
     env = active() | {"GRPO_KD_LOCAL": "1"}
-    done = run(["bash", "slurm/run_pipeline.sh", "--steps", "5"], house, env)
+    done = run(["bash", "slurm/run_pipeline.sh", "--steps", "5"], repository, env)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("--")] == [  # DeepSpeed has words of its own
         "--steps 5 --name n-sft --sft.output /r/n-sft/export",
         "--algo grpo --steps 5 --student.path /r/n-sft/export",
         "--model /r/n/export",
     ]
-    done = run(["bash", "slurm/run_pipeline.sh", "fails"], house, env)
+    done = run(["bash", "slurm/run_pipeline.sh", "fails"], repository, env)
     assert done.returncode == 1
     assert done.stdout.count("n-sft/export") == 1

@@ -1,15 +1,15 @@
-"""Advantages as pure functions: tensors and numbers in, values out. Shapes as in DESIGN: B = N*G, R padded."""
+"""Advantages as pure functions over S response tokens in batch order (rewards/tokens.py); B = N * G responses."""
 
 from __future__ import annotations
 
 import torch
 
-from rewards.base import length_mask
+from configs.schema import GRPOConfig
+from rewards.tokens import discounted_sum, following, sum_by_response
+from training.experience import Rewarded
 
 
-def group_scores_advantage(
-    scores_B: torch.Tensor, group_size: int, *, scale: str, epsilon: float, baseline: str = "mean"
-) -> torch.Tensor:
+def group_scores_advantage(scores_B: torch.Tensor, group_size: int, config: GRPOConfig) -> torch.Tensor:
     """GRPO (arXiv 2402.03300, section 4.1.2) for sequence scores: (R - mean of the group) / (std + epsilon).
 
     `baseline` `leave_one_out` compares a score with the mean of the other G - 1 (RLOO, arXiv 2402.14740, eq. 6): with
@@ -21,85 +21,85 @@ def group_scores_advantage(
     """
     groups_NG = scores_B.view(-1, group_size)
     centred_NG = groups_NG - groups_NG.mean(1, keepdim=True)
-    if scale == "group":
-        centred_NG = centred_NG / (groups_NG.std(1, keepdim=True, correction=1) + epsilon)
-    if baseline == "leave_one_out":
+    if config.scale == "group":
+        centred_NG = centred_NG / (groups_NG.std(1, keepdim=True, correction=1) + config.epsilon)
+    if config.baseline == "leave_one_out":
         centred_NG = centred_NG * (group_size / (group_size - 1))
-    elif baseline != "mean":
-        raise ValueError(f"grpo.baseline = {baseline!r}: use mean or leave_one_out")
     # The mean of equal numbers may differ from them in the last bit, which a tiny deviation would blow up.
     centred_NG = torch.where((groups_NG == groups_NG[:, :1]).all(1, keepdim=True), 0.0, centred_NG)
     return centred_NG.reshape(-1)
 
 
 def group_token_advantage(
-    returns_BR: torch.Tensor, lengths_B: torch.Tensor, group_size: int, *, scale: str, epsilon: float,
-    baseline: str = "mean",
-) -> torch.Tensor:  # fmt: skip
+    returns_S: torch.Tensor, lengths_B: torch.Tensor, group_size: int, config: GRPOConfig
+) -> torch.Tensor:
     """GRPO with a reward for each token: returns centred and scaled over all tokens of the group.
 
-    Statistics are over real tokens only. With `baseline` `leave_one_out` a token is compared with the mean over the
-    tokens of the other responses of its group. `scale` as in `group_scores_advantage`; a group whose returns are all
-    equal gives exactly 0. Returns float32 [B, R], 0 on padding.
+    With `baseline` `leave_one_out` a token is compared with the mean over the tokens of the other responses of its
+    group. `scale` as in `group_scores_advantage`; a group whose returns are all equal gives exactly 0. Returns float32
+    [S].
     """
-    batch, longest = returns_BR.shape
-    mask_BR = length_mask(lengths_B, longest)
-    mask_NT = mask_BR.view(-1, group_size * longest)
-    returns_NT = torch.where(mask_NT, returns_BR.reshape(mask_NT.shape), 0.0)
-    count_N = mask_NT.sum(1, keepdim=True).clamp(min=1)
-    sum_N = returns_NT.sum(1, keepdim=True)
-    centred_NT = torch.where(mask_NT, returns_NT - sum_N / count_N, 0.0)
-    if scale == "group":
-        std_N = (centred_NT.square().sum(1, keepdim=True) / (count_N - 1).clamp(min=1)).sqrt()
+    counts_N = lengths_B.view(-1, group_size).sum(1)
+    sums_N = sum_by_response(returns_S, counts_N)
+
+    def each(values_N: torch.Tensor) -> torch.Tensor:
+        return values_N.repeat_interleave(counts_N)
+
+    centred_S = returns_S - each(sums_N / counts_N.clamp(min=1))
+    scaled_S = centred_S
+    if config.scale == "group":
+        variance_N = sum_by_response(centred_S.square(), counts_N) / (counts_N - 1).clamp(min=1)
+        scale_S = each(variance_N.sqrt() + config.epsilon)
     else:
-        std_N, epsilon = torch.ones_like(sum_N), 0.0
-    if baseline == "leave_one_out":
-        own_B1 = torch.where(mask_BR, returns_BR, 0.0).sum(1, keepdim=True)
-        others_B1 = (sum_N - own_B1.view(-1, group_size)).reshape(-1, 1)
-        left_B1 = (count_N - lengths_B.view(-1, group_size)).clamp(min=1).reshape(-1, 1)
-        centred_NT = torch.where(mask_BR, returns_BR - others_B1 / left_B1, 0.0).view(mask_NT.shape)
-    elif baseline != "mean":
-        raise ValueError(f"grpo.baseline = {baseline!r}: use mean or leave_one_out")
-    highest_N = returns_NT.masked_fill(~mask_NT, -torch.inf).amax(1, keepdim=True)
-    lowest_N = returns_NT.masked_fill(~mask_NT, torch.inf).amin(1, keepdim=True)
-    centred_NT = torch.where(lowest_N >= highest_N, 0.0, centred_NT / (std_N + epsilon))
-    return centred_NT.reshape(batch, longest)
+        scale_S = torch.ones_like(returns_S)
+    if config.baseline == "leave_one_out":
+        others_B = sums_N.repeat_interleave(group_size) - sum_by_response(returns_S, lengths_B)
+        left_B = (counts_N.repeat_interleave(group_size) - lengths_B).clamp(min=1)
+        scaled_S = returns_S - (others_B / left_B).repeat_interleave(lengths_B)
+    return torch.where(each(spread(returns_S, counts_N) <= 0), 0.0, scaled_S / scale_S)
+
+
+def spread(values_S: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
+    """[N] largest minus smallest of the values of each group, which has `counts_N` tokens; 0 for an empty one."""
+    group_S = torch.repeat_interleave(torch.arange(len(counts_N)), counts_N)
+    blank_N = values_S.new_zeros(len(counts_N))
+    high_N = blank_N.scatter_reduce(0, group_S, values_S, "amax", include_self=False)
+    return high_N - blank_N.scatter_reduce(0, group_S, values_S, "amin", include_self=False)
+
+
+def has_signal(batch: Rewarded) -> torch.Tensor:
+    """bool [N]: the group's responses are not all credited alike. A group without a score has no signal."""
+    reward, lengths_B, group_size = batch.reward, batch.rollout.lengths_B, batch.rollout.group_size
+    if reward.returns_S is None:
+        scores_NG = sum_by_response(reward.rewards_S, lengths_B).view(-1, group_size)
+        return (scores_NG != scores_NG[:, :1]).any(1)
+    return spread(reward.returns_S, lengths_B.view(-1, group_size).sum(1)) > 0
 
 
 def gae(
-    rewards_BR: torch.Tensor, values_BR: torch.Tensor, lengths_B: torch.Tensor, *, gamma: float, lam: float
+    rewards_S: torch.Tensor, values_S: torch.Tensor, lengths_B: torch.Tensor, *, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) for responses that end after their last token.
 
     delta_t = r_t + gamma V_{t+1} - V_t with V = 0 past the end; A_t = sum_k (gamma lam)^k delta_{t+k}.
-    Returns (advantages, returns = advantages + values), float32 [B, R], 0 on padding.
+    Returns (advantages, returns = advantages + values), float32 [S].
     """
-    batch, longest = rewards_BR.shape
-    mask_BR = length_mask(lengths_B, longest)
-    values = torch.where(mask_BR, values_BR, 0.0)
-    following = torch.cat([values[:, 1:], values.new_zeros(batch, 1)], 1)
-    delta = torch.where(mask_BR, rewards_BR + gamma * following - values, 0.0)
-    running = delta.new_zeros(batch)
-    out = []
-    for t in range(longest - 1, -1, -1):
-        running = delta[:, t] + gamma * lam * running
-        out.append(running)
-    advantages = torch.stack(out[::-1], 1) if out else delta
-    return advantages, torch.where(mask_BR, advantages + values, 0.0)
+    advantages_S = discounted_sum(rewards_S + gamma * following(values_S, lengths_B) - values_S, lengths_B, gamma * lam)
+    return advantages_S, advantages_S + values_S
 
 
-def whiten(values_BR: torch.Tensor, mask_BR: torch.Tensor, sums: tuple[float, float, float]) -> torch.Tensor:
-    """Centre and scale over the mask. `sums`: count, sum and sum of squares over all ranks' masks."""
-    count, total, squares = sums
+def whiten(values_S: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Centre and scale. `moments`: of the values of all ranks (`moments_of`, added up)."""
+    count, total, squares = moments.tolist()
     mean = total / max(count, 1.0)
     variance = max(squares / max(count, 1.0) - mean * mean, 0.0)
-    return torch.where(mask_BR, (values_BR - mean) / (variance**0.5 + 1e-8), 0.0)
+    return (values_S - mean) / (variance**0.5 + 1e-8)
 
 
-def masked_sums(values_BR: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
-    """float64 [3]: count, sum and sum of squares over the mask; add them over ranks before `whiten`."""
-    kept = values_BR[mask_BR].double()
-    return torch.stack([torch.tensor(float(len(kept)), dtype=torch.float64), kept.sum(), kept.square().sum()])
+def moments_of(values_S: torch.Tensor) -> torch.Tensor:
+    """float64 [3]: count, sum and sum of squares; add them over ranks before they are used."""
+    values = values_S.double()
+    return torch.stack([torch.tensor(float(len(values)), dtype=torch.float64), values.sum(), values.square().sum()])
 
 
 def quantile_rewards(scores_B: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -1,38 +1,39 @@
-"""From a step's prompts to what the update learns from: answers, scores, rewards, advantages."""
+"""From a step's prompts to what the update learns from: Rollout, Scored, Rewarded, Experience."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from configs.schema import RunConfig
 from inference.client import TeacherLost
-from inference.packing import Group
+from rewards import REWARDS
 from rewards.base import RewardInput, RewardOutput
-from rewards.combine import Opinion, Part, add_parts, weighted_sum
-from rewards.minillm import minillm_rewards
-from rewards.teacher_logprob import teacher_logprob_rewards
+from rewards.combine import TeacherReward, add_parts, weighted_sum
+from rewards.parts import part_weights
+from rewards.tokens import sum_by_response
 from training import distributed
-from training.actor import Actor
-from training.advantages import group_scores_advantage, quantile_rewards
-from training.batch import Batch, has_signal, replaced
-from training.bilingual import Bilingual
-from training.clock import Clock
-from training.composite import LossWeights
-from training.critic import Critic
-from training.data import replacement_positions
-from training.experience import Experience, Prompt, Rollout, TeacherView
-from training.extra_rewards import extra_parts
-from training.grpo import grpo_advantages
+from training.advantages import has_signal
+from training.algorithms import ALGORITHMS
+from training.data.order import replacement_positions
+from training.experience import Corpus, Experience, Prompt, Rewarded, Rollout, Scored, join, take
 from training.losses import truncated_importance
-from training.mixing import TokenMixture, importance_of, mix_responses, teacher_rollout
-from training.ppo import ppo_advantages
+from training.objective import LossWeights
 from training.recipes import RECIPES
-from training.reference import Reference
-from training.teaching import TeacherLink
+from training.run.checkpoints import Checkpoints
+from training.run.clock import Clock
+from training.run.run_folder import RunFolder
+from training.run.safe_points import SafePoints
+from training.student.actor import Actor
+from training.student.critic import Critic
+from training.student.reference import Reference
+from training.teacher.bilingual import Bilingual
+from training.teacher.link import PendingView, TeacherLink
+from training.teacher.mixing import TokenMixture, importance_of, mix_responses, teacher_rollout
+from training.teacher.reward_parts import configured_parts
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +54,43 @@ class Models:
     """Translator of the part `bilingual`, where it has a weight."""
 
 
-def collect(
-    models: Models, config: RunConfig, prompts: Sequence[Prompt], pool: Sequence[Prompt], step: int,
-    weights: LossWeights, clock: Clock,
-) -> Batch:  # fmt: skip
-    """Answer the prompts; where grpo.no_signal is `resample`, answer others in place of groups that teach nothing.
+@dataclass(frozen=True)
+class Run:
+    """A run of stage 2: everything that its steps share."""
 
-    `pool`: all RL prompts. Collective.
-    """
-    batch = _answered(models, config, prompts, step, weights, clock)
-    if config.grpo.no_signal != "resample" or config.algo != "grpo":
+    config: RunConfig
+    models: Models
+    corpus: Corpus
+    folder: RunFolder
+    checkpoints: Checkpoints
+    points: SafePoints
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run, while it collects."""
+
+    number: int
+    """From 0."""
+    weights: LossWeights
+    """Weights of the loss terms in force: what they do not need is not asked for."""
+    clock: Clock = field(default_factory=Clock)
+
+    @classmethod
+    def of(cls, run: Run, number: int = 0) -> Step:
+        """Step `number` of a run; its clock tells the run's safe points of each phase."""
+        weights = RECIPES[run.config.recipe].weights(run.config, number, run.models.teacher.same_tokenizer)
+        return cls(number, weights, Clock(run.points.phase))
+
+
+def collect(run: Run, prompts: Sequence[Prompt], step: Step) -> Rewarded:
+    """Answer the prompts; where grpo.no_signal is `resample`, answer others in place of groups that teach nothing.
+    Collective."""
+    config = run.config
+    batch = reward(run, score(run, answer(run, prompts, step), step), step)
+    if not (learns_from_groups(config) and config.grpo.no_signal == "resample"):
         return batch
+    pool, count = run.corpus.prompts, len(prompts)
     first = config.prompts_per_step * distributed.rank() // distributed.world_size()
     for attempt in range(config.grpo.resample_rounds):
         silent = torch.nonzero(~has_signal(batch)).flatten().tolist()
@@ -71,145 +98,130 @@ def collect(
             break
         # A rank without such a group answers one prompt as well, which is then not used: sampling is in step.
         slots = [first + n for n in silent] or [first]
-        chosen = replacement_positions(slots, len(pool), config.seed, step, attempt)
-        fresh = _answered(models, config, [pool[i] for i in chosen], step, weights, clock)
-        batch = replaced(batch, fresh, silent)
+        chosen = replacement_positions(slots, len(pool), config.seed, step.number, attempt)
+        fresh = reward(run, score(run, answer(run, [pool[i] for i in chosen], step), step), step)
+        batch = take(join(batch, fresh), [count + silent.index(n) if n in silent else n for n in range(count)])
     return batch
 
 
-def _answered(
-    models: Models, config: RunConfig, prompts: Sequence[Prompt], step: int, weights: LossWeights, clock: Clock
-) -> Batch:  # fmt: skip
-    """Sample, then the teacher's scores while reference and critic run."""
-    with clock("sample"):
-        rollout = distributed.together(lambda: _answers(models, config, prompts, step), TeacherLost)
-    waiting = models.teacher.ask(
-        rollout, whole_distribution=weights.single_step > 0, entries=config.loss.single_step_entries
-    )
-    others = [link.ask(rollout, whole_distribution=False) for link in models.others]
-    translated = models.bilingual.ask(rollout) if models.bilingual else None
-    full = config.loss.kl_estimator == "full" and weights.kl > 0
-    with clock("reference"):
-        reference_BR = models.reference.logprobs(rollout) if models.reference else None
-        states = models.reference.states(rollout) if models.reference and full else None
-        start_BR = models.start.logprobs(rollout) if models.start else None
-        values_BR = models.critic.values(rollout) if models.critic else None
-        old_BR = models.actor.logprobs(rollout) if config.loss.importance_cap is not None else None
-    with clock("teacher"):
-        view, *beside = distributed.together(lambda: [wait() for wait in (waiting, *others)], TeacherLost)
-        marks = [distributed.together(translated, TeacherLost)] if translated else []
-    reward = reward_of(rollout, view, config, weights.single_step > 0, beside, marks)
-    importance_BR = importance_of(rollout, view, config)
-    if old_BR is not None and config.loss.importance_cap is not None:
-        cut_BR = truncated_importance(old_BR, rollout.behavior_logprobs_BR, config.loss.importance_cap)
-        importance_BR = cut_BR if importance_BR is None else importance_BR * cut_BR
-    return Batch(rollout, view, reward, old_BR, reference_BR, start_BR, values_BR, importance_BR, states)
+def answer(run: Run, prompts: Sequence[Prompt], step: Step) -> Rollout:
+    """Responses of the student, of the teacher, or of both. Collective."""
+    with step.clock("sample"):
+        return distributed.together(lambda: _answer(run, prompts, step.number), TeacherLost)
 
 
-def _answers(models: Models, config: RunConfig, prompts: Sequence[Prompt], step: int) -> Rollout:
-    """Responses of the student, of the teacher, or of both."""
-    actor, link, sampling = models.actor, models.teacher, config.sampling
+def _answer(run: Run, prompts: Sequence[Prompt], step: int) -> Rollout:
+    config, actor, teacher = run.config, run.models.actor, run.models.teacher
     if RECIPES[config.recipe].teacher_answers:
-        return teacher_rollout(actor, link, prompts, config, step)
-    if sampling.teacher_mix == 0 or not prompts:
+        return teacher_rollout(actor, teacher, prompts, config, step)
+    if config.sampling.teacher_mix == 0 or not prompts:
         return actor.sample(prompts, step=step)
-    if sampling.mix_by == "response":
-        return mix_responses(actor, link, actor.sample(prompts, step=step), config, step)
-    mixture = TokenMixture(link, prompts, sampling.teacher_mix, sampling.group_size, sampling.max_new_tokens)
+    if config.sampling.mix_by == "response":
+        return mix_responses(actor, teacher, actor.sample(prompts, step=step), config, step)
+    mixture = TokenMixture(teacher, prompts, config.sampling)
     try:
         return actor.sample(prompts, step=step, mixture=mixture)
     finally:
         mixture.close()
 
 
-def reward_of(
-    rollout: Rollout, view: TeacherView, config: RunConfig, single_step: bool, others: Sequence[TeacherView] = (),
-    marks: Sequence[Part] = (),
-) -> RewardOutput:  # fmt: skip
-    """The configured reward of a rollout by its teacher and by the `others` of config.teachers, with its extra parts
-    and `marks` added. The exact single-step term, where there is one, is to the first teacher: the others' rewards are
-    whole."""
+def score(run: Run, rollout: Rollout, step: Step) -> Scored:
+    """What the teachers say, while reference and critic run. Collective."""
+    config, models = run.config, run.models
+    exact = step.weights.single_step > 0
+    asked: list[PendingView] = [
+        models.teacher.ask(rollout, whole_distribution=exact, entries=config.loss.single_step_entries),
+        *(link.ask(rollout, whole_distribution=False) for link in models.others),
+    ]
+    translated = models.bilingual.ask(rollout) if models.bilingual else None
+    with step.clock("reference"):
+        full_kl = config.loss.kl_estimator == "full" and step.weights.kl > 0
+        reference_S = models.reference.logprobs(rollout) if models.reference else None
+        reference = models.reference.states(rollout) if models.reference and full_kl else None
+        start_S = models.start.logprobs(rollout) if models.start else None
+        values_S = models.critic.values(rollout) if models.critic else None
+        policy_S = models.actor.logprobs(rollout) if config.loss.importance_cap is not None else None
+    with step.clock("teacher"):
+        teacher, *others = distributed.together(lambda: [wait() for wait in asked], TeacherLost)
+        bilingual_B = distributed.together(translated, TeacherLost) if translated else None
+    importance_S = importance_of(rollout, teacher, config) if config.sampling.teacher_mix > 0 else None
+    if policy_S is not None and config.loss.importance_cap is not None:
+        cut_S = truncated_importance(policy_S, rollout.behavior_logprobs_S, config.loss.importance_cap)
+        importance_S = cut_S if importance_S is None else importance_S * cut_S
+    return Scored(
+        rollout=rollout,
+        teacher=teacher,
+        others=tuple(others),
+        bilingual_B=bilingual_B,
+        policy_logprobs_S=policy_S,
+        reference_logprobs_S=reference_S,
+        reference=reference,
+        start_logprobs_S=start_S,
+        values_S=values_S,
+        importance_S=importance_S,
+    )
+
+
+def reward(run: Run, scored: Scored, step: Step) -> Rewarded:
+    """The configured reward: each teacher's by its weight, and the extra parts.
+
+    The exact single-step term, where there is one, is to the first teacher: the others' rewards are whole.
+    """
+    config, rollout = run.config, scored.rollout
     inputs = RewardInput(
         lengths_B=rollout.lengths_B,
         finished_B=rollout.finished_B,
-        behavior_logprobs_BR=rollout.behavior_logprobs_BR,
-        teacher_logprobs_BR=view.logprobs_BR,
-        texts=rollout.texts,
-        answers=[p.answers for p in rollout.prompts for _ in range(rollout.group_size)],
+        behavior_logprobs_S=rollout.behavior_logprobs_S,
+        teacher_logprobs_S=scored.teacher.logprobs_S,
+        texts_B=rollout.texts_B,
+        answers_B=[p.answers for p in rollout.prompt_of_response()],
+        questions_B=[p.text for p in rollout.prompt_of_response()],
+        group_size=rollout.group_size,
     )
-    opinions = [Opinion(None, config.rewards.teacher_weight, _teacher_reward(inputs, config, single_step))]
-    for teacher, other in zip(config.teachers, others, strict=True):
-        asked = replace(inputs, teacher_logprobs_BR=other.logprobs_BR)
-        opinions.append(Opinion(teacher.name, teacher.weight, _teacher_reward(asked, config, False)))
-    reward = weighted_sum(opinions)
-    return add_parts(reward, inputs, [*extra_parts(inputs, rollout, config), *marks])
+    return Rewarded(scored, reward_of(inputs, scored, config, single_step=step.weights.single_step > 0))
 
 
-def _teacher_reward(inputs: RewardInput, config: RunConfig, single_step: bool) -> RewardOutput:
-    """One teacher's reward, by config.reward."""
-    rewards = config.rewards
-    if config.reward == "minillm":
-        return minillm_rewards(
-            inputs, gamma=rewards.gamma, length_normalize=rewards.length_normalize, single_step=single_step
-        )
-    return teacher_logprob_rewards(inputs, length_alpha=rewards.length_alpha)
+def reward_of(inputs: RewardInput, scored: Scored, config: RunConfig, *, single_step: bool) -> RewardOutput:
+    """Each teacher's reward by its weight, and the extra parts."""
+    kind = REWARDS[config.reward]
+    teachers = [TeacherReward(None, config.rewards.teacher_weight, kind.reward(inputs, config.rewards, single_step))]
+    for teacher, view in zip(config.teachers, scored.others, strict=True):
+        asked = replace(inputs, teacher_logprobs_S=view.logprobs_S)
+        teachers.append(TeacherReward(teacher.name, teacher.weight, kind.reward(asked, config.rewards, False)))
+    weights = part_weights(config.rewards)
+    parts = configured_parts(inputs, config) if weights else {}
+    if scored.bilingual_B is not None:
+        parts["bilingual"] = scored.bilingual_B
+    return add_parts(weighted_sum(teachers), parts, weights, inputs.lengths_B)
 
 
-def make_experience(batch: Batch, config: RunConfig, kl_coef: float) -> tuple[Experience, int]:
-    """Advantages; groups with a non-finite score, and on request those without signal, are left
-    out. Returns the number of non-finite groups too. Collective."""
-    rollout, view = batch.rollout, batch.view
-    finite_B = torch.isfinite(view.logprobs_BR).all(1) & torch.isfinite(rollout.behavior_logprobs_BR).all(1)
-    finite_B &= torch.isfinite(batch.reward.rewards_BR).all(1)  # another teacher's score
-    finite_N = finite_B.view(-1, rollout.group_size).all(1)
-    dropped = [rollout.prompts[n].id for n in torch.nonzero(~finite_N).flatten().tolist()]
-    reward = batch.reward
+def make_experience(run: Run, batch: Rewarded, kl_coef: float) -> tuple[Experience, int]:
+    """Advantages of the groups that are learnt from: those with a non-finite score, and on request those without
+    signal, are left out. Returns the number of non-finite groups too. Collective."""
+    config = run.config
+    algorithm, recipe = ALGORITHMS[config.algo], RECIPES[config.recipe]
+    finite_N = finite_groups(batch)
+    dropped = torch.nonzero(~finite_N).flatten().tolist()
     if dropped:
-        log.warning("dropped %d groups with a non-finite score: %s", len(dropped), dropped)
-        ok_B1 = finite_N.repeat_interleave(rollout.group_size)[:, None]
-        returns = None if reward.returns_BR is None else torch.where(ok_B1, reward.returns_BR, 0.0)
-        reward = replace(reward, rewards_BR=torch.where(ok_B1, reward.rewards_BR, 0.0), returns_BR=returns)
-    advantages_BR, returns_BR = _advantages(batch, reward, config, kl_coef)
-    experience = Experience(
-        rollout, advantages_BR, batch.reference_BR, view.hidden_SD, batch.values_BR, returns_BR, batch.old_BR,
-        batch.importance_BR, view.entries, batch.reference_states,
-    )  # fmt: skip
-    keep_N = finite_N
-    if config.grpo.no_signal == "skip" and config.algo == "grpo":
-        keep_N = keep_N & has_signal(batch)
-    if bool(keep_N.all()):
-        return experience, len(dropped)
-    return experience.select(torch.nonzero(keep_N).flatten().tolist()), len(dropped)
+        ids = [batch.rollout.prompts_N[n].id for n in dropped]
+        log.warning("dropped %d groups with a non-finite score: %s", len(dropped), ids)
+        batch = take(batch, torch.nonzero(finite_N).flatten().tolist())
+    advantages = recipe.advantages or algorithm.advantages
+    experience = Experience(batch, *advantages(batch, config, kl_coef))
+    if learns_from_groups(config) and config.grpo.no_signal == "skip":
+        experience = take(experience, torch.nonzero(has_signal(batch)).flatten().tolist())
+    return experience, len(dropped)
 
 
-def _advantages(
-    batch: Batch, reward: RewardOutput, config: RunConfig, kl_coef: float
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(advantages, returns for the critic), float32 [B, R]."""
+def learns_from_groups(config: RunConfig) -> bool:
+    """Whether grpo.no_signal applies: without a policy gradient a group teaches, however it is credited."""
+    return ALGORITHMS[config.algo].compares_groups and RECIPES[config.recipe].policy_gradient
+
+
+def finite_groups(batch: Rewarded) -> torch.Tensor:
+    """bool [N]: every score of the group is finite, each teacher's too."""
     rollout = batch.rollout
-    if config.algo == "ppo" and batch.values_BR is not None:
-        return ppo_advantages(
-            reward, rollout.lengths_B, rollout.behavior_logprobs_BR, batch.reference_BR, batch.values_BR, config.ppo,
-            kl_coef,
-        )  # fmt: skip
-    if RECIPES[config.recipe].quantile_reward:
-        scores_B = quantile_rewards(reward.rewards_BR.sum(1), rollout.group_size)
-        advantage_B = group_scores_advantage(
-            scores_B, rollout.group_size, scale="none", epsilon=0.0, baseline=config.grpo.baseline
-        )
-        return torch.where(rollout.mask_BR, advantage_B[:, None], 0.0), None
-    if rollout.group_size == 1:  # the teacher's answers: no policy gradient
-        return torch.zeros_like(reward.rewards_BR), None
-    return grpo_advantages(reward, rollout.lengths_B, rollout.group_size, config.grpo), None
-
-
-def imitated(experience: Experience, *, best: bool) -> list[Group]:
-    """What a cloning recipe imitates: the (teacher's) answer to each prompt, or the `best` of each group."""
-    rollout, groups = experience.rollout, []
-    for n, prompt in enumerate(rollout.prompts):
-        rows = rollout.rows_of([n])
-        # The advantage of every token of a response is its rank's in the group (`_advantages`).
-        chosen = max(rows, key=lambda b: float(experience.advantages_BR[b, 0])) if best else rows[0]
-        if rollout.responses[chosen]:
-            groups.append(Group(prompt=prompt.tokens, responses=(rollout.responses[chosen],)))
-    return groups
+    finite_S = torch.isfinite(batch.scored.teacher.logprobs_S) & torch.isfinite(rollout.behavior_logprobs_S)
+    finite_S &= torch.isfinite(batch.reward.rewards_S)
+    broken_B = sum_by_response((~finite_S).float(), rollout.lengths_B)
+    return (broken_B.view(-1, rollout.group_size) == 0).all(1)

@@ -23,7 +23,7 @@ def beat() -> None:
 
 
 def beats() -> int:
-    """How often it was said (training/watchdog.py looks)."""
+    """How often it was said (training/run/watchdog.py looks)."""
     return _beats
 
 
@@ -41,9 +41,29 @@ def free_port() -> int:
 
 def ensure_launcher_environment() -> None:
     """Make `python training/main.py` the same as one rank under the launcher."""
+    # Long and short rows follow each other: without it the CUDA allocator's blocks fit neither.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if "RANK" in os.environ:
         return
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+
+def check_port() -> None:
+    """Raises ValueError where rank 0 cannot have the port at which the ranks meet: the launcher's is always 29500, so
+    of two runs on one machine the second would end in a trace. (torchrun has opened its port by now.)"""
+    port = os.environ.get("MASTER_PORT", "")
+    if os.environ.get("RANK") != "0" or not port.isdigit() or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            raise ValueError(
+                f"--master_port {port}: {error.strerror}; another run may have it, so give a free one to the launcher: "
+                f"deepspeed --master_port {free_port()} ..."
+            ) from None
 
 
 def rank() -> int:
@@ -78,6 +98,14 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return summed
 
 
+def sum_in_place(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum of a tensor over all ranks, where it is; overwrites it."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        beat()
+    return values
+
+
 def max_over_ranks(value: float) -> float:
     """Largest of one number over all ranks."""
     if world_size() == 1:
@@ -104,6 +132,18 @@ def together(work: Callable[[], T], error: type[Exception]) -> T:
     if any_rank(problem is not None):
         raise error(problem if problem is not None else f"another rank: {error.__name__}")
     return result
+
+
+def rank_0_first(work: Callable[[], None]) -> None:
+    """Rank 0 alone does `work`; a ValueError that it raises is raised on every rank. Collective."""
+    problem = ""
+    try:
+        if is_main():
+            work()
+    except ValueError as error:
+        problem = str(error)
+    if problem := gather_strings([problem])[0]:
+        raise ValueError(problem)
 
 
 def sum_metrics(sums: Mapping[str, float]) -> dict[str, float]:

@@ -1,68 +1,68 @@
-"""The trainer's own evaluation on the held-out questions: SQuAD F1, exact match and reverse KL to the teacher."""
+"""The trainer's own evaluation on questions: SQuAD F1, exact match and reverse KL to the teacher; on open questions,
+which many answers are right to, the share of right ones among sampled answers, and how many of them differ.
+
+Held-out questions are asked before and after a run. Every `eval.every` steps a small fixed set of other questions says
+how good the student is (training/data/validation.py chooses them): the best checkpoint is marked and kept, and the run
+may end when nothing better comes (`eval.patience`). Which steps are validated depends on the step number alone, and
+what was best is part of Progress, so a resumed run decides as an unbroken one. Nothing here draws from the random
+numbers of training.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
-import torch
-
+from configs.io.results import Result, Value, versions
 from configs.schema import RunConfig
-from rewards.answers import exact_match, token_f1
+from rewards.answers import answer_row, open_scores
 from training import distributed
-from training.actor import Actor
-from training.data import share_of_rank
+from training.collect import Run
+from training.data.order import share_of_rank
 from training.experience import Prompt
-from training.teaching import TeacherLink
+from training.run.run_folder import Progress
+from training.student.actor import Actor
+from training.teacher.link import TeacherLink
 
+log = logging.getLogger(__name__)
+LOWER_IS_BETTER = ("reverse_kl",)
 EVALUATION_STEP = 2**40
 """Step number of evaluation samples in their seeds, so that they repeat no training sample."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One held-out question with what was answered."""
-
-    id: str
-    question: str
-    context: str | None
-    answers: Sequence[str]
-    prediction: str
-    f1: float
-    """0 to 100."""
+def evaluate_student(run: Run, prompts: Sequence[Prompt], model: str) -> Result:
+    """Greedy answers for F1 and exact match, sampled ones for the reverse KL and for the open questions. `model`: what
+    the student is called. Collective: ranks share the questions."""
+    return evaluate(run.models.actor, run.models.teacher, prompts, run.config, model)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What one evaluation said."""
-
-    f1: float
-    """Mean token F1 of greedy answers, 0 to 100."""
-    exact_match: float
-    """Mean exact match of greedy answers, 0 to 100."""
-    reverse_kl: float
-    """KL(model || teacher) in nats a token over the model's own sampled answers at temperature 1: exact over the
-    vocabulary at each state with equal tokenizers, else log pi - log p_T of the samples (a token of the student)."""
-    questions: int
-    answers: Sequence[Answer]
-
-    def scores(self) -> dict[str, float]:
-        """The three numbers."""
-        return {"f1": self.f1, "exact_match": self.exact_match, "reverse_kl": self.reverse_kl}
-
-    def as_json(self, data: str) -> dict[str, object]:
-        """For the run folder; `data` says what it was measured on."""
-        return {
-            **self.scores(),
-            "questions": self.questions,
-            "data": data,
-            "answers": [asdict(a) for a in self.answers],
-        }
+def evaluate(
+    actor: Actor, link: TeacherLink | None, prompts: Sequence[Prompt], config: RunConfig, model: str
+) -> Result:
+    """The same; without a teacher there is no KL. Collective."""
+    closed, open_ones = by_kind(prompts)
+    kl = None if link is None else sampled_answers(actor, link, closed, config)[0]
+    found = score_answers(closed, greedy_answers(actor, closed, config), config, model, kl)
+    if not open_ones:
+        return found
+    open_kl, texts = sampled_answers(actor, link, open_ones, config)
+    return with_open(found, open_ones, texts, open_kl)
 
 
-def evaluate_student(actor: Actor, link: TeacherLink, prompts: Sequence[Prompt], config: RunConfig) -> Evaluation:
-    """Greedy answers for F1 and exact match, sampled ones for the reverse KL. Collective: ranks share the questions."""
-    return score_answers(prompts, greedy_answers(actor, prompts, config), reverse_kl(actor, link, prompts, config))
+def by_kind(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """(questions with answers, open questions)."""
+    return [p for p in prompts if p.pattern is None], [p for p in prompts if p.pattern is not None]
+
+
+def with_open(found: Result, prompts: Sequence[Prompt], texts: Sequence[str], kl: float | None) -> Result:
+    """A result with what was answered to the open questions too: as many `texts` to each prompt."""
+    each = len(texts) // len(prompts)
+    asked = [prompt.pattern or "" for prompt in prompts for _ in range(each)]
+    values = {name: Value(value) for name, value in open_scores(asked, texts).items()}
+    values |= {} if kl is None else {"open_kl": Value(kl)}
+    return replace(found, values={**found.values, **values})
 
 
 def greedy_answers(actor: Actor, prompts: Sequence[Prompt], config: RunConfig) -> list[str]:
@@ -70,26 +70,37 @@ def greedy_answers(actor: Actor, prompts: Sequence[Prompt], config: RunConfig) -
     sampling = replace(config.sampling, group_size=1)
     texts: list[str] = []
     for asked, count in _shared_batches(prompts, config.eval.batch):
-        texts += actor.sample(asked, step=EVALUATION_STEP, sampling=sampling, greedy=True).texts[:count]
+        texts += actor.sample(asked, step=EVALUATION_STEP, sampling=sampling, greedy=True).texts_B[:count]
     return distributed.gather_strings(texts)
 
 
-def reverse_kl(actor: Actor, link: TeacherLink, prompts: Sequence[Prompt], config: RunConfig) -> float:
-    """See `Evaluation.reverse_kl`. Collective."""
-    sampling = replace(config.sampling, group_size=config.eval.kl_samples, temperature=1.0, top_k=0, top_p=1.0)
+def sampled_answers(
+    actor: Actor, link: TeacherLink | None, prompts: Sequence[Prompt], config: RunConfig
+) -> tuple[float | None, list[str]]:
+    """eval.kl_samples answers to each prompt at temperature 1, in their order and on every rank; and over them
+    KL(student || teacher) in nats a token: exact over the vocabulary at each state with equal tokenizers, else
+    log pi - log p_T of the samples (a token of the student); None without a teacher. Collective."""
+    sampling = replace(config.sampling, group_size=config.eval.kl_samples, temperature=1.0)
     kl_sum = tokens = 0.0
+    texts: list[str] = []
     for asked, count in _shared_batches(prompts, config.eval.batch):
         rollout = actor.sample(asked, step=EVALUATION_STEP, sampling=sampling)
+        if link is None:
+            texts += rollout.texts_B[: count * config.eval.kl_samples]
+            continue
         view = link.ask(rollout, whole_distribution=link.same_tokenizer)()
         if view.hidden_SD is not None:
-            kl_BR = actor.teacher_kl(rollout, view.hidden_SD)
+            kl_S = actor.teacher_kl(rollout, view.hidden_SD)
         else:
-            kl_BR = torch.where(rollout.mask_BR, rollout.behavior_logprobs_BR - view.logprobs_BR, 0.0)
+            kl_S = rollout.behavior_logprobs_S - view.logprobs_S
         if count:
-            kl_sum += float(kl_BR.double().sum())
+            kl_sum += float(kl_S.double().sum())
             tokens += float(rollout.lengths_B.sum())
+            texts += rollout.texts_B
+    if link is None:
+        return None, distributed.gather_strings(texts)
     total = distributed.sum_metrics({"kl": kl_sum, "tokens": tokens})
-    return total["kl"] / max(total["tokens"], 1.0)
+    return total["kl"] / max(total["tokens"], 1.0), distributed.gather_strings(texts)
 
 
 def _shared_batches(prompts: Sequence[Prompt], batch: int) -> list[tuple[list[Prompt], int]]:
@@ -101,28 +112,98 @@ def _shared_batches(prompts: Sequence[Prompt], batch: int) -> list[tuple[list[Pr
     return [(part or list(prompts[:1]), len(part)) for part in parts]
 
 
-def evaluate_teacher(link: TeacherLink, prompts: Sequence[Prompt], config: RunConfig) -> Evaluation:
-    """The teacher's greedy answers: the upper bound. Its reverse KL to itself is 0 by definition. Call on one rank."""
-    predictions: list[str] = []
-    for start in range(0, len(prompts), config.eval.batch):
-        batch = prompts[start : start + config.eval.batch]
-        predictions += link.answer(batch, config.sampling.max_new_tokens).result()
-        distributed.beat()  # the other ranks wait
-    return score_answers(prompts, predictions, 0.0)
+def evaluate_teacher(link: TeacherLink, prompts: Sequence[Prompt], config: RunConfig) -> Result:
+    """The teacher's greedy and sampled answers: the upper bound. Its reverse KL to itself is 0 by definition. Call on
+    one rank."""
+
+    def answers(asked: Sequence[Prompt], temperature: float) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(asked), config.eval.batch):
+            batch, seed = asked[start : start + config.eval.batch], EVALUATION_STEP + start
+            found = link.answer(batch, config.sampling.max_new_tokens, temperature=temperature, seed=seed)
+            texts += [text for text, _ in found]
+            distributed.beat()  # the other ranks wait
+        return texts
+
+    closed, open_ones = by_kind(prompts)
+    found = score_answers(closed, answers(closed, 0.0), config, config.teacher.path, 0.0)
+    if not open_ones:
+        return found
+    repeated = [prompt for prompt in open_ones for _ in range(config.eval.kl_samples)]
+    return with_open(found, open_ones, answers(repeated, 1.0), 0.0)
 
 
-def score_answers(prompts: Sequence[Prompt], predictions: Sequence[str], reverse_kl: float) -> Evaluation:
-    """Put the answers beside the accepted ones."""
-    answers = [
-        Answer(p.id, p.question, p.context, p.answers, text, 100.0 * token_f1(text, p.answers))
-        for p, text in zip(prompts, predictions, strict=True)
-    ]
-    exact = [100.0 * exact_match(text, p.answers) for p, text in zip(prompts, predictions, strict=True)]
-    count = max(len(answers), 1)
-    return Evaluation(
-        f1=sum(a.f1 for a in answers) / count,
-        exact_match=sum(exact) / count,
-        reverse_kl=reverse_kl,
-        questions=len(answers),
-        answers=answers,
+def score_answers(
+    prompts: Sequence[Prompt],
+    predictions: Sequence[str],
+    config: RunConfig,
+    model: str,
+    distance: float | None = None,
+) -> Result:
+    """Values f1 and exact_match of the answers, means in percent, and reverse_kl, the `distance` where it is known."""
+    rows = [answer_row(vars(prompt), text) for prompt, text in zip(prompts, predictions, strict=True)]
+    values = {key: Value(sum(row[key] for row in rows) / max(len(rows), 1)) for key in ("f1", "exact_match")}
+    data, student = config.data, config.student
+    return Result(
+        measure="heldout",
+        model=model,
+        data={"path": data.heldout, "rows": len(rows)},
+        settings={
+            "template": data.template,
+            "context_template": data.context_template,
+            "prompt": student.prompt,
+            "system_prompt": student.system_prompt,
+            "chat_template_kwargs": student.chat_template_kwargs,
+            "max_new_tokens": config.sampling.max_new_tokens,
+        },
+        versions=versions("torch", "transformers"),
+        values=values if distance is None else {**values, "reverse_kl": Value(distance)},
+        rows=rows,
     )
+
+
+def validate(run: Run, progress: Progress) -> dict[str, float]:
+    """Ask the validation questions, and bring `progress` up to date; the step's metrics. Collective."""
+    actor, prompts, config = run.models.actor, run.corpus.validation, run.config
+    found = {"reverse_kl": sampled_answers(actor, run.models.teacher, prompts, config)[0] or 0.0}
+    if all(prompt.answers for prompt in prompts):
+        answers = greedy_answers(actor, prompts, config)
+        found |= score_answers(prompts, answers, config, config.student.path).numbers
+    note(progress, found[config.eval.metric], config)
+    if distributed.is_main():
+        run.folder.append("eval/validation.jsonl", {"step": progress.step, **found, "best": progress.is_best})
+    return {f"validation/{name}": value for name, value in found.items()}
+
+
+def note(progress: Progress, value: float, config: RunConfig) -> None:
+    """Is this the best so far, and has there been none for too long?"""
+    progress.validated_step = progress.step
+    sign = -1.0 if config.eval.metric in LOWER_IS_BETTER else 1.0
+    if math.isfinite(value) and (progress.best_value is None or sign * value > sign * progress.best_value):
+        progress.best_value, progress.best_step = value, progress.step
+    waited = (progress.step - progress.best_step) // config.eval.every
+    progress.stopped_early = config.eval.patience > 0 and waited >= config.eval.patience
+    if progress.stopped_early and distributed.is_main():
+        log.info(
+            "stopped at step %d: validation %s was best at step %d (%s), and has not been better %d times since",
+            progress.step,
+            config.eval.metric,
+            progress.best_step,
+            progress.best_value,
+            waited,
+        )
+
+
+def validation_summary(config: RunConfig, progress: Progress, exported: int) -> dict[str, object]:
+    """For summary.json; empty without validation."""
+    if config.eval.every == 0:
+        return {}
+    return {
+        "validation": {
+            "metric": config.eval.metric,
+            "best_step": progress.best_step,
+            "best_value": progress.best_value,
+            "stopped_early": progress.stopped_early,
+            "exported_step": exported,
+        }
+    }

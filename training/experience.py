@@ -1,18 +1,26 @@
-"""What flows through one step (docs/architecture.md). N prompts, G responses each, B = N*G, R longest response.
+"""What flows through one step: Rollout, Scored, Rewarded, Experience, each holding the one before
+(docs/architecture.md).
 
-All tensors are this rank's share of the batch unless said otherwise.
+Everything is this rank's share of the batch. A field's suffix names its first axis, and `take` and `join` go by it: `N`
+prompts, `B` = N * G responses ordered by prompt, `S` all response tokens in batch order (b, then t). A field without
+such a suffix belongs to the batch as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
-from inference.packing import Group, groups_of
-from rewards.base import length_mask
-from training.distillation import WholeDistribution
+from configs.prompts import Asked, Turn
+from inference.attention.packing import Group, groups_of
+from rewards.base import RewardOutput
+from training.losses import WholeDistribution
+
+Carrier = TypeVar("Carrier")
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Prompt:
     index: int
     """Place in the data file (after skipping); names the prompt in seeds and logs."""
     text: str
-    """The rendered prompt."""
+    """The rendered prompt; a conversation as a plain model reads it."""
     tokens: tuple[int, ...]
     """Student token ids."""
     answers: tuple[str, ...]
@@ -33,149 +41,193 @@ class Prompt:
     """The context it is asked of."""
     id: str = ""
     """The data's own name for it."""
-    chat: bool = False
-    """`text` is a user's message, and each model reads it in its own chat template."""
+    pattern: str | None = None
+    """Regular expression of the right answers to an open question."""
     question_en: str | None = None
     """The question in English, where the data has it."""
     context_en: str | None = None
     """The context in English, where the data has it."""
+    turns: tuple[Turn, ...] = ()
+    """The conversation that it ends, where there are turns before it."""
+
+    @property
+    def asked(self) -> Asked:
+        """What a model's `Format` takes."""
+        return self.turns or self.text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything that a step draws from; the same on every rank."""
+
+    prompts: Sequence[Prompt]
+    """RL prompts."""
+    text: Sequence[Sequence[Group]]
+    """L_PT blocks, each as the groups that it is packed from (training/data/text.py); empty where L_PT is off."""
+    cloning: Sequence[Group]
+    """L_BC examples; empty where L_BC is off."""
+    validation: Sequence[Prompt] = ()
+    """Questions of the validation in the loop; empty where that is off."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What the actor sampled."""
+    """What was sampled."""
 
-    prompts: Sequence[Prompt]
-    """N prompts."""
+    prompts_N: Sequence[Prompt]
     group_size: int
     """G."""
-    responses: Sequence[tuple[int, ...]]
-    """B responses as token ids, ordered by prompt, the end symbol included where there is one."""
+    responses_B: Sequence[tuple[int, ...]]
+    """Token ids, the end symbol included where there is one."""
     finished_B: torch.Tensor
-    """bool [B] the response ended with an end symbol."""
-    behavior_logprobs_BR: torch.Tensor
-    """float32 [B, R] log-probability under the full softmax at the sampling temperature, nats; 0 on padding. The
-    importance ratio uses these."""
-    sampled_logprobs_BR: torch.Tensor
-    """float32 [B, R] log-probability under the truncated (top-k, top-p) distribution that was drawn from."""
-    texts: Sequence[str]
-    """B response texts, special symbols removed, stripped."""
+    """bool, the response ended with an end symbol."""
+    texts_B: Sequence[str]
+    """Response texts, special symbols removed, stripped."""
+    behavior_logprobs_S: torch.Tensor
+    """float32 log-probability under the full softmax at the sampling temperature, nats. The importance ratio uses
+    these."""
+    sampled_logprobs_S: torch.Tensor
+    """float32 log-probability under the distribution that was drawn from (mixed with the teacher's or not), nats."""
 
     @property
     def lengths_B(self) -> torch.Tensor:
-        """int64 [B] tokens of each response."""
-        return torch.tensor([len(r) for r in self.responses], dtype=torch.int64)
-
-    @property
-    def mask_BR(self) -> torch.Tensor:
-        """bool [B, R]."""
-        return length_mask(self.lengths_B, self.behavior_logprobs_BR.shape[1])
-
-    def select(self, prompts: Sequence[int]) -> Rollout:
-        """The rollout of some of the prompts, by their place in `prompts`."""
-        rows = self.rows_of(prompts)
-        return Rollout(
-            prompts=[self.prompts[n] for n in prompts],
-            group_size=self.group_size,
-            responses=[self.responses[b] for b in rows],
-            finished_B=self.finished_B[rows],
-            behavior_logprobs_BR=self.behavior_logprobs_BR[rows],
-            sampled_logprobs_BR=self.sampled_logprobs_BR[rows],
-            texts=[self.texts[b] for b in rows],
-        )
-
-    def rows_of(self, prompts: Sequence[int]) -> list[int]:
-        """Batch indices b of the responses to these prompts."""
-        return [n * self.group_size + g for n in prompts for g in range(self.group_size)]
+        """int64 tokens of each response; they sum to S."""
+        return torch.tensor([len(r) for r in self.responses_B], dtype=torch.int64)
 
     def groups(self) -> list[Group]:
         """The rollout as groups for packing, in student tokens."""
-        return groups_of([p.tokens for p in self.prompts], self.responses, self.group_size)
+        return groups_of([p.tokens for p in self.prompts_N], self.responses_B, self.group_size)
 
-
-def tokens_of_rows(lengths_B: torch.Tensor, rows: Sequence[int]) -> list[int]:
-    """Places, among all response tokens in batch order, of the tokens of some responses."""
-    starts_B = torch.cumsum(lengths_B, 0) - lengths_B
-    return [s for b in rows for s in range(int(starts_B[b]), int(starts_B[b] + lengths_B[b]))]
-
-
-@dataclass(frozen=True)
-class TeacherEntries:
-    """K entries of the teacher's distribution before each response token in batch order; the rest has the rest."""
-
-    ids_SK: torch.Tensor
-    """int64 [S, K]."""
-    logprobs_SK: torch.Tensor
-    """float32 [S, K] nats, of the whole softmax."""
-
-    def select(self, tokens: Sequence[int] | torch.Tensor) -> TeacherEntries:
-        """Those of some of the tokens."""
-        return TeacherEntries(self.ids_SK[tokens], self.logprobs_SK[tokens])
+    def prompt_of_response(self) -> list[Prompt]:
+        """Each response's prompt, B of them."""
+        return [prompt for prompt in self.prompts_N for _ in range(self.group_size)]
 
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What the teacher says of a rollout, carried to the student's tokens."""
+    """What one teacher says of a rollout, carried to the student's tokens."""
 
-    logprobs_BR: torch.Tensor
-    """float32 [B, R] nats; with different tokenizers those of its own tokens, carried over (rewards/alignment.py)."""
-    hidden_SD: torch.Tensor | None
-    """float32 [S, D] teacher's last hidden state for each response token in batch order (b, then t), or None."""
-    scored_tokens: int
-    """Response tokens that the teacher scored, in its own tokens."""
-    entries: TeacherEntries | None = None
-    """The teacher's likeliest entries in place of its hidden states, or None."""
-    unread_tokens: int = 0
-    """Response tokens of the student that the teacher could not read: the beginning of a character that was cut off."""
+    logprobs_S: torch.Tensor
+    """float32 nats; with different tokenizers those of its own tokens, carried over (rewards/alignment.py)."""
+    scored_tokens_B: torch.Tensor
+    """int64 tokens of each response that it scored, in its own tokens."""
+    unread_tokens_B: torch.Tensor
+    """int64 student tokens that it could not read: the beginning of a character that was cut off."""
+    hidden_SD: torch.Tensor | None = None
+    """float32 its last hidden state before each token, where the whole distribution was asked for."""
+    top_ids_SK: torch.Tensor | None = None
+    """int64 the K likeliest entries in place of its hidden states."""
+    top_logprobs_SK: torch.Tensor | None = None
+    """float32 nats of those, of the whole softmax."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout with what teachers, reference and critic say of it. What nobody needs is None."""
+
+    rollout: Rollout
+    teacher: TeacherView
+    others: tuple[TeacherView, ...] = ()
+    """The teachers of config.teachers, in its order."""
+    bilingual_B: torch.Tensor | None = None
+    """float32 the part of the reward for which teacher and translator are asked, where it has a weight."""
+    policy_logprobs_S: torch.Tensor | None = None
+    """float32 log pi by the training forward, where importance weights or the ratio need it."""
+    reference_logprobs_S: torch.Tensor | None = None
+    """float32 log pi_ref."""
+    reference: WholeDistribution | None = None
+    """The reference's whole distribution, for the full KL."""
+    start_logprobs_S: torch.Tensor | None = None
+    """float32 log-probabilities of the start of the run, where the distance to it is limited."""
+    values_S: torch.Tensor | None = None
+    """float32 the critic's value before each token."""
+    importance_S: torch.Tensor | None = None
+    """float32 weights of samples that the policy itself did not draw. None: all 1."""
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """What was scored, with the configured reward."""
+
+    scored: Scored
+    reward: RewardOutput
+
+    @property
+    def rollout(self) -> Rollout:
+        """The rollout inside."""
+        return self.scored.rollout
 
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with everything that the update needs."""
+    """What was rewarded, with what the update learns from."""
 
-    rollout: Rollout
-    advantages_BR: torch.Tensor
-    """float32 [B, R], 0 on padding."""
-    reference_logprobs_BR: torch.Tensor | None
-    """float32 [B, R] of the frozen reference, or None when no KL term is in the loss."""
-    teacher_hidden_SD: torch.Tensor | None
-    """float32 [S, D] for the single-step term, or None."""
-    values_BR: torch.Tensor | None = None
-    """float32 [B, R] critic's value before each token (PPO)."""
-    returns_BR: torch.Tensor | None = None
-    """float32 [B, R] what the critic is trained towards (PPO)."""
-    old_logprobs_BR: torch.Tensor | None = None
-    """float32 [B, R] of the training forward before the first update, where the ratio is taken to that."""
-    importance_BR: torch.Tensor | None = None
-    """float32 [B, R] weights of samples that the policy itself did not draw, or None: all 1."""
-    teacher_entries: TeacherEntries | None = None
-    """In place of `teacher_hidden_SD`, where only the likeliest entries were asked for."""
-    reference_states: WholeDistribution | None = None
-    """The reference's whole distribution at each response token in batch order, for the full KL, or None."""
+    rewarded: Rewarded
+    advantages_S: torch.Tensor
+    """float32."""
+    value_targets_S: torch.Tensor | None = None
+    """float32 what the critic is trained towards."""
 
-    def select(self, prompts: Sequence[int]) -> Experience:
-        """The experience of some of the prompts, by their place in the rollout."""
-        rows = self.rollout.rows_of(prompts)
-        tokens = tokens_of_rows(self.rollout.lengths_B, rows)
+    @property
+    def scored(self) -> Scored:
+        """The scores inside."""
+        return self.rewarded.scored
 
-        def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor[rows]
-
-        return Experience(
-            rollout=self.rollout.select(prompts),
-            advantages_BR=self.advantages_BR[rows],
-            reference_logprobs_BR=pick(self.reference_logprobs_BR),
-            teacher_hidden_SD=None if self.teacher_hidden_SD is None else self.teacher_hidden_SD[tokens],
-            values_BR=pick(self.values_BR),
-            returns_BR=pick(self.returns_BR),
-            old_logprobs_BR=pick(self.old_logprobs_BR),
-            importance_BR=pick(self.importance_BR),
-            teacher_entries=None if self.teacher_entries is None else self.teacher_entries.select(tokens),
-            reference_states=None if self.reference_states is None else self.reference_states.select(tokens),
-        )
+    @property
+    def rollout(self) -> Rollout:
+        """The rollout inside."""
+        return self.rewarded.scored.rollout
 
 
-def batch_order(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:
-    """int64 [B, R]: place of token (b, t) among all response tokens in batch order (b, then t)."""
-    starts = torch.cumsum(lengths_B, 0) - lengths_B
-    return starts[:, None] + torch.arange(longest)[None, :]
+AXIS = re.compile(r"_([NBS])[A-Z]?$")
+"""A field's first axis."""
+
+
+def take(batch: Carrier, groups: Sequence[int]) -> Carrier:
+    """Some of a batch's groups, by their place in `prompts_N`, in the order asked for; a place may come twice."""
+    rollout: Any = getattr(batch, "rollout", batch)
+    return _pick(batch, _places(rollout.lengths_B, rollout.group_size, groups))
+
+
+def join(first: Carrier, second: Carrier) -> Carrier:
+    """The groups of `first`, then those of `second`: two batches of the same kind and group size."""
+    return _join(first, second)
+
+
+def _places(lengths_B: torch.Tensor, group_size: int, groups: Sequence[int]) -> dict[str, list[int]]:
+    """Places of the groups on each axis."""
+    rows = [n * group_size + g for n in groups for g in range(group_size)]
+    ends = lengths_B.cumsum(0).tolist()
+    lengths = lengths_B.tolist()
+    return {"N": list(groups), "B": rows, "S": [s for b in rows for s in range(ends[b] - lengths[b], ends[b])]}
+
+
+def _pick(value: Any, places: Mapping[str, list[int]], axis: str | None = None) -> Any:
+    if value is None:
+        return None
+    if is_dataclass(value) and not isinstance(value, type) and axis is None:
+        changed = {f.name: _pick(getattr(value, f.name), places, _axis(f.name)) for f in fields(value)}
+        return replace(value, **changed)
+    if isinstance(value, Mapping):
+        return {key: _pick(one, places, axis) for key, one in value.items()}
+    if axis is None:
+        return tuple(_pick(one, places) for one in value) if isinstance(value, tuple) else value
+    return value[places[axis]] if isinstance(value, torch.Tensor) else [value[i] for i in places[axis]]
+
+
+def _join(one: Any, two: Any, axis: str | None = None) -> Any:
+    if one is None or two is None:
+        return None
+    if is_dataclass(one) and not isinstance(one, type) and axis is None:
+        names = [f.name for f in fields(one)]
+        return replace(one, **{n: _join(getattr(one, n), getattr(two, n), _axis(n)) for n in names})
+    if isinstance(one, Mapping):
+        return {key: _join(value, two[key], axis) for key, value in one.items()}
+    if axis is None:
+        return tuple(map(_join, one, two)) if isinstance(one, tuple) else one
+    return torch.cat([one, two]) if isinstance(one, torch.Tensor) else [*one, *two]
+
+
+def _axis(name: str) -> str | None:
+    found = AXIS.search(name)
+    return found.group(1) if found else None

@@ -4,113 +4,100 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from configs.schema import RunConfig
-from inference.packing import Group
-from training import distributed, validation
-from training.batch import Batch, has_signal
-from training.checkpoints import Checkpoints, Saveable
-from training.clock import Clock
-from training.collect import Models, collect, imitated, make_experience
-from training.composite import SUPERVISED, LossWeights, UpdateInput
-from training.data import positions_of_step, share_of_rank
-from training.experience import Experience, Prompt
-from training.ppo import next_kl_coefficient
+from inference.attention.packing import Group
+from rewards.tokens import sum_by_response
+from training import distributed
+from training.advantages import has_signal
+from training.algorithms import ALGORITHMS
+from training.collect import Models, Run, Step, collect, make_experience
+from training.data.order import positions_of_step, share_of_rank
+from training.data.text import flat
+from training.evaluation import validate
+from training.experience import Corpus, Experience, Prompt, Rewarded, take
+from training.objective import SUPERVISED, UpdateInput
 from training.recipes import RECIPES
-from training.run_folder import Progress, RunFolder
-from training.safe_points import SafePoints, StepAbandoned, nothing
-from training.text import flat
+from training.run.checkpoints import Saveable
+from training.run.run_folder import Progress
+from training.run.safe_points import StepAbandoned, nothing
 
 Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Everything that a step draws from; the same on every rank."""
-
-    prompts: Sequence[Prompt]
-    """RL prompts."""
-    text: Sequence[Sequence[Group]]
-    """L_PT blocks, each as the groups that it is packed from (training/text.py); empty where L_PT is off."""
-    cloning: Sequence[Group]
-    """L_BC examples; empty where L_BC is off."""
-    validation: Sequence[Prompt] = ()
-    """Questions of the validation in the loop; empty where that is off."""
-
-
-def train(
-    config: RunConfig, models: Models, corpus: Corpus, folder: RunFolder, checkpoints: Checkpoints, progress: Progress,
-    points: SafePoints,
-) -> str:  # fmt: skip
-    """Run steps until config.steps, a reason to leave (`points`) or too many skipped updates; returns the run's status.
+def train(run: Run, progress: Progress) -> str:
+    """Run steps until config.steps, a reason to leave (`run.points`) or too many skipped updates; the run's status.
 
     `progress` is brought up to date after each step. Collective: all ranks run it together.
     """
-    recipe = RECIPES[config.recipe]
+    config, models, points = run.config, run.models, run.points
     bar = tqdm(
-        total=config.steps, initial=progress.step, unit="step", desc=config.run_name, disable=not distributed.is_main()
+        total=config.steps,
+        initial=progress.step,
+        unit="step",
+        desc=run.folder.path.name,
+        disable=not distributed.is_main(),
     )
     skipped_in_a_row = 0
     status = "finished"
     if progress.best_step > 0:  # the run may have been killed between a checkpoint and its mark
-        checkpoints.mark_best(progress.best_step)
+        run.checkpoints.mark_best(progress.best_step)
     while progress.step < config.steps and not (progress.kl_limit_reached or progress.stopped_early):
-        step, clock = progress.step, Clock(points.phase)
-        points.begin(step)
-        weights = recipe.weights(config, step, models.teacher.same_tokenizer)
-        prompts = prompts_of_step(corpus, config, step)
+        points.begin(progress.step)
+        step = Step.of(run, progress.step)
 
         try:
-            batch = collect(models, config, prompts, corpus.prompts, step, weights, clock)
-            experience, dropped = make_experience(batch, config, progress.kl_coef)
-            with clock("update"):
-                metrics = update(models, experience, corpus, config, progress, weights, points)
-                metrics |= _supervised_phase(models, corpus, config, progress)
+            batch = collect(run, prompts_of_step(run.corpus, config, step.number), step)
+            experience, dropped = make_experience(run, batch, progress.kl_coef)
+            with step.clock("update"):
+                metrics = update(run, experience, step)
+                metrics |= _supervised_phase(run, step)
         except StepAbandoned:  # the models are as the step before left them
             points.close()
-            log.info("left step %d before it changed anything (%s)", step + 1, points.reason)
-            if step > 0:
-                save_checkpoint(models, folder, checkpoints, progress, config, points)
+            log.info("left step %d before it changed anything (%s)", step.number + 1, points.reason)
+            if step.number > 0:
+                save_checkpoint(run, progress)
             status = "stopped"
             break
         points.close()
         if models.reference is not None:
-            models.reference.follow(models.actor, step)
+            models.reference.follow(models.actor, step.number)
 
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
-        metrics |= describe(batch, experience, dropped)
-        metrics |= clock.finish()
+        metrics |= describe(batch, dropped)
+        metrics |= step.clock.finish()
         _advance(progress, metrics, config)
-        if validation.due(config, progress):
+        if progress.validation_due(config.eval.every):
             points.enter("validation")
-            metrics |= validation.validate(models, corpus.validation, config, progress)
+            metrics |= validate(run, progress)
         if distributed.is_main():
-            _record(folder, step, metrics, batch, config, bar)
-            validation.record(folder, progress, metrics)
+            _record(run, progress, batch, metrics, bar)
         stopping = points.after_step(metrics["seconds/total"])
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
-        best = validation.is_best(progress)
+        best = progress.is_best
         if due or best or stopping or gave_up or progress.kl_limit_reached or progress.stopped_early:
-            save_checkpoint(models, folder, checkpoints, progress, config, points, best=best)
+            save_checkpoint(run, progress, best=best)
         if gave_up:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
             break
         if progress.kl_limit_reached:
-            log.warning("stopped at step %d: KL to the start of the run is %.3f nats a token, reference.kl_limit = %s",
-                        progress.step, metrics["kl/start"], config.reference.kl_limit)  # fmt: skip
+            log.warning(
+                "stopped at step %d: KL to the start of the run is %.3f nats a token, reference.kl_limit = %s",
+                progress.step,
+                metrics["kl/start"],
+                config.reference.kl_limit,
+            )
         if stopping and progress.step < config.steps:
             status = "stopped"
             break
-    with checkpoints.tolerated():
-        checkpoints.wait()
+    with run.checkpoints.tolerated():
+        run.checkpoints.wait()
     bar.close()
     return status
 
@@ -130,90 +117,78 @@ def _groups_of_step(groups: Sequence[Item], count: int, step: int, seed: int) ->
     return [groups[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
 
 
-def update(
-    models: Models, experience: Experience, corpus: Corpus, config: RunConfig, progress: Progress, weights: LossWeights,
-    points: SafePoints | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """All optimizer steps on one batch of samples. Collective. With `points`, StepAbandoned before the first one."""
-    between = nothing if points is None else points.check
-    step, parts = progress.step, config.actor.updates_per_rollout
-    count = len(experience.rollout.prompts)
-    minis = [experience.select(range(count * i // parts, count * (i + 1) // parts)) for i in range(parts)]
+def update(run: Run, experience: Experience, step: Step) -> dict[str, float]:
+    """All optimizer steps on one batch of samples. Collective. Raises StepAbandoned before the first one."""
+    config, models = run.config, run.models
+    parts, between = config.actor.updates_per_rollout, run.points.check
+    count = len(experience.rollout.prompts_N)
+    minis = [take(experience, range(count * i // parts, count * (i + 1) // parts)) for i in range(parts)]
     metrics: dict[str, float] = {}
     if models.critic is not None:
-        metrics |= models.critic.update(minis, step, between=between)
+        metrics |= models.critic.update(minis, step.number, between=between)
         between = nothing  # a critic has changed: the step has to be finished
-        if step < config.critic.warmup_steps:
-            return {**metrics, "skipped": 0.0}
-    batches = [
-        UpdateInput(
-            experience=mini,
-            text=flat(_groups_of_step(corpus.text, config.loss.pt_batch, step * parts + i, config.seed)),
-            cloning=_cloning(mini, corpus, config, step * parts + i),
-            weights=weights,
-        )
-        for i, mini in enumerate(minis)
-    ]
+    batches = []
+    for i, mini in enumerate(minis):
+        number = step.number * parts + i
+        blocks = min(config.loss.pt_batch, len(run.corpus.text))
+        text = flat(_groups_of_step(run.corpus.text, blocks, number, config.seed))
+        batches.append(UpdateInput(mini, text, _cloning(run, mini, number), step.weights))
     every = config.loss.gradient_shares_every
-    shares = every > 0 and step % every == 0
-    return metrics | models.actor.update(
-        batches, step, rate_factor=progress.rate_factor, shares=shares, between=between
-    )
+    shares = every > 0 and step.number % every == 0
+    return metrics | models.actor.update(batches, step.number, shares=shares, between=between)
 
 
-def _cloning(experience: Experience, corpus: Corpus, config: RunConfig, update: int) -> list[Group]:
+def _cloning(run: Run, experience: Experience, number: int) -> list[Group]:
     """What this update imitates: the recipe's own choice, else the warm-up answers."""
-    recipe = RECIPES[config.recipe]
-    if recipe.cloning:
-        return imitated(experience, best=not recipe.teacher_answers)
-    return _groups_of_step(corpus.cloning, config.loss.bc_batch, update, config.seed)
+    imitated = RECIPES[run.config.recipe].imitated
+    if imitated is not None:
+        return imitated(experience)
+    return _groups_of_step(run.corpus.cloning, run.config.loss.pt_batch, number, run.config.seed)
 
 
-def _supervised_phase(models: Models, corpus: Corpus, config: RunConfig, progress: Progress) -> dict[str, float]:
+def _supervised_phase(run: Run, step: Step) -> dict[str, float]:
     """Between stretches of reinforcement learning, some steps on the warm-up answers (phases.every). Collective."""
-    every, count = config.phases.every, config.phases.steps
-    if every == 0 or (progress.step + 1) % every != 0:
+    config, count = run.config, run.config.phases.steps
+    every = config.phases.every
+    if every == 0 or (step.number + 1) % every != 0:
         return {}
-    first = (progress.step + 1) // every * count
-    batches = [
-        UpdateInput(None, [], _groups_of_step(corpus.cloning, config.sft.batch, first + i, config.seed + 1), SUPERVISED)
-        for i in range(count)
-    ]
-    losses = [
-        models.actor.update([batch], progress.step, rate_factor=progress.rate_factor)["loss/bc"] for batch in batches
-    ]
+    first = (step.number + 1) // every * count
+    losses = []
+    for i in range(count):
+        examples = _groups_of_step(run.corpus.cloning, config.sft.batch, first + i, config.seed + 1)
+        batch = UpdateInput(None, [], examples, SUPERVISED)
+        losses.append(run.models.actor.update([batch], step.number)["loss/bc"])
     return {"loss/supervised_phase": sum(losses) / count}
 
 
-def describe(batch: Batch, experience: Experience, dropped: int) -> dict[str, float]:
+def describe(batch: Rewarded, dropped: int) -> dict[str, float]:
     """Numbers of a step that do not come from the update, over all ranks. Collective."""
-    rollout, view, reward = batch.rollout, batch.view, batch.reward
-    lengths_B, start_BR, importance_BR = rollout.lengths_B, batch.start_BR, batch.importance_BR
-    gap_BR = rollout.behavior_logprobs_BR - view.logprobs_BR
+    scored, rollout, reward = batch.scored, batch.rollout, batch.reward
+    importance_S = scored.importance_S
     sums = {
-        "responses": float(len(lengths_B)),
-        "tokens": float(lengths_B.sum()),
+        "responses": float(len(rollout.lengths_B)),
+        "tokens": float(rollout.lengths_B.sum()),
         "finished": float(rollout.finished_B.sum()),
-        "scored": float(view.scored_tokens),
-        "unread": float(view.unread_tokens),
+        "scored": float(scored.teacher.scored_tokens_B.sum()),
+        "unread": float(scored.teacher.unread_tokens_B.sum()),
         "dropped": float(dropped),
         "silent": float((~has_signal(batch)).sum()),
-        "kl": float(torch.where(rollout.mask_BR, gap_BR, 0.0).nan_to_num().sum()),
-        "reward": float(reward.rewards_BR.nan_to_num().sum()),
-        **{f"part/{k}": float(v.nan_to_num().sum()) for k, v in reward.parts.items()},
+        "kl": float((rollout.behavior_logprobs_S - scored.teacher.logprobs_S).nan_to_num().sum()),
+        "reward": float(reward.rewards_S.nan_to_num().sum()),
+        **{f"part/{k}": float(v.nan_to_num().sum()) for k, v in reward.parts_B.items()},
     }
-    if start_BR is not None:
-        moved_BR = start_BR - rollout.behavior_logprobs_BR
-        k3_BR = torch.where(rollout.mask_BR, moved_BR.exp() - 1 - moved_BR, 0.0)
-        sums["start"] = float((k3_BR if importance_BR is None else k3_BR * importance_BR).nan_to_num().sum())
-    if importance_BR is not None:
-        sums["importance"] = float(importance_BR.nan_to_num().sum())
+    if scored.start_logprobs_S is not None:
+        moved_S = scored.start_logprobs_S - rollout.behavior_logprobs_S
+        k3_S = moved_S.exp() - 1 - moved_S
+        sums["start"] = float((k3_S if importance_S is None else k3_S * importance_S).nan_to_num().sum())
+    if importance_S is not None:
+        sums["importance"] = float(importance_S.nan_to_num().sum())
     sums = distributed.sum_metrics(sums)
     responses, tokens = max(sums["responses"], 1.0), max(sums["tokens"], 1.0)
     extra = {"kl/start": "start", "importance/mean": "importance"}
     return {
         "reward/mean": sums["reward"] / responses,
-        **{f"reward/{k}": sums[f"part/{k}"] / responses for k in reward.parts},
+        **{f"reward/{k}": sums[f"part/{k}"] / responses for k in reward.parts_B},
         "kl/teacher": sums["kl"] / tokens,
         **{name: sums[key] / tokens for name, key in extra.items() if key in sums},
         "length/mean": sums["tokens"] / responses,
@@ -234,38 +209,28 @@ def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -
         progress.seconds[phase] = progress.seconds.get(phase, 0.0) + metrics[f"seconds/{phase}"]
     for kind in ("sampled", "scored"):
         progress.tokens[kind] = progress.tokens.get(kind, 0) + int(metrics[f"tokens/{kind}"])
-    if config.algo == "ppo" and "kl/reference" in metrics:
-        responses = config.prompts_per_step * config.sampling.group_size
-        metrics["ppo/kl_coef"] = progress.kl_coef
-        progress.kl_coef = next_kl_coefficient(progress.kl_coef, metrics["kl/reference"], config.ppo, responses)
+    progress.kl_coef = ALGORITHMS[config.algo].after_step(metrics, config, progress.kl_coef)
     limit, distance = config.reference.kl_limit, metrics.get("kl/start")
-    if limit is None or distance is None:
-        return
-    if config.reference.kl_action == "back_off":
-        metrics["learning_rate/factor"] = progress.rate_factor
-        progress.rate_factor = progress.rate_factor / 2 if distance > limit else min(2 * progress.rate_factor, 1.0)
-    else:
-        progress.kl_limit_reached = distance > limit
+    progress.kl_limit_reached = limit is not None and distance is not None and distance > limit
 
 
-def _record(folder: RunFolder, step: int, metrics: dict[str, float], batch: Batch, config: RunConfig, bar: Any) -> None:
-    """Write the step's line, now and then some samples, and move the bar."""
-    rollout = batch.rollout
+def _record(run: Run, progress: Progress, batch: Rewarded, metrics: dict[str, float], bar: Any) -> None:
+    """Write the line of the step that was just done, now and then some samples, and move the bar."""
+    step, rollout = progress.step - 1, batch.rollout
     metrics["tokens_per_second"] = metrics["tokens/sampled"] / max(metrics["seconds/total"], 1e-9)
-    folder.append_metrics({"step": step + 1, **metrics})
-    parts = {**batch.reward.parts, "teacher": batch.view.logprobs_BR.sum(1)}
-    if step % config.checkpoint.samples_every == 0:
-        for n in range(min(len(rollout.prompts), 4)):
-            rows = rollout.rows_of([n])
-            folder.append(
-                "samples.jsonl",
-                {
-                    "step": step + 1,
-                    "prompt": rollout.prompts[n].text,
-                    "responses": [rollout.texts[b] for b in rows],
-                    "rewards": {k: [round(float(v[b]), 4) for b in rows] for k, v in parts.items()},
-                },
-            )
+    run.folder.append_metrics({"step": step + 1, **metrics})
+    if step % run.config.checkpoint.samples_every == 0:
+        teacher_B = sum_by_response(batch.scored.teacher.logprobs_S, rollout.lengths_B)
+        parts = {**batch.reward.parts_B, "teacher": teacher_B}
+        for n in range(min(len(rollout.prompts_N), 4)):
+            rows = range(n * rollout.group_size, (n + 1) * rollout.group_size)
+            sample = {
+                "step": step + 1,
+                "prompt": rollout.prompts_N[n].text,
+                "responses": [rollout.texts_B[b] for b in rows],
+                "rewards": {k: [round(float(v[b]), 4) for b in rows] for k, v in parts.items()},
+            }
+            run.folder.append("samples.jsonl", sample)
     bar.set_postfix(
         reward=f"{metrics['reward/mean']:.2f}",
         kl=f"{metrics['kl/teacher']:.2f}",
@@ -276,19 +241,16 @@ def _record(folder: RunFolder, step: int, metrics: dict[str, float], batch: Batc
     bar.update()
 
 
-def save_checkpoint(
-    models: Models, folder: RunFolder, checkpoints: Checkpoints, progress: Progress, config: RunConfig,
-    points: SafePoints, *, best: bool = False,
-) -> None:  # fmt: skip
+def save_checkpoint(run: Run, progress: Progress, *, best: bool = False) -> None:
     """A checkpoint, as a phase of its own; the best one is marked. One that cannot be written raises CheckpointFailed
     on every rank, or is left out with a warning (checkpoint.on_error). Collective."""
-    points.enter("checkpoint")
-    with checkpoints.tolerated():
-        distributed.together(folder.finish_lines, OSError)
-        checkpoints.save(saved_parts(models), progress)
+    run.points.enter("checkpoint")
+    with run.checkpoints.tolerated():
+        distributed.together(run.folder.finish_lines, OSError)
+        run.checkpoints.save(saved_parts(run.models), progress)
         if best:
-            distributed.together(lambda: checkpoints.mark_best(progress.step), OSError)
-    points.limit.took_checkpoint(checkpoints.seconds)
+            distributed.together(lambda: run.checkpoints.mark_best(progress.step), OSError)
+    run.points.limit.took_checkpoint(run.checkpoints.seconds)
 
 
 def saved_parts(models: Models) -> dict[str, Saveable]:

@@ -1,4 +1,4 @@
-"""Losses as pure functions over the response tokens S of one micro-batch.
+"""Losses as pure functions over the response tokens S of one micro-batch, and terms that compare distributions.
 
 Each term is a sum of token losses times weights that already hold the term's global denominator (all ranks, all
 micro-batches). So the gradient does not depend on how the batch was cut; ranks add their gradients.
@@ -7,26 +7,25 @@ micro-batches). So the gradient does not depend on how the batch was cut; ranks 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-
-def at_least_float32(values: torch.Tensor) -> torch.Tensor:
-    """bfloat16 logits are reduced in float32 (trap 10); float64, which tests use, stays."""
-    return values if values.dtype == torch.float64 else values.float()
+from configs.schema import LossConfig
+from rewards.minillm import at_least_float32, reverse_kl, tail_reverse_kl
 
 
 def token_weights(
-    lengths_B: torch.Tensor, longest: int, *, aggregation: str, tokens: float, responses: float, constant: float
+    lengths_B: torch.Tensor, aggregation: str, *, tokens: float, responses: float, constant: float
 ) -> torch.Tensor:
-    """Weight of each token's policy loss, float32 [B, R], 0 on padding.
+    """Weight of each token's policy loss, float32 [S].
 
     `tokens` and `responses` are counts of the whole mini-batch over all ranks. `token`: mean over all tokens (DAPO,
     arXiv 2503.14476); `sequence`: mean over a response, then over responses (GRPO); `constant`: sum over a response
     divided by `constant` tokens, then mean over responses (Dr. GRPO, arXiv 2503.20783). An empty response counts as a
     response and weighs nothing.
     """
-    mask_BR = torch.arange(longest)[None, :] < lengths_B[:, None]
     if aggregation == "token":
         weight_B = torch.full((len(lengths_B),), 1.0 / max(tokens, 1.0))
     elif aggregation == "sequence":
@@ -35,41 +34,47 @@ def token_weights(
         weight_B = torch.full((len(lengths_B),), 1.0 / (constant * max(responses, 1.0)))
     else:
         raise ValueError(f"loss.aggregation = {aggregation!r}: use token, sequence or constant")
-    return torch.where(mask_BR, weight_B[:, None], 0.0)
+    return weight_B.repeat_interleave(lengths_B)
 
 
-def policy_loss(
-    policy_logprobs_S: torch.Tensor,
-    behavior_logprobs_S: torch.Tensor,
-    advantages_S: torch.Tensor,
-    weights_S: torch.Tensor,
-    response_S: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    ratio: str,
-    importance_S: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class PolicyTokens:
+    """The response tokens of one packed row, as the clipped surrogate sees them; all [S]."""
+
+    policy_logprobs_S: torch.Tensor
+    """float32 log pi_theta, nats, with its gradient."""
+    old_logprobs_S: torch.Tensor
+    """float32 what the ratio is taken to: at sampling time, or by the training forward before the first update."""
+    advantages_S: torch.Tensor
+    """float32."""
+    weights_S: torch.Tensor
+    """float32 `token_weights`."""
+    response_S: torch.Tensor
+    """int64 response of each token."""
+    importance_S: torch.Tensor | None = None
+    """float32 weights of samples that the policy itself did not draw."""
+
+
+def policy_loss(tokens: PolicyTokens, config: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate (PPO, arXiv 1707.06347, eq. 7), with asymmetric clipping.
 
-    `ratio` `token`: pi/pi_b of the token. `sequence`: GSPO (arXiv 2507.18071, eq. 7), the geometric mean over the
-    response `response_S` names, with the gradient of its own tokens. `importance_S`: detached weights of the samples
-    (`truncated_importance`, `mixture_importance`), which multiply the clipped term, never the ratio before clipping
-    (trap 6). Returns (scalar loss, bool [S] clipped tokens).
+    `loss.ratio` `token`: pi/pi_old of the token. `sequence`: GSPO (arXiv 2507.18071, eq. 7), the geometric mean over
+    the response, with the gradient of its own tokens. Importance weights are detached and multiply the clipped term,
+    never the ratio before clipping (trap 6). Returns (scalar loss, bool [S] clipped tokens).
     """
-    log_ratio_S = policy_logprobs_S - behavior_logprobs_S
-    if ratio == "sequence":
-        _, inverse_S = torch.unique(response_S, return_inverse=True)
+    log_ratio_S = tokens.policy_logprobs_S - tokens.old_logprobs_S
+    if config.ratio == "sequence":
+        _, inverse_S = torch.unique(tokens.response_S, return_inverse=True)
         count = int(inverse_S.max()) + 1 if len(inverse_S) else 0
         sums = log_ratio_S.new_zeros(count).index_add(0, inverse_S, log_ratio_S)
         counts = log_ratio_S.new_zeros(count).index_add(0, inverse_S, torch.ones_like(log_ratio_S))
         log_ratio_S = (sums / counts)[inverse_S]
     ratio_S = log_ratio_S.exp()
-    advantages_S = advantages_S.detach()
-    clipped_S = ratio_S.clamp(1.0 - clip_low, 1.0 + clip_high)
+    advantages_S, weights_S = tokens.advantages_S.detach(), tokens.weights_S
+    clipped_S = ratio_S.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     plain, bounded = ratio_S * advantages_S, clipped_S * advantages_S
-    if importance_S is not None:
-        weights_S = weights_S * importance_S.detach()
+    if tokens.importance_S is not None:
+        weights_S = weights_S * tokens.importance_S.detach()
     loss = -(torch.minimum(plain, bounded) * weights_S).sum()
     return loss, (bounded < plain).detach()
 
@@ -82,7 +87,7 @@ def kl_loss(
     k2 = d**2 / 2 with d = log pi_theta - log pi_ref: its gradient is, in expectation, that of the reverse KL.
     k3 = exp(-d) - 1 + d, GRPO's choice (arXiv 2402.03300, eq. 4): unbiased and >= 0 as a value; its gradient is that
     of the forward KL. k1 = d has zero expected gradient as a loss and is refused by the configuration. `full` is no
-    estimate: `distillation.ReverseKL` against the reference.
+    estimate: `ReverseKL` against the reference.
     """
     difference = policy_logprobs_S - reference_logprobs_S
     if estimator == "k2":
@@ -99,17 +104,6 @@ def value_loss(
     bounded = old_values_S + (values_S - old_values_S).clamp(-clip, clip)
     worst = torch.maximum((values_S - returns_S).square(), (bounded - returns_S).square())
     return 0.5 * (worst * weights_S).sum()
-
-
-def reverse_kl(policy_logits_SV: torch.Tensor, teacher_logits_SV: torch.Tensor) -> torch.Tensor:
-    """Exact KL(pi || p_T) over the vocabulary at each state, nats, float32 [S].
-
-    Logits of the same vocabulary entries, any dtype; reduced in float32. MiniLLM's single-step part (arXiv
-    2306.08543, eq. 3) is this, differentiated through the policy's logits.
-    """
-    policy = at_least_float32(policy_logits_SV).log_softmax(-1)
-    teacher = at_least_float32(teacher_logits_SV).log_softmax(-1)
-    return (policy.exp() * (policy - teacher)).sum(-1)
 
 
 def forward_kl(policy_logits_SV: torch.Tensor, teacher_logits_SV: torch.Tensor) -> torch.Tensor:
@@ -147,26 +141,6 @@ def sampled_cross_entropy(
     return -(target_SK * policy_SK).sum(-1)
 
 
-def tail_reverse_kl(
-    policy_logits_SV: torch.Tensor, ids_SK: torch.Tensor, teacher_logprobs_SK: torch.Tensor
-) -> torch.Tensor:
-    """KL(pi || p_T) where only K teacher entries are known and the rest is one bucket: nats, float32 [S].
-
-    A lower bound of the exact KL (the log-sum inequality), never negative, and with a gradient on the tail's mass, so
-    that the support is not drained (trap 12). `teacher_logprobs_SK` are of the whole softmax, not renormalised.
-    """
-    policy_SV = at_least_float32(policy_logits_SV).log_softmax(-1)
-    policy_SK, teacher_SK = policy_SV.gather(-1, ids_SK), at_least_float32(teacher_logprobs_SK)
-    kept = (policy_SK.exp() * (policy_SK - teacher_SK)).sum(-1)
-    # The tail's own log-sum-exp: 1 minus the kept mass would round to zero where it matters.
-    rest_S = policy_SV.scatter(-1, ids_SK, -torch.inf).logsumexp(-1)
-    # Rounding may leave the teacher's tail nothing, or less than nothing; at least one unit in the last place is its.
-    most = 1.0 - torch.finfo(teacher_SK.dtype).eps
-    teacher_rest_S = torch.log1p(-teacher_SK.exp().sum(-1).clamp(max=most))
-    tail = torch.where(rest_S > -torch.inf, rest_S.exp() * (rest_S.clamp(min=-1e30) - teacher_rest_S), 0.0)
-    return kept + tail
-
-
 def truncated_importance(old_logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
     """min(pi_old / pi_b, cap) of each token, detached: the training forward against what sampling recorded.
 
@@ -176,22 +150,121 @@ def truncated_importance(old_logprobs: torch.Tensor, behavior_logprobs: torch.Te
     return torch.exp(old_logprobs - behavior_logprobs).clamp(max=cap).detach()
 
 
-def mixture_importance(
-    behavior_BR: torch.Tensor, sampled_BR: torch.Tensor, lengths_B: torch.Tensor, *, by: str
-) -> torch.Tensor:
-    """Weights pi_b / q of samples drawn from a mixture q, float32 [B, R], 0 on padding.
+TokenTerm = Callable[[torch.Tensor, slice], torch.Tensor]
+"""From the policy's vocabulary logits [C, V] (the model's type, temperature 1) at some of a row's S response tokens,
+and the slice of S that they are, to one number for each, float32 [C]. The classes below are such terms:
+each is built for the tokens of one row, and compares plain softmaxes (temperature 1), because that is the policy
+that is distilled."""
 
-    `token`: of the token alone (MiniLLM, arXiv 2306.08543, section 2.2, after eq. 5), which leaves out what came before
-    and after: biased, with bounded variance. `sequence`: the product over the response, the same for all its tokens:
-    exact. Both log-probabilities are of the same tokens, nats, 0 on padding.
-    """
-    mask_BR = torch.arange(behavior_BR.shape[1])[None, :] < lengths_B[:, None]
-    log_BR = torch.where(mask_BR, behavior_BR - sampled_BR, 0.0)
-    if by == "sequence":
-        log_BR = log_BR.sum(1, keepdim=True).expand_as(log_BR)
-    elif by != "token":
-        raise ValueError(f"sampling.mix_weight = {by!r}: use token or sequence")
-    return torch.where(mask_BR, log_BR.exp(), 0.0)
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+NEVER = -1e30
+"""Logit of a column that no token has. Finite, because 0 times its log-probability has to be 0."""
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The head of a model whose logits are a product with its output layer."""
+
+    weight_VD: torch.Tensor
+    """[V, D]; its type is the type of the product, its device where that is made."""
+    unknown_V: torch.Tensor | None = None
+    """bool, true for columns that no token has."""
+    softcap: float | None = None
+    """c where logits are c * tanh(product / c) (Gemma 2)."""
+
+    def __call__(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V]."""
+        made = hidden_SD.to(self.weight_VD) @ self.weight_VD.T
+        made = made if self.softcap is None else self.softcap * torch.tanh(made / self.softcap)
+        return without_columns(made, self.unknown_V)
+
+
+def without_columns(logits_SV: torch.Tensor, unknown_V: torch.Tensor | None) -> torch.Tensor:
+    """The logits with no probability on the unknown columns."""
+    return logits_SV if unknown_V is None else logits_SV.masked_fill(unknown_V.to(logits_SV.device), NEVER)
+
+
+@dataclass(frozen=True)
+class WholeDistribution:
+    """A frozen model's distribution over the whole vocabulary, as last hidden states and what makes logits of them."""
+
+    hidden_SD: torch.Tensor
+    """[S, D] last hidden state that predicts each response token."""
+    head: Head
+    """From [C, D] to logits [C, V], without a gradient."""
+
+    def logits(self, piece: slice) -> torch.Tensor:
+        """[C, V] logits of some of the tokens."""
+        return self.head(self.hidden_SD[piece])
+
+
+def shared_vocabulary(policy_SV: torch.Tensor, other_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both logits cut to the entries that both have: one tokenizer may be padded differently (trap 26)."""
+    shared = min(policy_SV.shape[-1], other_SV.shape[-1])
+    return policy_SV[:, :shared], other_SV[:, :shared]
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """Exact KL(pi || p) at each state: MiniLLM's single-step part (arXiv 2306.08543, eq. 3), or a full KL penalty."""
+
+    other: WholeDistribution
+    """p."""
+
+    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
+        """Nats, float32 [C]."""
+        return reverse_kl(*shared_vocabulary(logits_SV, self.other.logits(piece)))
+
+
+@dataclass(frozen=True)
+class GeneralizedJSD:
+    """GKD's divergence to the teacher (arXiv 2306.13649, eq. 1)."""
+
+    teacher: WholeDistribution
+    """p_T."""
+    beta: float
+    """0: forward KL, 1: reverse KL."""
+
+    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
+        """Nats, float32 [C]."""
+        return generalized_jsd(*shared_vocabulary(logits_SV, self.teacher.logits(piece)), self.beta)
+
+
+@dataclass(frozen=True)
+class SampledCrossEntropy:
+    """Gemma 3's distillation: cross-entropy on teacher tokens sampled at each position."""
+
+    teacher: WholeDistribution
+    """p_T."""
+    count: int
+    """K tokens, drawn without replacement by Gumbel top-k (arXiv 1903.06059); all where the vocabulary has fewer."""
+    seed: int
+    """Of this row's draws: recomputing a chunk in the backward pass draws the same tokens."""
+
+    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
+        """Nats, float32 [C]."""
+        policy, teacher = shared_vocabulary(logits_SV, self.teacher.logits(piece))
+        logprobs = at_least_float32(teacher).log_softmax(-1)
+        generator = torch.Generator(logprobs.device).manual_seed(self.seed + piece.start)
+        uniform = torch.rand(logprobs.shape, generator=generator, device=logprobs.device)
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        ids = (logprobs + gumbel).topk(min(self.count, logprobs.shape[-1]), -1).indices
+        return sampled_cross_entropy(policy, ids, logprobs.gather(-1, ids))
+
+
+@dataclass(frozen=True)
+class TailReverseKL:
+    """KL(pi || p_T) from K teacher entries and the mass of the rest: for a teacher whose hidden states are not sent."""
+
+    ids_SK: torch.Tensor
+    """int64 [S, K] vocabulary entries."""
+    logprobs_SK: torch.Tensor
+    """float32 [S, K] their teacher log-probabilities."""
+
+    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
+        """Nats, float32 [C]: at most the exact KL."""
+        return tail_reverse_kl(logits_SV, self.ids_SK[piece], self.logprobs_SK[piece])
 
 
 def schedule_factor(step: int, *, kind: str, final: float, total: int) -> float:

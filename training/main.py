@@ -20,7 +20,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from training.cli import demo_config, fail, parse
+from training.run.cli import demo_config, fail, parse
 
 TOOLS = {
     "--plan": "Print how much memory the run needs on how many cards, from config.json alone, and end.",
@@ -37,16 +37,16 @@ def main(argv: list[str]) -> int:
 
         validate(config)
         if "--plan" in argv:
-            from training.plan import plan
+            from training.tools.plan import plan
 
             return plan(config)
     except ValueError as error:
         fail(str(error))
     if "--doctor" in argv:
-        from training.doctor import doctor
+        from training.tools.doctor import doctor
 
         return doctor(config)
-    from training.run import run
+    from training.stage2 import run
 
     return run(config)
 

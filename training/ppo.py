@@ -4,17 +4,55 @@ from __future__ import annotations
 
 import torch
 
-from configs.schema import PPOConfig
-from rewards.base import RewardOutput, length_mask
+from configs.schema import PPOConfig, RunConfig
 from training import distributed
-from training.advantages import gae, masked_sums, whiten
+from training.advantages import gae, moments_of, whiten
+from training.experience import Rewarded
+
+KL_HORIZON = 1000
+"""Responses over which the adaptive controller reacts."""
+
+
+class PPO:
+    """The row `ppo` of training/algorithms.py."""
+
+    needs_critic = True
+    compares_groups = False
+
+    def needs_reference(self, config: RunConfig) -> bool:
+        """For the penalty in the reward."""
+        return config.ppo.kl_penalty > 0
+
+    def advantages(
+        self, batch: Rewarded, config: RunConfig, kl_coef: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Algorithm.advantages`. Collective when whitening."""
+        scored, rollout, ppo = batch.scored, batch.rollout, config.ppo
+        rewards_S = batch.reward.rewards_S
+        if scored.reference_logprobs_S is not None:
+            rewards_S = penalised_rewards(rewards_S, rollout.behavior_logprobs_S, scored.reference_logprobs_S, kl_coef)
+        assert scored.values_S is not None
+        advantages_S, returns_S = gae(
+            rewards_S, scored.values_S, rollout.lengths_B, gamma=ppo.gamma, lam=ppo.gae_lambda
+        )
+        if ppo.whiten:
+            advantages_S = whiten(advantages_S, distributed.sum_over_ranks(moments_of(advantages_S)))
+        return advantages_S, returns_S
+
+    def after_step(self, metrics: dict[str, float], config: RunConfig, kl_coef: float) -> float:
+        """The adaptive controller; also logs the coefficient that was in force."""
+        if "kl/reference" not in metrics:
+            return kl_coef
+        metrics["ppo/kl_coef"] = kl_coef
+        responses = config.prompts_per_step * config.sampling.group_size
+        return next_kl_coefficient(kl_coef, metrics["kl/reference"], config.ppo, responses)
 
 
 def penalised_rewards(
-    rewards_BR: torch.Tensor, behavior_BR: torch.Tensor, reference_BR: torch.Tensor, mask_BR: torch.Tensor, coef: float
+    rewards_S: torch.Tensor, behavior_S: torch.Tensor, reference_S: torch.Tensor, coef: float
 ) -> torch.Tensor:
-    """r_t - coef * (log pi_b - log pi_ref), float32 [B, R] (Ziegler et al., arXiv 1909.08593, eq. 2)."""
-    return torch.where(mask_BR, rewards_BR - coef * (behavior_BR - reference_BR), 0.0)
+    """r_t - coef * (log pi_b - log pi_ref), float32 [S] (Ziegler et al., arXiv 1909.08593, eq. 2)."""
+    return rewards_S - coef * (behavior_S - reference_S)
 
 
 def next_kl_coefficient(coef: float, kl: float, config: PPOConfig, responses: int) -> float:
@@ -23,25 +61,4 @@ def next_kl_coefficient(coef: float, kl: float, config: PPOConfig, responses: in
     if config.kl_target is None:
         return coef
     error = min(max(kl / config.kl_target - 1.0, -0.2), 0.2)
-    return coef * (1.0 + error * responses / config.kl_horizon)
-
-
-def ppo_advantages(
-    reward: RewardOutput,
-    lengths_B: torch.Tensor,
-    behavior_BR: torch.Tensor,
-    reference_BR: torch.Tensor | None,
-    values_BR: torch.Tensor,
-    config: PPOConfig,
-    kl_coef: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages, returns for the critic), float32 [B, R], 0 on padding. Collective when whitening."""
-    mask_BR = length_mask(lengths_B, reward.rewards_BR.shape[1])
-    rewards_BR = reward.rewards_BR
-    if reference_BR is not None:
-        rewards_BR = penalised_rewards(rewards_BR, behavior_BR, reference_BR, mask_BR, kl_coef)
-    advantages_BR, returns_BR = gae(rewards_BR, values_BR, lengths_B, gamma=config.gamma, lam=config.gae_lambda)
-    if config.whiten:
-        count, total, squares = distributed.sum_over_ranks(masked_sums(advantages_BR, mask_BR)).tolist()
-        advantages_BR = whiten(advantages_BR, mask_BR, (count, total, squares))
-    return advantages_BR, returns_BR
+    return coef * (1.0 + error * responses / KL_HORIZON)

@@ -6,16 +6,22 @@ teacher's distribution is in the loss, whether there is a policy gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from configs.schema import RunConfig
-from training.composite import LossWeights, loss_weights
-from training.distillation import GeneralizedJSD, ReverseKL, SampledCrossEntropy, WholeDistribution
-from training.policy import TokenTerm
+from inference.attention.packing import Group
+from rewards.tokens import sum_by_response
+from training.advantages import group_scores_advantage, quantile_rewards
+from training.experience import Experience, Rewarded
+from training.losses import GeneralizedJSD, ReverseKL, SampledCrossEntropy, TokenTerm, WholeDistribution
+from training.objective import LossWeights, loss_weights
 
 
-def _reverse_kl(teacher: WholeDistribution, config: RunConfig, seed: int) -> TokenTerm:
+def reverse_kl(teacher: WholeDistribution, config: RunConfig, seed: int) -> TokenTerm:
     return ReverseKL(teacher)
 
 
@@ -27,22 +33,69 @@ def _sampled_ce(teacher: WholeDistribution, config: RunConfig, seed: int) -> Tok
     return SampledCrossEntropy(teacher, config.distill.sampled_tokens, seed)
 
 
+Advantages = tuple[torch.Tensor, torch.Tensor | None]
+"""See `Algorithm.advantages`."""
+
+
+def no_advantages(batch: Rewarded, config: RunConfig, kl_coef: float) -> Advantages:
+    """Nothing is learnt from what a response scored."""
+    return torch.zeros_like(batch.reward.rewards_S), None
+
+
+def _quantiles(batch: Rewarded, config: RunConfig, kl_coef: float) -> Advantages:
+    """Of a response's rank in its group, not of its score (BOND)."""
+    rollout, settings = batch.rollout, replace(config.grpo, scale="none")
+    scores_B = quantile_rewards(sum_by_response(batch.reward.rewards_S, rollout.lengths_B), rollout.group_size)
+    advantages_B = group_scores_advantage(scores_B, rollout.group_size, settings)
+    return advantages_B.repeat_interleave(rollout.lengths_B), None
+
+
+def first_of_group(experience: Experience) -> list[Group]:
+    """Imitated: the (teacher's) answer to each prompt."""
+    return _chosen(experience, lambda rows: rows[0])
+
+
+def best_of_group(experience: Experience) -> list[Group]:
+    """Imitated: the response with the highest advantage in its group, which all of its tokens have."""
+    rollout = experience.rollout
+    starts_B = (rollout.lengths_B.cumsum(0) - rollout.lengths_B).tolist()
+    found = [
+        float(experience.advantages_S[s]) if r else -math.inf
+        for s, r in zip(starts_B, rollout.responses_B, strict=True)
+    ]
+    return _chosen(experience, lambda rows: max(rows, key=found.__getitem__))
+
+
+def _chosen(experience: Experience, choose: Callable[[Sequence[int]], int]) -> list[Group]:
+    rollout, group = experience.rollout, experience.rollout.group_size
+    out = []
+    for n, prompt in enumerate(rollout.prompts_N):
+        response = rollout.responses_B[choose(range(n * group, (n + 1) * group))]
+        if response:
+            out.append(Group(prompt=prompt.tokens, responses=(response,)))
+    return out
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One row."""
 
     teacher_answers: bool = False
     """The teacher answers the prompts, not the student."""
-    cloning: bool = False
-    """Those answers, or the best of a group, are imitated (cross-entropy)."""
+    imitated: Callable[[Experience], list[Group]] | None = None
+    """What is imitated (cross-entropy) in place of the warm-up answers."""
     policy_gradient: bool = True
     """L_policy and the KL to the reference take part."""
-    quantile_reward: bool = False
-    """The policy gradient is of a response's rank in its group, not of its score."""
-    divergence: Callable[[WholeDistribution, RunConfig, int], TokenTerm] = _reverse_kl
+    advantages: Callable[[Rewarded, RunConfig, float], Advantages] | None = None
+    """In place of the algorithm's own; there is no critic then."""
+    divergence: Callable[[WholeDistribution, RunConfig, int], TokenTerm] = reverse_kl
     """What compares the student with the teacher at each state; the last argument seeds its draws, if it has any."""
     always_divergence: bool = False
     """It is the loss: weight 1 unless loss.single_step_coef says otherwise."""
+    draws: bool = False
+    """That comparison draws at random, for each packed row anew."""
+    ranks_groups: bool = False
+    """The rank of a response in its group is what counts."""
     interpolate: bool = False
     """The export is moved back towards the start of the run."""
 
@@ -55,9 +108,9 @@ class Recipe:
                 weights = replace(weights, single_step=0.0)
         if self.always_divergence and config.loss.single_step_coef is None:
             weights = replace(weights, single_step=1.0)
-        if self.cloning and self.teacher_answers:
+        if self.imitated is not None and self.teacher_answers:
             weights = replace(weights, bc=config.loss.bc_coef or 1.0)
-        elif self.cloning:
+        elif self.imitated is not None:
             share = config.distill.bond_forward
             weights = replace(weights, bc=share, policy=weights.policy * (1.0 - share), single_step=0.0)
         return weights
@@ -66,13 +119,20 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "rl": Recipe(),
     # Sequence-level knowledge distillation (arXiv 1606.07947): supervised on the teacher's answers.
-    "seqkd": Recipe(teacher_answers=True, cloning=True, policy_gradient=False),
+    "seqkd": Recipe(teacher_answers=True, imitated=first_of_group, policy_gradient=False, advantages=no_advantages),
     # Gemma 3 (arXiv 2503.19786, section 3), on the teacher's answers.
-    "sampled_ce": Recipe(teacher_answers=True, policy_gradient=False, divergence=_sampled_ce, always_divergence=True),
+    "sampled_ce": Recipe(
+        teacher_answers=True,
+        policy_gradient=False,
+        advantages=no_advantages,
+        divergence=_sampled_ce,
+        always_divergence=True,
+        draws=True,
+    ),
     # On-policy generalised knowledge distillation (arXiv 2306.13649): no gradient through sampling.
-    "gkd": Recipe(policy_gradient=False, divergence=_jsd, always_divergence=True),
+    "gkd": Recipe(policy_gradient=False, advantages=no_advantages, divergence=_jsd, always_divergence=True),
     # Best-of-N distillation (arXiv 2407.14622): imitate the best, and climb the quantile reward.
-    "bond": Recipe(cloning=True, quantile_reward=True),
+    "bond": Recipe(imitated=best_of_group, advantages=_quantiles, ranks_groups=True),
     # Averaged policies (arXiv 2406.16768): set reference.update: ema as the anchor.
     "warp": Recipe(interpolate=True),
 }

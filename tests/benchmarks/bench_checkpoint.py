@@ -30,9 +30,9 @@ import transformers
 
 from configs.schema import ActorConfig, CheckpointConfig
 from tests.benchmarks.step_shared import CONFIG
-from training.checkpoints import Checkpoints
-from training.deepspeed_engine import Engine, start_distributed
-from training.run_folder import Progress
+from training.run.checkpoints import Checkpoints
+from training.run.run_folder import Progress
+from training.student.deepspeed_engine import Engine, Optimisation, start_distributed
 
 GOAL = 1.3
 
@@ -42,7 +42,7 @@ def student() -> Engine:
     torch.manual_seed(0)
     module = transformers.LlamaForCausalLM(CONFIG)
     engine = Engine(
-        module, ActorConfig(), peak_learning_rate=1e-6, zero_stage=1, dtype="float32", hybrid=False, total_steps=1
+        module, ActorConfig(), Optimisation(learning_rate=1e-6, total_steps=1, zero_stage=1, dtype="float32")
     )
     ids = torch.arange(3, 19)[None]
     _, _, applied = engine.update([lambda: {"loss": engine.engine(input_ids=ids, labels=ids).loss}], 0)

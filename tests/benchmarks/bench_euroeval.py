@@ -27,10 +27,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
-from eval import euroeval_model
-from eval.euroeval_model import Engine, Output, SamplingParams
-from eval.euroeval_run import Settings, evaluate
-from training.demo_splits import write_demo_splits
+from eval.euroeval import model as euroeval_model
+from eval.euroeval.model import Engine, Output, SamplingParams
+from eval.euroeval.run import Settings, evaluate
+from eval.measures.model import Model
+from training.data.demo.splits import write_demo_splits
 
 GOAL = 0.6
 """Largest share of the plain time."""
@@ -78,14 +79,14 @@ def main() -> int:
         write_demo_splits(work / "splits")
         test = work / "splits" / "fone" / "test.jsonl"
         test.write_text("".join(line + "\n" for line in test.read_text().splitlines()[: options.rows]))
-        settings = Settings(tasks=("fone",), iterations=1, dtype="float32")
-        start = time.process_time()
-        result = evaluate(
-            options.model, "smollm2-135m", settings, "local", work / "splits", work / "out", work / "cache"
+        settings = Settings(
+            tasks=("fone",), source="local", folder=work / "splits", cache_dir=work / "cache", iterations=1
         )
+        start = time.process_time()
+        result = evaluate(Model(path=str(options.model), runs_dir=work / "runs"), "smollm2-135m", settings)
         shutil.rmtree(work / "cache", ignore_errors=True)
         spent = time.process_time() - start
-    harness = result["tasks"]["fone"]["seconds"]
+    harness = result.rows[0]["seconds"]
     assert WatchedEngine.asked is not None
     prompts, params, outputs, engine = WatchedEngine.asked
     begin, processor = time.monotonic(), time.process_time()

@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from inference.packing import Group
-from inference.scoring import Scorer
-from inference.teacher import Teacher
-from inference.wire import Request
+from inference.attention.packing import Group
+from inference.model.scoring import Scorer
+from inference.model.teacher import Teacher
+from inference.protocol.wire import Request
 
 SHAPE = transformers.LlamaConfig(
     vocab_size=49152,
@@ -118,8 +118,8 @@ def ranks_main(options: argparse.Namespace) -> None:
     start_group(options.rank, options.size, options.port)
     scorer = Scorer(Teacher(options.model, "float32"), max_batch_tokens=16384, logit_chunk=1024)
     request = Request("score", groups_of_work("400/32", options.prompts))
-    scorer.run(request)
-    times = [seconds(lambda: scorer.run(request)) for _ in range(options.rounds)]
+    scorer.score(request)
+    times = [seconds(lambda: scorer.score(request)) for _ in range(options.rounds)]
     dist.barrier()
     if options.rank == 0:
         print(statistics.median(times), flush=True)
@@ -183,12 +183,12 @@ def compare(work: str, goal: float, model: Any, scorer: Scorer, options: argpars
     """Both sides on the same responses, in turns; first that they say the same."""
     groups = groups_of_work(work, options.prompts)
     request = Request("score", groups)
-    difference = (plain(model, groups) - scorer.run(request)[0]).abs().max().item()
+    difference = (plain(model, groups) - scorer.score(request)[0]).abs().max().item()
     assert difference < 1e-3, f"log-probabilities differ by {difference}"
     theirs, ours = [], []
     for _ in range(options.rounds):
         theirs.append(seconds(lambda: plain(model, groups)))
-        ours.append(seconds(lambda: scorer.run(request)))
+        ours.append(seconds(lambda: scorer.score(request)))
     their, our = statistics.median(theirs), statistics.median(ours)
     responses = options.prompts * GROUP
     print(f"{work}: transformers {responses / their:.2f} responses/s ({their:.2f} s), ours {responses / our:.2f} "

@@ -1,8 +1,8 @@
 """Our side of bench_step.py: the actor, the reference and the teacher's server as a run has them; a step at a time.
 
 Started by bench_step.py. One rank, ZeRO 0 (nothing is shared out among one rank), the teacher in a process of its own
-(one tensor-parallel rank, as `inference/launch.py` starts it), the trainer waiting while it works. After each step the
-matrix products of its phases alone are timed: the floors.
+(one tensor-parallel rank, as `inference/server/launch.py` starts it), the trainer waiting while it works. After each
+step the matrix products of its phases alone are timed: the floors.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ from configs.schema import (
     TeacherConfig,
 )
 from inference.client import TeacherClient
-from inference.fingerprint import tokenizer_fingerprint
-from inference.launch import start_local_teacher
-from training.actor import Actor
+from inference.protocol.fingerprint import tokenizer_fingerprint
+from inference.server.launch import start_local_teacher
+from rewards.base import RewardInput
 from training.collect import reward_of
-from training.composite import LossWeights, UpdateInput
-from training.deepspeed_engine import start_distributed
-from training.experience import Experience, Prompt
+from training.experience import Experience, Prompt, Rewarded, Scored
 from training.grpo import grpo_advantages
-from training.reference import FrozenCopy
-from training.teaching import TeacherLink, teacher_facts
+from training.objective import LossWeights, UpdateInput
+from training.student.actor import Actor
+from training.student.deepspeed_engine import start_distributed
+from training.student.reference import FrozenCopy
+from training.teacher.facts import teacher_facts
+from training.teacher.link import TeacherLink
 
 
 class Phases:
@@ -66,8 +68,8 @@ class OneStep:
         self.config = config = run_config(options, folder)
         local = start_local_teacher(config.teacher, folder / "teacher", folder / "server")
         stack.callback(local.stop)
-        self.teacher_pid = local.pid
-        facts = teacher_facts(folder / "teacher", folder / "student")
+        self.teacher_pid = local.process.pid
+        facts = teacher_facts(config, config.teacher)
         client = TeacherClient(
             local.address, secret=local.secret, tokenizer_fingerprint=tokenizer_fingerprint(folder / "student"),
             timeout_s=600.0,
@@ -88,22 +90,28 @@ class OneStep:
             if t == 0:
                 prefilled[0] = time.perf_counter()
 
+        self.actor.on_step = on_step
         with phases("decode"):
             start = time.perf_counter()
-            rollout = self.actor.sample(asked, step=step, on_step=on_step)
+            rollout = self.actor.sample(asked, step=step)
         phases.seconds["prefill"] = prefilled[0] - start
         phases.seconds["decode"] -= phases.seconds["prefill"]
         with phases("teacher"):
             view = self.link.ask(rollout, whole_distribution=False)()
         with phases("reference"):
-            reference_BR = self.reference.logprobs(rollout)
-        reward = reward_of(rollout, view, config, single_step=False)
-        advantages_BR = grpo_advantages(reward, rollout.lengths_B, rollout.group_size, config.grpo)
-        experience = Experience(rollout, advantages_BR, reference_BR, None)
+            reference_S = self.reference.logprobs(rollout)
+        inputs = RewardInput(
+            rollout.lengths_B, rollout.finished_B, rollout.behavior_logprobs_S, view.logprobs_S,
+            rollout.texts_B, [()] * len(rollout.texts_B),
+        )  # fmt: skip
+        scored = Scored(rollout, view, reference_logprobs_S=reference_S)
+        rewarded = Rewarded(scored, reward_of(inputs, scored, config, single_step=False))
+        advantages_S = grpo_advantages(rewarded.reward, rollout.lengths_B, rollout.group_size, config.grpo)
+        experience = Experience(rewarded, advantages_S, None)
         with phases("update"):
             weights = LossWeights(policy=1.0, kl=config.loss.kl_coef)
             metrics = self.actor.update([UpdateInput(experience, (), (), weights)], step)
-        assert {len(r) for r in rollout.responses} == {config.sampling.max_new_tokens}
+        assert {len(r) for r in rollout.responses_B} == {config.sampling.max_new_tokens}
         assert not metrics["skipped"]
         mismatch = {key: value for key, value in metrics.items() if key.startswith("mismatch/")}
         return {**phases.seconds, "seconds": time.perf_counter() - started, **mismatch}
@@ -124,7 +132,7 @@ def run_config(options: argparse.Namespace, folder: Path) -> RunConfig:
         ),
         loss=LossConfig(kl_coef=shared.KL_COEF),
         rewards=RewardConfig(),
-        actor=ActorConfig(learning_rate=shared.LEARNING_RATE, betas=shared.BETAS, zero_stage=0),
+        actor=ActorConfig(learning_rate=shared.LEARNING_RATE, zero_stage=0),
     )  # fmt: skip
 
 

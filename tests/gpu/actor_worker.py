@@ -27,13 +27,13 @@ import torch
 from safetensors.torch import save_file
 
 from configs.schema import ActorConfig, AdapterConfig, LossConfig, RunConfig, SamplingConfig, StudentConfig
-from inference.packing import Group
-from tests.gpu.device import GROUP, PROMPTS, RESPONSES
-from training.actor import Actor
-from training.composite import LossWeights, UpdateInput
-from training.deepspeed_engine import start_distributed
-from training.experience import Experience, Prompt, Rollout
-from training.sampling_check import check_sampling
+from inference.attention.packing import Group
+from tests.gpu.device import PROMPTS, RESPONSES
+from tests.support.experiences import experience_of, prompts_of, rollout_of
+from training.objective import LossWeights, UpdateInput
+from training.student.actor import Actor
+from training.student.deepspeed_engine import start_distributed
+from training.student.sampling_check import check_sampling
 
 STEPS = 3
 RATE = 1e-3
@@ -48,28 +48,23 @@ def run_config(model: Path, job: dict[str, Any]) -> RunConfig:
         sampling=SamplingConfig(group_size=4, max_new_tokens=12),
         loss=LossConfig(bc_coef=0.3, kl_coef=0.1),
         actor=ActorConfig(
-            zero_stage=job["zero"], offload=job.get("offload", False), rollout=job.get("rollout", "grouped"),
-            micro_batch_tokens=24, learning_rate=RATE, max_grad_norm=1.0,
+            zero_stage=job["zero"],
+            offload=job.get("offload", False),
+            micro_batch_tokens=24,
+            learning_rate=RATE,
+            max_grad_norm=1.0,
         ),
-    )  # fmt: skip
+    )
 
 
 def a_batch(actor: Actor) -> UpdateInput:
     """Four groups of three responses with advantages, and two answers to imitate."""
-    shape, lengths = (len(RESPONSES), max(map(len, RESPONSES))), [len(r) for r in RESPONSES]
-    blank = torch.zeros(shape)
-    prompts = [Prompt(n, "", tokens, (), "") for n, tokens in enumerate(PROMPTS)]
-    rollout = Rollout(
-        prompts, GROUP, RESPONSES, torch.ones(len(RESPONSES), dtype=torch.bool), blank, blank, [""] * len(RESPONSES)
-    )
+    rollout = rollout_of(prompts_of(PROMPTS), RESPONSES)
+    behavior_S = actor.logprobs(rollout)
     random = torch.Generator().manual_seed(1)
-    behavior_BR = actor.logprobs(rollout)
-    rollout = Rollout(
-        prompts, GROUP, RESPONSES, rollout.finished_B, behavior_BR, behavior_BR, rollout.texts
-    )  # fmt: skip
-    mask_BR = torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]
-    advantages_BR, noise_BR = (torch.where(mask_BR, torch.randn(shape, generator=random), 0.0) for _ in range(2))
-    experience = Experience(rollout, advantages_BR, behavior_BR + 0.1 * noise_BR, None)
+    advantages_S, noise_S = torch.randn(2, len(behavior_S), generator=random)
+    rollout = rollout_of(rollout.prompts_N, RESPONSES, behavior_S)
+    experience = experience_of(rollout, advantages_S, reference_logprobs_S=behavior_S + 0.1 * noise_S)
     return UpdateInput(experience, (), CLONING, LossWeights(policy=1.0, kl=0.1, bc=0.3))
 
 
@@ -79,12 +74,9 @@ def run(model: Path, job: dict[str, Any], out: Path) -> dict[str, Any]:
     torch.manual_seed(0)  # a new adapter is drawn, on the CPU
     actor = Actor(config, model, total_steps=STEPS, learning_rate=RATE)
     result: dict[str, Any] = {"device": str(actor.engine.device)}
-    engine = actor.engine.engine
-    result["injected"] = len(getattr(engine, "_inference_containers", []))
     if job.get("sample"):
-        prompts = [Prompt(n, "", tokens, (), "") for n, tokens in enumerate(PROMPTS)]
+        prompts = prompts_of(PROMPTS)
         result["mismatch"] = check_sampling(actor, prompts, config)
-        result["stayed"] = actor.rollout is not None
         result["tokens"] = int(actor.sample(prompts, step=0).lengths_B.sum())
     batch = a_batch(actor)
     steps = [actor.update([batch], step) for step in range(STEPS)]

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ if __name__ == "__main__":
 
 from tests.gpu import bench_shapes as shapes
 
+BEGAN = time.monotonic()
+"""Before torch is imported, which takes a while on a cold machine and counts too."""
 MARK = "MEASURED "
 
 
@@ -44,27 +47,20 @@ class Job:
     """One process."""
 
     model: str
-    part: str
     limit_s: float
 
 
 def jobs(tiny: bool) -> list[Job]:
     """In order of what matters, because the time may run out."""
     if tiny:
-        first, second = shapes.TINY_MODELS
-        return [
-            Job(first, "models", 90), Job(second, "models", 90), Job(first, "generate", 60), Job(first, "injected", 60)
-        ]  # fmt: skip
+        return [Job(name, 120) for name in shapes.TINY_MODELS]
     small, middle, large = shapes.MODELS
-    return [
-        Job(middle, "models", 110), Job(small, "models", 110), Job(large, "models", 100), Job(middle, "generate", 50),
-        Job(small, "generate", 50), Job(middle, "injected", 150),
-    ]  # fmt: skip
+    return [Job(middle, 110), Job(large, 110), Job(small, 110)]
 
 
 def run(job: Job, options: argparse.Namespace, limit_s: float) -> list[dict[str, Any]]:
     """What the process measured, as far as it came."""
-    command = [sys.executable, str(HERE / "bench_worker.py"), "--model", job.model, "--part", job.part]
+    command = [sys.executable, str(HERE / "bench_worker.py"), "--model", job.model]
     command += ["--device", options.device, "--prompts", str(options.prompts), *(["--tiny"] if options.tiny else [])]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
     process = subprocess.Popen(
@@ -87,7 +83,7 @@ def run(job: Job, options: argparse.Namespace, limit_s: float) -> list[dict[str,
         code = process.wait()
     finally:
         timer.cancel()
-    failure = {"model": job.model, "phase": job.part, "tokens": "", "variant": ""}
+    failure = {"model": job.model, "phase": "all", "tokens": "", "variant": ""}
     if late.is_set():
         found.append({**failure, "error": f"not done after {limit_s:.0f} s; what was measured until then is above"})
     elif code != 0:
@@ -101,19 +97,37 @@ def product_peak(device: str) -> float:
 
     size = 8192 if device == "cuda" else 256
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / fastest(device, lambda: a @ b)
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+
+def memory_peak(device: str) -> float:
+    """Bytes a second of a large sum, which only reads."""
+    import torch
+
+    numbers = torch.ones(1 << (31 if device == "cuda" else 22), device=device, dtype=torch.bfloat16)
+    return 2 * len(numbers) / fastest(device, lambda: numbers.sum())
+
+
+def fastest(device: str, work: Callable[[], object]) -> float:
+    """Least seconds of ten rounds."""
+    import torch
 
     best = float("inf")
     for _ in range(10):
-        wait()
         start = time.perf_counter()
-        a @ b
-        wait()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return best
+
+
+def give_back(device: str) -> None:
+    """What this process has cached belongs to the workers: 4 GB decide whether a model fits."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def version(package: str) -> str:
@@ -124,7 +138,7 @@ def version(package: str) -> str:
         return f"no {package}"
 
 
-def heading(options: argparse.Namespace, product: float) -> tuple[str, float]:
+def heading(options: argparse.Namespace, product: float, memory: float) -> tuple[str, float]:
     """What it was measured on and with, and the peak that MFU is taken of."""
     import torch
 
@@ -142,25 +156,27 @@ def heading(options: argparse.Namespace, product: float) -> tuple[str, float]:
     lines = [
         f"{name}{driver}; torch {torch.__version__} (CUDA {torch.version.cuda}), {packages}.",
         f"bfloat16, G = {shapes.GROUP}, {options.prompts} prompts. MFU of {peak / 1e12:.3g} TFLOP/s ({source}); a "
-        f"large product reaches {product / 1e12:.3g} TFLOP/s.",
+        f"large product reaches {product / 1e12:.3g} TFLOP/s, reading memory {memory / 1e12:.3g} TB/s. Floors: the",
+        "matrix products alone at the one, the bytes of weights and cache alone at the other. Kernels and waits (the",
+        "host for the device) are of one call; of decoding, of one step (a token of every response).",
     ]
     return "\n".join(lines), peak
 
 
-def table(rows: list[dict[str, Any]], peak: float) -> list[str]:
+def table(rows: list[dict[str, Any]], peak: float, product: float, memory: float) -> list[str]:
     """A line for each measurement, then what was left out, then what failed."""
-    lines = [
-        "| model | prompt/response | phase | variant | seconds | rounds | tokens/s | peak GB | MFU |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    names = ("model", "prompt/response", "phase", "variant", "seconds", "rounds", "tokens/s", "floor: products",
+             "floor: bytes", "MFU", "kernels", "waits", "peak GB")  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for row in rows:
         if "seconds" not in row:
             continue
-        seconds, memory = max(row["seconds"], 1e-9), row["memory_gb"]
+        seconds, held = max(row["seconds"], 1e-9), row["memory_gb"]
         lines.append(
             f"| {row['model']} | {row['tokens']} | {row['phase']} | {row['variant']} | {seconds:.4g} | {row['rounds']} "
-            f"| {row['count'] / seconds:,.0f} | {'' if memory is None else f'{memory:.1f}'} "
-            f"| {100 * row['flops'] / seconds / peak:.1f} % |"
+            f"| {row['count'] / seconds:,.0f} | {row['flops'] / product:.3g} | {row['bytes'] / memory:.3g} "
+            f"| {100 * row['flops'] / seconds / peak:.1f} % | {row['kernels']} | {row['waits']} "
+            f"| {'' if held is None else f'{held:.1f}'} |"
         )
     for kind, title in (("note", "Left out:"), ("error", "FAILED:")):
         told = [row for row in rows if kind in row]
@@ -182,22 +198,24 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=300.0, help="time for all processes together")
     options = parser.parse_args()
-    product = product_peak(options.device)
-    text, peak = heading(options, product)
+    ends = BEGAN + options.seconds
+    product, memory = product_peak(options.device), memory_peak(options.device)
+    give_back(options.device)
+    text, peak = heading(options, product, memory)
     rows: list[dict[str, Any]] = []
-    ends = time.monotonic() + options.seconds
+    before = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
+    page = ""
     for job in jobs(options.tiny):
         left = ends - time.monotonic()
         if left < 10:
-            skipped = {"model": job.model, "phase": job.part, "tokens": "", "variant": ""}
+            skipped = {"model": job.model, "phase": "all", "tokens": "", "variant": ""}
             rows.append({**skipped, "error": f"not started: the {options.seconds:.0f} s for all were used up"})
-            continue
-        print(f"bench_gpu: {job.model}, {job.part} ...", file=sys.stderr, flush=True)
-        rows += run(job, options, min(job.limit_s, left))
+        else:
+            print(f"bench_gpu: {job.model} ...", file=sys.stderr, flush=True)
+            rows += run(job, options, min(job.limit_s, left))
+        page = "\n".join(["## Phases", "", text, "", *table(rows, peak, product, memory), ""])
+        options.out.write_text(before + page + "\n", encoding="utf-8")  # each time: whoever ends us loses one job
     failed = any("error" in row for row in rows)
-    page = "\n".join(["## Phases", "", text, "", *table(rows, peak), ""])
-    with options.out.open("a", encoding="utf-8") as file:
-        file.write(page + "\n")
     print(page, flush=True)
     return 1 if failed or not any("seconds" in row for row in rows) else 0
 

@@ -62,7 +62,7 @@ TINY_TOKENS = {"12/4": (12, 4), "4/8": (4, 8)}
 
 @dataclass(frozen=True)
 class Work:
-    """What a phase computes."""
+    """What a phase computes and reads."""
 
     tokens: int
     """That go through the layers."""
@@ -72,6 +72,16 @@ class Work:
     """Of query and key that attention looks at, in one head of one layer."""
     factor: int = 1
     """3 with a backward pass: the gradients of inputs and of weights cost a forward pass each."""
+    passes: int = 1
+    """How often all weights are read: once a forward pass, and for decoding once a token."""
+    cached: int = 0
+    """Tokens whose keys and values are read, over all passes."""
+
+    def bytes(self, shape: Shape) -> float:
+        """Least bytes in bfloat16 that have to come from memory: weights, and cached keys and values."""
+        weights = shape.linear + shape.vocab * shape.hidden
+        cache = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads)
+        return 2.0 * (self.factor * self.passes * weights + self.cached * cache)
 
     def flops(self, shape: Shape) -> float:
         """Model FLOPs; nothing that is computed again, and no padding."""
@@ -93,7 +103,9 @@ def prefill(prompts: int, prompt: int, *, grouped: bool) -> Work:
 def decode(prompts: int, prompt: int, response: int) -> Work:
     """Every response's tokens after the first, one by one."""
     rows, steps = prompts * GROUP, response - 1
-    return Work(rows * steps, rows * steps, rows * (steps * prompt + triangle(steps)))
+    pairs = rows * (steps * prompt + triangle(steps))
+    cached = steps * prompts * prompt + rows * triangle(steps)  # a prompt's cache is shared by its responses
+    return Work(rows * steps, rows * steps, pairs, passes=steps, cached=cached)
 
 
 def forward(prompts: int, prompt: int, response: int, *, grouped: bool) -> Work:

@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import logging
+import math
 import statistics
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,23 +34,25 @@ import torch
 import transformers
 
 from configs.schema import ActorConfig, DataConfig, RunConfig, SamplingConfig, StudentConfig
-from inference import attention
-from inference.packing import groups_of, pack
+from inference.attention import grouped as attention
+from inference.attention.packing import pack
 from tests.gpu import bench_shapes as shapes
 from tests.gpu.bench_shapes import GROUP, Shape, Work
-from training import actor as actor_module
-from training import deepspeed_engine
-from training.actor import Actor
-from training.composite import LossWeights, UpdateInput
-from training.decoders import make_decoder
-from training.deepspeed_engine import start_distributed
-from training.experience import Experience, Prompt, Rollout
-from training.policy import Policy
-from training.rollout import responses_of
-from training.sampling import sample
-from training.sampling_check import check_sampling
+from tests.support.experiences import experience_of, prompts_of, rollout_of
+from training.experience import Prompt, Rollout
+from training.objective import LossWeights, UpdateInput
+from training.student import actor as actor_module
+from training.student.actor import Actor
+from training.student.decoders import make_decoder
+from training.student.deepspeed_engine import start_distributed
+from training.student.policy import Policy, Way
+from training.student.sampling import Drawing, sample
 
 MARK = "MEASURED "
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+"""Calls in which the host waits for the device."""
+FEW, MORE = 3, 7
+"""Tokens that decoding is profiled with; the difference is what MORE - FEW steps ask of the device."""
 ENOUGH_S = 4.0
 """A measurement that has taken this long is not repeated."""
 
@@ -65,17 +68,20 @@ class Bench:
         self.folder = Path(tempfile.mkdtemp(prefix="grpo-kd-gpu-"))
         self.config = model_folder(self.shape, self.folder)
         self.flash = attention.flash_attention(self.device) is not None
+        self.own_waits = 0
+        for _ in range(2):  # the first profile of a process also waits for its own start
+            _, self.own_waits = self.counted(lambda: None)
 
     # What is measured ----------------------------------------------------------------------------------------------
 
     def models(self) -> None:
-        """Everything but other engines' sampling."""
+        """Every phase of the student and of the teacher."""
         row_tokens = RunConfig().actor.micro_batch_tokens
         trains = self.fits("update", "all", shapes.update_bytes(self.shape, row_tokens))
         policy, actor = None, None
         with self.part("build", "all", ""):
             if trains:
-                actor = self.actor("grouped")
+                actor = self.actor()
                 policy = actor.policy
             else:
                 policy = self.policy()
@@ -84,7 +90,7 @@ class Bench:
         policy.eval()
         for grouped in (True, False):
             if not grouped:
-                policy.use_plain_rows()
+                policy.run(Way.PLAIN)
             for label in self.tokens if grouped else list(self.tokens)[:2]:
                 need = shapes.inference_bytes(self.shape, self.prompts, *self.tokens[label])
                 if self.fits("sampling, reference", label, need + (18 * self.shape.parameters if trains else 0)):
@@ -109,7 +115,7 @@ class Bench:
 
         def update() -> None:
             assert actor is not None
-            experience = Experience(rollout, torch.randn(rollout.behavior_logprobs_BR.shape), None, None)
+            experience = experience_of(rollout, torch.randn(rollout.behavior_logprobs_S.shape))
             metrics = actor.update([UpdateInput(experience, (), (), LossWeights(policy=1.0))], 0)
             assert not metrics["skipped"]
 
@@ -125,7 +131,8 @@ class Bench:
                     self.measure("update", label, kernel, replace(once, factor=3), update)
         variant = "grouped" if grouped else "plain rows"
         work = shapes.decode(self.prompts, P, R)
-        self.measure("decode", label, variant, work, self.decoding(policy, tokens, R), self.decoding(policy, tokens, 3))
+        few, more = (self.decoding(policy, tokens, length) for length in (FEW, MORE))
+        self.measure("decode", label, variant, work, self.decoding(policy, tokens, R), (few, more))
 
     def decoding(self, policy: Policy, prompts: list[tuple[int, ...]], response: int) -> Callable[[], float]:
         """Our sampler to the last token; it returns the seconds after the first."""
@@ -134,19 +141,17 @@ class Bench:
         def run() -> float:
             clock = Clock(self.device)
             streams = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-            sample(
-                policy, prompts, config, end_tokens=(), generators=streams,
-                on_step=lambda t: clock.start() if t == 0 else None,
-            )  # fmt: skip
+            drawing = Drawing((), streams, on_step=lambda t: clock.start() if t == 0 else None)
+            sample(policy, prompts, config, drawing)
             return clock.stop()
 
         return run
 
     def teacher(self) -> None:
         """Megatron's model and our scoring, one rank, without the wire."""
-        from inference import teacher as teacher_module
-        from inference.scoring import Scorer
-        from inference.wire import Request
+        from inference.model import teacher as teacher_module
+        from inference.model.scoring import Scorer
+        from inference.protocol.wire import Request
 
         with self.part("teacher", "all", ""):
             with (
@@ -161,47 +166,24 @@ class Bench:
                 work = shapes.forward(self.prompts, P, R, grouped=True)
                 for kernel in self.kernels():
                     with self.kernel(kernel):
-                        self.measure("teacher", label, kernel, work, lambda r=request: scorer.run(r))
-
-    def rollout(self, *, injected: bool) -> None:
-        """DeepSpeed's engine in place of our sampler: prompts and responses in one go."""
-        label = "injected" if injected else "generate"
-        families = deepspeed_engine.FAMILIES if injected else ()
-        notes = Notes()
-        logging.getLogger("training").addHandler(notes)
-        with self.part("sample", "all", label), mock.patch.object(deepspeed_engine, "FAMILIES", families):
-            actor = self.actor("deepspeed")
-            layers = len(actor.engine.engine._inference_containers)
-            prompts, _ = self.batch(*next(iter(self.tokens.values())))
-            check_sampling(actor, prompts[:2], self.run_config(8, "deepspeed"))
-            if actor.rollout is None or (injected and not layers):
-                self.report({"phase": "sample", "tokens": "all", "variant": label, "note": notes.text or "no kernels"})
-                return
-            for tokens, (P, R) in list(self.tokens.items())[:2]:
-                prompts, _ = self.batch(P, R)
-                sampling = SamplingConfig(group_size=GROUP, max_new_tokens=R)
-                first, later = shapes.prefill(self.prompts, P, grouped=False), shapes.decode(self.prompts, P, R)
-                work = Work(*(a + b for a, b in zip(asdict(first).values(), asdict(later).values(), strict=True)))
-
-                def run(prompts: list[Prompt] = prompts, sampling: SamplingConfig = sampling) -> None:
-                    assert actor.rollout is not None
-                    responses_of(
-                        actor.rollout, [p.tokens for p in prompts], sampling, end_tokens=(), greedy=False,
-                        pad_token=actor.pad_token, device=self.device,
-                    )  # fmt: skip
-
-                self.measure("sample", tokens, f"DeepSpeed {label}", replace(work, factor=1), run)
+                        self.measure("teacher", label, kernel, work, lambda r=request: scorer.score(r))
 
     # How it is measured ----------------------------------------------------------------------------------------------
 
     def measure(
-        self, phase: str, tokens: str, variant: str, work: Work, run: Callable[[], Any],
-        warm_up: Callable[[], Any] | None = None,
-    ) -> None:  # fmt: skip
-        """Median seconds of `run` (or of what it returns), and the highest memory meanwhile."""
+        self,
+        phase: str,
+        tokens: str,
+        variant: str,
+        work: Work,
+        run: Callable[[], Any],
+        steps: tuple[Callable[[], Any], Callable[[], Any]] | None = None,
+    ) -> None:
+        """Median seconds of `run` (or of what it returns), the highest memory meanwhile, and what the device was asked
+        to do: in one call, or in one step where `steps` has decoding to FEW and to MORE tokens."""
         with self.part(phase, tokens, variant):
             self.clear()
-            (warm_up or run)()
+            (steps[0] if steps else run)()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds: list[float] = []
@@ -212,10 +194,42 @@ class Bench:
                 whole = clock.stop()
                 seconds.append(own if isinstance(own, float) else whole)
             peak = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-            self.report({
-                "phase": phase, "tokens": tokens, "variant": variant, "seconds": statistics.median(seconds),
-                "rounds": len(seconds), "count": work.tokens, "flops": work.flops(self.shape), "memory_gb": peak,
-            })  # fmt: skip
+            kernels, waits = self.counted_step(*steps) if steps else self.counted(run)
+            self.report(
+                {
+                    "phase": phase,
+                    "tokens": tokens,
+                    "variant": variant,
+                    "seconds": statistics.median(seconds),
+                    "rounds": len(seconds),
+                    "count": work.tokens,
+                    "flops": work.flops(self.shape),
+                    "bytes": work.bytes(self.shape),
+                    "memory_gb": peak,
+                    "kernels": kernels,
+                    "waits": waits,
+                }
+            )
+
+    def counted_step(self, few: Callable[[], Any], more: Callable[[], Any]) -> tuple[int, int]:
+        """`counted` of one decoding step: prefill and the first token are in both, and cancel."""
+        (kernels, waits), (kernels_more, waits_more) = self.counted(few), self.counted(more)
+        return round((kernels_more - kernels) / (MORE - FEW)), round((waits_more - waits) / (MORE - FEW))
+
+    def counted(self, run: Callable[[], Any]) -> tuple[int, int]:
+        """Kernels that one call started, and how often the host waited for the device in it (without the profiler's
+        own waits)."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profile:
+            run()
+        kernels = waits = 0
+        for event in profile.key_averages():
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.key.startswith(("Memcpy", "Memset")):
+                kernels += event.count
+            waits += event.count if event.key in WAITS else 0
+        return kernels, waits - self.own_waits
 
     @contextmanager
     def part(self, phase: str, tokens: str, variant: str) -> Iterator[None]:
@@ -272,19 +286,19 @@ class Bench:
         model.set_attn_implementation(attention.register_with_transformers())
         return Policy(model)
 
-    def actor(self, rollout: str) -> Actor:
+    def actor(self) -> Actor:
         """The same under DeepSpeed."""
         longest = max(R for _, R in self.tokens.values())
         with mock.patch.object(actor_module, "load_policy", lambda *_, **__: self.policy()):  # noqa: PT008
-            return Actor(self.run_config(longest, rollout), self.folder, total_steps=1, learning_rate=1e-6)
+            return Actor(self.run_config(longest), self.folder, total_steps=1, learning_rate=1e-6)
 
-    def run_config(self, response: int, rollout: str = "grouped") -> RunConfig:
+    def run_config(self, response: int) -> RunConfig:
         """A run's own defaults, but for ZeRO 0: there is one rank, and nothing to share."""
         return RunConfig(
             student=StudentConfig(path=str(self.folder), dtype="bfloat16"),
             data=DataConfig(max_prompt_tokens=max(P for P, _ in self.tokens.values())),
             sampling=SamplingConfig(group_size=GROUP, max_new_tokens=response),
-            actor=ActorConfig(zero_stage=0, rollout=rollout),  # type: ignore[arg-type]
+            actor=ActorConfig(zero_stage=0),
         )
 
     def batch(self, prompt: int, response: int) -> tuple[list[Prompt], Rollout]:
@@ -294,13 +308,10 @@ class Bench:
         def draw(count: int, length: int) -> list[tuple[int, ...]]:
             return [tuple(r) for r in torch.randint(3, self.shape.vocab, (count, length), generator=stream).tolist()]
 
-        prompts = [Prompt(i, "", p, (), "") for i, p in enumerate(draw(self.prompts, prompt))]
         responses = draw(self.prompts * GROUP, response)
-        logprobs_BR = torch.full((len(responses), response), -float(torch.tensor(self.shape.vocab).log()))
-        finished_B = torch.zeros(len(responses), dtype=torch.bool)
-        rollout = Rollout(prompts, GROUP, responses, finished_B, logprobs_BR, logprobs_BR, [""] * len(responses))
-        assert groups_of([p.tokens for p in prompts], responses, GROUP) == rollout.groups()
-        return prompts, rollout
+        logprobs_S = torch.full((len(responses) * response,), -math.log(self.shape.vocab))
+        rollout = rollout_of(prompts_of(draw(self.prompts, prompt)), responses, logprobs_S)
+        return list(rollout.prompts_N), rollout
 
 
 class Clock:
@@ -326,21 +337,9 @@ class Clock:
         return self._events[0].elapsed_time(self._events[1]) / 1000.0
 
 
-class Notes(logging.Handler):
-    """What was warned of."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.text = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep it."""
-        self.text = f"{self.text} {' '.join(record.getMessage().split())}".strip()[:300]
-
-
 def model_folder(shape: Shape, folder: Path) -> Any:
     """A model directory without weights; returns transformers' configuration."""
-    from tests.teacher_models import save_tokenizer
+    from tests.support.teacher_models import save_tokenizer
 
     kind = {"llama": "Llama", "mistral": "Mistral"}[shape.family]
     config = getattr(transformers, f"{kind}Config")(**shape.settings())
@@ -366,7 +365,6 @@ def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--part", choices=["models", "generate", "injected"], required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--prompts", type=int, default=8)
@@ -374,11 +372,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     start_distributed()
-    bench = Bench(options)
-    if options.part == "models":
-        bench.models()
-    else:
-        bench.rollout(injected=options.part == "injected")
+    Bench(options).models()
 
 
 if __name__ == "__main__":

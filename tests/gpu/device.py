@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from inference import attention
-from inference.packing import PackedRow, groups_of, pack_row
-from inference.varlen import flash_attention
-from tests.student_models import build
-from training.policy import Policy
+from inference.attention import grouped as attention
+from inference.attention.packing import PackedRow, groups_of, pack_row
+from inference.attention.varlen import flash_attention
+from tests.support.student_models import build
+from training.student.policy import Policy, Way
 
 DRY_RUN = os.environ.get("GRPO_KD_GPU_DRY_RUN") == "1"
 DEVICE = torch.device("cpu") if DRY_RUN or not torch.cuda.is_available() else torch.device("cuda", 0)
@@ -41,10 +41,8 @@ def policy_on(device: torch.device, family: str, dtype: str, *, grouped: bool, r
     """A tiny random student, its weights rounded to `rounded` first."""
     model = build(family).to(DTYPES[rounded]).to(DTYPES[dtype]).to(device)
     policy = Policy(model)
-    if grouped:
-        model.set_attn_implementation(attention.register_with_transformers())
-    else:
-        policy.use_plain_rows()
+    if not grouped:
+        policy.run(Way.PLAIN)
     return policy
 
 
@@ -54,11 +52,11 @@ def without_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn's kernel; in a dry run, a plain function with its arguments. Skips where flash-attn is missing."""
+    """The variable-length kernel; in a dry run, a plain function with its arguments. Skips where no kernel is."""
     if DRY_RUN:
         monkeypatch.setattr(attention, "flash_attention", lambda device: varlen_attention)
     elif flash_attention(DEVICE) is None:
-        pytest.skip("flash-attn is not installed")
+        pytest.skip("no variable-length kernel: neither flash-attn nor torch >= 2.11 on Ampere or newer")
 
 
 def varlen_attention(
@@ -86,10 +84,11 @@ def varlen_attention(
 
 def worker_environment(device: torch.device) -> dict[str, str]:
     """For a process that is to see this device only."""
-    from tests.runs import environment
+    from tests.support.runs import environment
 
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
-    return {**environment(), **hidden, "PYTHONPATH": str(Path(__file__).resolve().parent.parent.parent)}
+    paths = [str(Path(__file__).resolve().parent.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**environment(), **hidden, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def relative(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:

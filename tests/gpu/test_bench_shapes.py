@@ -42,6 +42,11 @@ def test_a_phase_computes_what_its_parts_do() -> None:
     plain = shapes.forward(N, P, R, grouped=False)
     assert plain.tokens == N * GROUP * (P + R - 1)
     assert plain.pairs == GROUP * first.pairs + later.pairs
+    # Decoding reads all weights for each token after the first; a prompt's cache once a token, whatever G is.
+    shape, later = TINY_MODELS["tiny Llama"], shapes.decode(1, 10, 3)
+    weights = shape.linear + shape.vocab * shape.hidden
+    per_token = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads)
+    assert later.bytes(shape) == 2 * (2 * weights + (2 * 10 + GROUP * (1 + 2)) * per_token)
     assert shapes.known_peak("NVIDIA H100 80GB HBM3") == (989e12, "NVIDIA H100 data sheet, SXM")
     assert shapes.known_peak("NVIDIA H100 PCIe") is None
 
@@ -49,12 +54,22 @@ def test_a_phase_computes_what_its_parts_do() -> None:
 def test_the_table() -> None:
     row = {"model": "m", "tokens": "4/8", "phase": "update", "variant": "grouped, SDPA"}
     rows = [
-        {**row, "seconds": 0.5, "rounds": 3, "count": 1000, "flops": 1e12, "memory_gb": 1.25},
+        {
+            **row,
+            "seconds": 0.5,
+            "rounds": 3,
+            "count": 1000,
+            "flops": 1e12,
+            "bytes": 4e9,
+            "memory_gb": 1.25,
+            "kernels": 70,
+            "waits": 2,
+        },
         {**row, "note": "does not fit"},
         {**row, "error": "RuntimeError: no"},
     ]
-    lines = table(rows, 1e13)
-    assert "| m | 4/8 | update | grouped, SDPA | 0.5 | 3 | 2,000 | 1.2 | 20.0 % |" in lines
+    lines = table(rows, 1e13, 5e12, 2e12)
+    assert "| m | 4/8 | update | grouped, SDPA | 0.5 | 3 | 2,000 | 0.2 | 0.002 | 20.0 % | 70 | 2 | 1.2 |" in lines
     assert "- m, update 4/8 grouped, SDPA: does not fit" in lines
     assert "- m, update 4/8 grouped, SDPA: RuntimeError: no" in lines
     assert lines.index("FAILED:") > lines.index("Left out:")

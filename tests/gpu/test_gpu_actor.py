@@ -41,8 +41,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def a_model(family: str, path: Path) -> Path:
-    from tests.student_models import save
-    from tests.teacher_models import save_tokenizer
+    from tests.support.student_models import save
+    from tests.support.teacher_models import save_tokenizer
 
     if family == "wide llama":  # a row of a matrix is one block of 4-bit weights or more
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}

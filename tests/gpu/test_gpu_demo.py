@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.device import DEVICE, DRY_RUN, ON_DEVICE, worker_environment
-from tests.runs import ROOT, command, metrics
+from tests.support.runs import ROOT, command, metrics
 
 pytestmark = ON_DEVICE
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.gpu.device import DEVICE, KERNELS, ON_DEVICE, a_row, policy_on, relative
-from tests.student_models import FAMILIES
+from tests.support.student_models import FAMILIES
 
 pytestmark = ON_DEVICE
 

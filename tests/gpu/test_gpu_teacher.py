@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from inference.attention.packing import groups_of
 from inference.client import TeacherClient
-from inference.packing import groups_of
 from tests.gpu.device import GROUP, ON_DEVICE, PROMPTS, RESPONSES
-from tests.teacher_models import build, reference_logits, save_tokenizer
-from tests.teacher_servers import SECRET, serve
+from tests.support.teacher_models import build, reference_logits, save_tokenizer
+from tests.support.teacher_servers import SECRET, serve
 
 pytestmark = ON_DEVICE
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -55,10 +55,10 @@ def test_scores_and_answers_are_those_of_transformers(
     logits = [reference_logits(model, PROMPTS[b // GROUP], r) for b, r in enumerate(RESPONSES)]
     labels_S = torch.tensor([t for r in RESPONSES for t in r])
     want_S = torch.cat(logits).log_softmax(-1).gather(-1, labels_S[:, None])[:, 0]
-    gap_S = (score.logprobs_S - want_S).abs()
+    gap_S = (score - want_S).abs()
     assert float(gap_S.mean()) <= TOLERANCE[dtype], log.read_text()[-2000:]
     output = model.get_output_embeddings().weight.detach().float()
-    again_S = (hidden.hidden_SH.float() @ output.T).log_softmax(-1).gather(-1, labels_S[:, None])[:, 0]
+    again_S = (hidden.float() @ output.T).log_softmax(-1).gather(-1, labels_S[:, None])[:, 0]
     assert float((again_S - want_S).abs().mean()) <= TOLERANCE[dtype]
     if dtype == "float32":
         assert list(answers.responses) == [greedy(model, prompt) for prompt in PROMPTS]

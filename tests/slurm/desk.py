@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.runs import ROOT, TINY, environment, timeless
-from tests.runs import metrics as read_metrics
 from tests.slurm.cluster import NODES, Cluster, run, until
+from tests.support.runs import ROOT, TINY, environment, timeless
+from tests.support.runs import metrics as read_metrics
 
 SITE = """
 : "${GRPO_KD_TIME:=30}" "${GRPO_KD_GPUS_PER_NODE:=0}" "${GRPO_KD_RANKS_PER_NODE:=1}" "${GRPO_KD_CPUS_PER_RANK:=2}"

@@ -1,0 +1,322 @@
+"""One model through EuroEval's Faroese tasks: EuroEval's own steps, kept as they finish, and the result file.
+
+Result (euroeval.json; scores in EuroEval's scale, percent or 100 times a correlation):
+
+    values    TASK/METRIC with EuroEval's interval over the iterations; none for one iteration
+    data      by TASK: source (hub, local, demo), id, revision, sha256 and rows by split
+    rows      one a task: task; comparable and why_not, with EuroEval's leaderboard; truncated, prompts that were too
+              long for the model; scores by METRIC, one an iteration; seconds; device; key, what it depends on;
+              generations, path of a JSONL beside the file: iteration, prompt, generation, prediction, gold
+
+The folder euroeval/ beside the result file holds the generations, EuroEval's own euroeval_benchmark_results.jsonl, and
+while a task goes on what it has generated so far: the same call again goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.io.files import write_atomically
+from configs.io.results import Result, Value, read_result, versions
+from eval.euroeval.data import TASKS, Row, Source, endpoint, fingerprint, stage
+from eval.measures.model import Model
+
+RESULT = "euroeval.json"
+LEADERBOARD_ITERATIONS = 10
+PACKAGES = ("euroeval", "transformers", "torch", "datasets", "scikit-learn", "seqeval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the tasks are put, and where their data come from."""
+
+    tasks: tuple[str, ...]
+    """Names out of eval.euroeval.data.TASKS."""
+    source: Source
+    """hub, local or demo."""
+    folder: Path | None
+    """Local splits; None: the hub."""
+    cache_dir: Path
+    """Where `datasets` keeps its own."""
+    iterations: int = LEADERBOARD_ITERATIONS
+    """Bootstrap samples of the data, each with its own examples."""
+    split: str = "test"
+    """test or val."""
+    few_shot: bool = True
+    """Show examples."""
+    kind: str | None = None
+    """base or instruct; None: instruct where the tokenizer has a chat template."""
+    batch: int = 16
+    """Rows generated at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A task's data, loaded once."""
+
+    config: Any
+    """EuroEval's DatasetConfig; from the hub unmodified, else with another source."""
+    about: dict[str, Any]
+    """`data` of the result."""
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def dataset_configs() -> dict[str, Any]:
+    """The installed EuroEval's Faroese configurations by name."""
+    from euroeval.dataset_configs import get_all_dataset_configs
+
+    every = get_all_dataset_configs(custom_datasets_file=Path("custom_datasets.py"))
+    return {name: config for name, config in every.items() if "fo" in [one.code for one in config.languages]}
+
+
+def load_data_set(name: str, settings: Settings, work: Path) -> DataSet:
+    """A task's data from the hub, or from local splits that have been checked; ValueError where they do not come."""
+    from euroeval.data_loading import load_raw_data
+
+    from eval.euroeval.metrics import use_local_metrics
+
+    config = dataset_configs()[name]
+    identity, revision = str(config.source), None
+    if settings.folder is not None:
+        identity = f"demo/{name}" if settings.source == "demo" else str(settings.folder / name)
+        config = replace(config, source=str(stage(settings.folder, work / "data", name).resolve()))
+    use_local_metrics(config.task.metrics)
+    try:
+        if settings.source == "hub":
+            from huggingface_hub import HfApi
+
+            revision = HfApi(endpoint=endpoint()).dataset_info(identity, timeout=10).sha
+        splits = load_raw_data(dataset_config=config, cache_dir=str(settings.cache_dir))
+    except Exception as error:  # the hub's clients raise nearly anything
+        raise _lost(identity, settings.source, error) from error
+    about = {
+        "source": settings.source,
+        "id": identity,
+        "revision": revision,
+        "sha256": {split: fingerprint(rows) for split, rows in splits.items()},
+        "rows": {split: len(rows) for split, rows in splits.items()},
+    }
+    return DataSet(config=config, about=about)
+
+
+def _lost(identity: str, source: Source, error: Exception) -> ValueError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+    if source != "hub":
+        return ValueError(f"{identity}: the data cannot be loaded ({reason})")
+    return ValueError(
+        f"{identity}: the hub ({endpoint()}) does not give it ({reason}); what is finished is kept, so give the same "
+        "command again when the hub answers, or --data DIR with local splits"
+    )
+
+
+# --- one model -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(model: Model, name: str, settings: Settings) -> Result:
+    """Run all tasks that are not finished yet, and write the result file after each.
+
+    `name`: the model as the user calls it. ValueError names the mend.
+    """
+    from tqdm import tqdm
+
+    from eval.euroeval.model import Engine, prepare_tokenizer
+
+    output, work = model.folder / RESULT, model.folder / "euroeval"
+    work.mkdir(parents=True, exist_ok=True)
+    kind = settings.kind or ("base" if model.tokenizer.chat_template is None else "instruct")
+    if kind == "instruct" and model.tokenizer.chat_template is None:
+        raise ValueError(f"--kind instruct: {name} has no chat template; leave the option out or say --kind base")
+    settings = replace(settings, kind=kind)
+    prepare_tokenizer(model.tokenizer, model.network, kind)
+    data = {task: load_data_set(task, settings, work) for task in settings.tasks}
+    asked = {key: getattr(settings, key) for key in ("kind", "iterations", "split", "few_shot", "batch")}
+    asked["dtype"] = model.dtype
+    result = Result(
+        measure="euroeval", model=name, data={}, settings=asked, versions=versions(*PACKAGES), values={}, rows=[]
+    )
+    identity = f"{model.weights} {asked} {result.versions}"
+    hashes = {task: f"{identity} {one.about['sha256']}".encode() for task, one in data.items()}
+    keys = {task: hashlib.sha256(content).hexdigest()[:16] for task, content in hashes.items()}
+    result = _with_finished(result, output, keys)
+    engine = Engine(model.network, model.tokenizer, batch=settings.batch)
+    for number, task in enumerate(settings.tasks, start=1):
+        if task not in result.data:
+            rows = settings.iterations * data[task].about["rows"][settings.split]
+            title = f"{name}: {task} ({number} of {len(settings.tasks)})"
+            with tqdm(total=rows, desc=title, unit="row", dynamic_ncols=True) as bar:
+                engine.progress = bar.update
+                values, row = _run_task(engine, name, data[task], settings, work / f"{task}-{keys[task]}")
+                bar.update(rows - bar.n)  # rows that a sample holds twice are answered once
+            result = _with_task(result, data[task].about, values, {"task": task, **row, "key": keys[task]})
+            result.write(output)
+    result.write(output)
+    shutil.rmtree(work / "data", ignore_errors=True)
+    return result
+
+
+def _with_task(result: Result, data: Mapping[str, Any], values: Mapping[str, Value], row: Row) -> Result:
+    return replace(
+        result,
+        data={**result.data, row["task"]: data},
+        values={**result.values, **values},
+        rows=[*result.rows, row],
+    )
+
+
+def _with_finished(result: Result, output: Path, keys: Mapping[str, str]) -> Result:
+    """With the tasks that an earlier call finished with the same keys; none where its file cannot be read."""
+    try:
+        earlier = read_result(output)
+        for row in earlier.rows:
+            task = str(row["task"])
+            if row["key"] == keys.get(task):
+                values = {key: value for key, value in earlier.values.items() if key.startswith(f"{task}/")}
+                result = _with_task(result, earlier.data[task], values, dict(row))
+    except (ValueError, KeyError, TypeError):
+        pass
+    return result
+
+
+def _run_task(engine: Any, name: str, data: DataSet, settings: Settings, current: Path) -> tuple[dict[str, Value], Row]:
+    """EuroEval's steps of one model on one data set: (values, row of the result).
+
+    `current`: folder of what is generated while the task goes on; a killed call's is gone on with.
+    """
+    from eval.measures.generation import Journal
+
+    start, task, work = time.monotonic(), data.config.name, current.parent
+    for leftover in work.glob(f"{task}-*"):
+        if leftover != current:  # of an evaluation with other settings or another model
+            shutil.rmtree(leftover)
+    current.mkdir(exist_ok=True)
+    engine.journal = Journal(current / "journal.jsonl")
+    record, local = _harness(engine, name, data.config, settings, current)
+    generations = work / f"{task}.jsonl"
+    write_atomically(generations, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in local.rows))
+    record.append_to_results(results_path=work / "euroeval_benchmark_results.jsonl")
+    shutil.rmtree(current)
+    why_not = _why_not(engine.model, data, settings, local.truncated)
+    metrics = data.config.task.metrics
+    values = {f"{task}/{metric.name}": _value(record.results["total"], metric.name) for metric in metrics}
+    return values, {
+        "comparable": not why_not,
+        "why_not": "; ".join(why_not) or None,
+        "truncated": local.truncated,
+        "generations": f"{work.name}/{generations.name}",
+        "seconds": round(time.monotonic() - start, 1),
+        "device": str(engine.model.device),
+        "scores": {
+            metric.name: [metric.postprocessing_fn(scores[metric.name])[0] for scores in record.results["raw"]]
+            for metric in metrics
+        },
+    }
+
+
+def _value(total: Mapping[str, float], metric: str) -> Value:
+    """EuroEval's mean; the radius of its interval is not known from one iteration."""
+    mean, radius = total[f"test_{metric}"], total[f"test_{metric}_se"]
+    return Value(mean) if math.isnan(radius) else Value(mean, mean - radius, mean + radius)
+
+
+def _harness(engine: Any, name: str, config: Any, settings: Settings, current: Path) -> tuple[Any, Any]:
+    """EuroEval's record of the task, and the model that it asked."""
+    from euroeval.benchmarker import Benchmarker
+    from euroeval.data_models import ModelConfig
+    from euroeval.enums import InferenceBackend, ModelType
+    from euroeval.exceptions import InvalidBenchmark, InvalidModel
+
+    from eval.euroeval.model import LocalModel
+
+    benchmark_config = _benchmark_config(engine, config, settings)
+    model_config = ModelConfig(
+        model_id=name,
+        revision="main",
+        param=None,
+        task="text-generation",
+        languages=[],
+        merge=False,
+        inference_backend=InferenceBackend.VLLM,
+        model_type=ModelType.GENERATIVE,
+        fresh=False,
+        model_cache_dir=str(current),
+        adapter_base_model_id=None,
+    )
+    model = LocalModel(engine, model_config, config, benchmark_config)
+    try:
+        # Benchmarker's own method for one model on one data set; the rest of it finds models and writes caches.
+        record = Benchmarker._benchmark_single(
+            None, model, model_config, config, benchmark_config, num_finished_benchmarks=0, num_total_benchmarks=1
+        )
+    except (InvalidBenchmark, InvalidModel) as error:
+        record = error
+    if isinstance(record, InvalidBenchmark | InvalidModel):
+        raise ValueError(f"{name}, {config.name}: EuroEval says: {' '.join(record.message.split())}")
+    return record, model
+
+
+def _benchmark_config(engine: Any, config: Any, settings: Settings) -> Any:
+    """EuroEval's settings."""
+    from euroeval.data_models import BenchmarkConfig
+    from euroeval.enums import GenerativeType
+
+    return BenchmarkConfig(
+        datasets=[config],
+        languages=list(config.languages),
+        finetuning_batch_size=1,
+        raise_errors=True,
+        cache_dir=str(settings.cache_dir),
+        api_key=None,
+        api_base=None,
+        api_version=None,
+        progress_bar=False,
+        save_results=False,
+        device=engine.model.device,
+        trust_remote_code=False,
+        clear_model_cache=False,
+        evaluate_test_split=settings.split == "test",
+        few_shot=settings.few_shot,
+        num_iterations=settings.iterations,
+        gpu_memory_utilization=0.0,
+        requires_safetensors=True,
+        generative_type=GenerativeType.BASE if settings.kind == "base" else GenerativeType.INSTRUCTION_TUNED,
+        download_only=False,
+        force=True,
+        verbose=False,
+        debug=False,
+        run_with_cli=False,
+    )
+
+
+def _why_not(model: Any, data: DataSet, settings: Settings, truncated: int) -> list[str]:
+    """Reasons why the figures may not stand beside the leaderboard's."""
+    reasons, task = [], TASKS[data.config.name]
+    if data.about["source"] != "hub":
+        reasons.append(f"the data are {data.about['source']}, not EuroEval's")
+    if not task.official:
+        reasons.append("not one of the leaderboard's data sets")
+    if settings.iterations != LEADERBOARD_ITERATIONS:
+        reasons.append(f"{settings.iterations} iterations, not {LEADERBOARD_ITERATIONS}")
+    if settings.split != "test":
+        reasons.append("the validation split")
+    if not settings.few_shot:
+        reasons.append("without examples")
+    if truncated:
+        reasons.append(f"{truncated} prompts were longer than the model's context and lost their beginning")
+    if task.kind == "entities":
+        reasons.append("the JSON of the answers is not enforced, as EuroEval does with vLLM")
+    sampling = sorted(
+        {"temperature", "top_p", "top_k", "repetition_penalty"} & set(model.generation_config.to_diff_dict())
+    )
+    if sampling:
+        reasons.append(f"greedy, although the model's generation_config.json sets {', '.join(sampling)}")
+    return reasons

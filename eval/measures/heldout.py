@@ -1,0 +1,109 @@
+"""Held-out questions, answered greedily as the trainer does at a run's end: SQuAD's token F1 and exact match.
+
+    python eval/heldout.py --model DIR        asks as the model's run did
+    python eval/measure.py heldout --model DIR --data questions.jsonl
+
+Comparable between models that were asked alike, not with EuroEval's leaderboard (eval/run_euroeval.py).
+
+Result (heldout.json): values f1 and exact_match, in percent; rows {id, question, context, answers, prediction, f1,
+exact_match}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.io.jsonl import read_questions
+from configs.io.results import Result, about_file, versions
+from configs.prompts import Format, PromptKind, render
+from configs.schema import RunConfig
+from eval.measures.intervals import interval, means
+from eval.measures.model import Model, context_length, end_tokens
+from rewards.answers import answer_row
+
+Question = dict[str, Any]
+_DEFAULTS = RunConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutSettings:
+    """Which questions, and how they are put."""
+
+    data: Path
+    """JSONL with question, answers and perhaps context, id in each row."""
+    template: str = _DEFAULTS.data.template
+    """How a question becomes a prompt."""
+    context_template: str = _DEFAULTS.data.context_template
+    """How a question with a context becomes a prompt."""
+    max_prompt_tokens: int = _DEFAULTS.data.max_prompt_tokens
+    """Longer prompts are counted and skipped."""
+    max_new_tokens: int = _DEFAULTS.sampling.max_new_tokens
+    """Longest answer, in tokens."""
+    questions: int | None = _DEFAULTS.eval.questions
+    """Questions asked, of those that fit. None: all."""
+    batch: int = _DEFAULTS.eval.batch
+    """Questions answered at a time."""
+    prompt: PromptKind = "auto"
+    """How the model is asked: as student.prompt of a run."""
+    system_prompt: str | None = None
+    """A system message (chat)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template takes."""
+
+    def asked(self, tokenizer: Any) -> Format:
+        """How a model with this tokenizer is asked."""
+        templates = self.template + self.context_template
+        return Format(tokenizer, self.prompt, self.system_prompt, self.chat_template_kwargs, parsed=templates)
+
+
+def heldout(model: Model, settings: HeldoutSettings) -> Result:
+    """Every question that fits, answered. Raises ValueError where none does."""
+    questions = read_questions(settings.data)
+    asked = settings.asked(model.tokenizer)
+    prompts = [list(asked.prompt(render(one, settings))) for one in questions]
+    room, longest = context_length(model.network), settings.max_prompt_tokens
+    if room is not None:  # for prompt and answer
+        longest = min(longest, room - settings.max_new_tokens)
+    fitting = [index for index, prompt in enumerate(prompts) if len(prompt) <= longest]
+    if not fitting:
+        raise ValueError(
+            f"data.max_prompt_tokens: every prompt is longer than {longest} tokens (the shortest has "
+            f"{min(map(len, prompts))}); raise it in the run's config.yaml, or shorten the contexts"
+        )
+    kept = fitting[: settings.questions]
+    replies = greedy_replies(model, [prompts[index] for index in kept], settings)
+    rows = [answer_row(questions[index], reply) for index, reply in zip(kept, replies, strict=True)]
+    places = [str(place) for place in range(len(rows))]
+    how = asdict(settings)
+    del how["data"]
+    return Result(
+        measure="heldout",
+        model=model.path,
+        data={**about_file(settings.data, len(rows)), "skipped_too_long": len(questions) - len(fitting)},
+        settings={**how, "dtype": model.dtype},
+        versions=versions("torch", "transformers"),
+        values={key: interval(means(places, [row[key] for row in rows])) for key in ("f1", "exact_match")},
+        rows=rows,
+    )
+
+
+def greedy_replies(model: Model, prompts: Sequence[list[int]], settings: HeldoutSettings) -> list[str]:
+    """The model's answer to each prompt: the likeliest token each time, up to its end or max_new_tokens.
+
+    The whole answer is given back, stripped; a model that does not stop is not helped by cutting at a new line.
+    """
+    from tqdm import tqdm
+
+    from eval.measures.generation import Decoding, generate
+
+    ends = end_tokens(model.network, model.tokenizer) | {settings.asked(model.tokenizer).end}
+    decoding = Decoding(max_new_tokens=settings.max_new_tokens, batch=settings.batch, ends=ends)
+    path = Path(model.path)
+    label = path.parent.name if path.name == "export" else path.name
+    with tqdm(total=len(prompts), desc=label, unit="question", dynamic_ncols=True) as bar:
+        found = generate(model.network, prompts, decoding, progress=bar.update)
+    tokens = [one.tokens[:-1] if one.tokens[-1] in ends else one.tokens for one in found]
+    return [model.tokenizer.decode(one, skip_special_tokens=True).strip() for one in tokens]

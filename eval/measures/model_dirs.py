@@ -1,0 +1,103 @@
+"""Which model is measured, whether it is one, and where its results go."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.io.files import read_json
+from configs.io.hub import find_model
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+def newest_export(runs_dir: Path) -> Path:
+    """The export that was written last."""
+    exports = [path.parent for path in runs_dir.glob("*/export/config.json")]
+    if not exports:
+        raise ValueError(
+            f"--runs_dir = {str(runs_dir)!r}: no run with an export in it; train first (bash slurm/run_stage2_grpo.sh) "
+            "or give --model DIR"
+        )
+    return max(exports, key=lambda export: (export / "config.json").stat().st_mtime_ns)
+
+
+def check_model(named: str | Path) -> Path:
+    """The directory of a model, by its path or its hub id, with configuration, weights and tokenizer, seen before
+    anything is loaded. Raises ValueError."""
+    name, model = f"--model {named}", find_model("--model", named)
+    if not model.is_dir():
+        raise ValueError(f"{name}: no such directory; give a Hugging Face model directory or a hub id")
+    if (model / "adapter_config.json").is_file():
+        _check_adapter(model, name)
+        return model
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{name}: no config.json in it; give a Hugging Face model directory")
+    if not any(model.glob("*.safetensors")):
+        raise ValueError(f"{name}: no weights (*.safetensors) in it; save the model with save_pretrained")
+    if not any((model / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"{name}: no tokenizer in it; save one there with save_pretrained")
+    return model
+
+
+def _check_adapter(model: Path, name: str) -> None:
+    """An adapter's own weights, and the model that it goes on top of."""
+    if not any(model.glob("adapter_model*.safetensors")):
+        raise ValueError(f"{name}: no weights (adapter_model.safetensors) in it; save the adapter with save_pretrained")
+    try:
+        base = read_json(model / "adapter_config.json")["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{name}: adapter_config.json does not say base_model_name_or_path") from None
+    check_model(base)
+
+
+def run_of(model: str | Path) -> Path | None:
+    """The run whose export this is."""
+    path = Path(model).resolve()
+    run = path.parent
+    return Path(os.path.relpath(run)) if path.name == "export" and (run / "config.yaml").is_file() else None
+
+
+def run_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings in a run's config.yaml. Raises ValueError where it is not there, or lacks a `needed` section."""
+    file = run / "config.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{run}: no config.yaml in it; give the folder of a run (runs/NAME)") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict) or not set(needed) <= content.keys():
+        raise ValueError(f"{file}: not the config.yaml of a run; give the folder of a run (runs/NAME)")
+    return content
+
+
+def output_folder(model: str | Path, runs_dir: str | Path) -> Path:
+    """Where results go: beside the run's other evaluations, else into a folder named after the model. A hub id, of
+    which there is no directory here, counts as its own path."""
+    run = run_of(model)
+    if run is None:
+        resolved = str(Path(model).resolve() if Path(model).exists() else model)
+        digest = hashlib.sha256(resolved.encode()).hexdigest()[:8]
+        run = Path(runs_dir) / "models" / f"{Path(resolved).name}-{digest}"
+    return run / "eval"
+
+
+def newest_run(runs_dir: str | Path) -> Path:
+    """The run whose evaluation or configuration was written last. Raises ValueError where there is none."""
+    runs = [path.parent for path in Path(runs_dir).glob("*/config.yaml")]
+    if not runs:
+        raise ValueError(
+            f"--runs_dir = {str(runs_dir)!r}: no run in it; train first (bash slurm/run_stage2_grpo.sh), or name one"
+        )
+
+    def written(run: Path) -> int:
+        files = [run / "config.yaml", run / "summary.json", *run.glob("eval/*.json")]
+        return max(file.stat().st_mtime_ns for file in files if file.is_file())
+
+    return max(runs, key=written)

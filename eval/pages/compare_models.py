@@ -1,0 +1,163 @@
+"""Who is compared: the student before its training and after each stage, its teacher, other models, published figures.
+
+Reads evaluation files only; nothing is loaded or measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.io.results import find_result
+from eval.measures.model_dirs import output_folder, run_config, run_of
+from eval.pages.compare_scores import Score, Scores, read_folder, read_heldout, read_teacher_check
+
+_config = partial(run_config, needed=("student", "teacher", "data"))
+PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """A row of the comparison."""
+
+    name: str
+    """As the tables call it."""
+    kind: str
+    """`before`, `after`, `teacher`, `model` or `published`."""
+    source: str
+    """Model directory, or where the figure was published."""
+    scores: Scores
+    """By key."""
+    answers: Sequence[Mapping[str, Any]] = ()
+    """Of the held-out evaluation, each with `prediction` and `f1`."""
+    translations: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """By direction: sentences with `source`, `reference` and `written`."""
+
+
+def entrants_of(runs: Sequence[Path], models: Sequence[str], runs_dir: Path) -> list[Entrant]:
+    """All rows but the published ones. Those that share a model directory and a kind are one row."""
+    found: list[Entrant] = []
+    for run in runs:
+        stages = [*_stages_before(run, runs_dir), run]
+        several = len(stages) > 1 or len(runs) > 1
+        start = str(_config(stages[0])["student"]["path"])
+        after_name = f"After {run.name}" if several else "Student after"
+        found.append(_student(start, "Student before", "before", runs_dir, None, stages[0]))
+        for stage, following in zip(stages, [*stages[1:], None], strict=True):
+            name = f"After {stage.name}" if stage != run else after_name
+            found.append(_student(str(stage / "export"), name, "after", runs_dir, stage, following))
+        found.append(_teacher(run, runs_dir))
+    for model in models:
+        found.append(_model(model, runs_dir))
+    merged: dict[tuple[str, str], Entrant] = {}
+    for one in found:
+        key = (one.source, one.kind)
+        merged[key] = one if key not in merged else _merged(merged[key], one)
+    order = {"before": 0, "after": 1, "model": 2, "teacher": 3}
+    rows = sorted((one for one in merged.values() if one.scores), key=lambda one: order[one.kind])
+    return _with_own_names(rows)
+
+
+def published(file: Path = PUBLISHED_FILE) -> list[Entrant]:
+    """The figures of published.yaml."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = []
+    for row in content["figures"]:
+        source = content["sources"][row["source"]]
+        caveat = f"published ({source['title']}): {source['caveat']}"
+        scores = {
+            f"euroeval/{key}": Score(value=float(value), conditions={"published": row["source"]}, caveat=caveat)
+            for key, value in row.items()
+            if "/" in key
+        }
+        found.append(Entrant(name=row["model"], kind="published", source=source["address"], scores=scores))
+    return found
+
+
+def _stages_before(run: Path, runs_dir: Path) -> list[Path]:
+    """The runs whose exports this run started from, the first one first."""
+    stages: list[Path] = []
+    earlier = run_of(_config(run)["student"]["path"])
+    while earlier is not None and earlier.resolve() not in [stage.resolve() for stage in (run, *stages)]:
+        stages.insert(0, earlier)
+        earlier = run_of(_config(earlier)["student"]["path"])
+    return stages
+
+
+def _student(path: str, name: str, kind: str, runs_dir: Path, trained_by: Path | None, started: Path | None) -> Entrant:
+    """The student as `trained_by` left it and `started` found it."""
+    files = [run / "eval" / file for run, file in ((trained_by, "after.json"), (started, "before.json")) if run]
+    return _entrant(path, name, kind, runs_dir, files, started, "student")
+
+
+def _teacher(run: Path, runs_dir: Path) -> Entrant:
+    path = str(_config(run)["teacher"]["path"])
+    return _entrant(path, "Teacher", "teacher", runs_dir, [run / "eval" / "teacher.json"], run, "teacher")
+
+
+def _model(path: str, runs_dir: Path) -> Entrant:
+    folder = output_folder(path, runs_dir)
+    if not folder.is_dir():
+        raise ValueError(f"--model {path}: no evaluation of it in {folder}; run python eval/measure.py perplexity")
+    run = run_of(path)
+    return _entrant(path, f"After {run.name}" if run is not None else Path(path).name, "model", runs_dir)
+
+
+def _entrant(
+    path: str,
+    name: str,
+    kind: str,
+    runs_dir: Path,
+    heldout: Sequence[Path] = (),
+    started: Path | None = None,
+    who: str = "",
+) -> Entrant:
+    """What lies in a model's eval folder, in a run's `heldout` evaluations, which count for more, and in the check of
+    the pair at the start of the run `started`, which counts for less."""
+    folder = output_folder(path, runs_dir)
+    scores = read_folder(folder)
+    asked = [one for one in map(find_result, (folder / "heldout.json", *heldout)) if one is not None]
+    for result in asked:
+        scores |= read_heldout(result, folder)
+    check = None if started is None else find_result(started / "eval" / "minimal_pairs.json")
+    return Entrant(
+        name=name,
+        kind=kind,
+        source=str(Path(path).resolve() if Path(path).exists() or kind != "model" else path),
+        scores=scores if check is None else {**read_teacher_check(check, who), **scores},
+        answers=next((one.rows for one in reversed(asked) if one.rows), ()),
+        translations=_translations(folder),
+    )
+
+
+def _translations(folder: Path) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    result = find_result(folder / "translate.json")
+    rows = result.rows if result is not None else ()
+    return {name: [row for row in rows if row["direction"] == name] for name in {row["direction"]: 0 for row in rows}}
+
+
+def _merged(first: Entrant, second: Entrant) -> Entrant:
+    return replace(
+        first,
+        scores={**second.scores, **first.scores},
+        answers=first.answers or second.answers,
+        translations=first.translations or second.translations,
+    )
+
+
+def _with_own_names(rows: Sequence[Entrant]) -> list[Entrant]:
+    """No two rows have one name: a second one gets the name of its folder."""
+    seen: dict[str, int] = {}
+    named = []
+    for row in rows:
+        count = seen.get(row.name, 0)
+        seen[row.name] = count + 1
+        path = Path(row.source)
+        folder = path.parent.name if path.name == "export" else path.name
+        named.append(row if count == 0 else replace(row, name=f"{row.name} ({folder})"))
+    return named

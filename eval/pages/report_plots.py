@@ -1,0 +1,283 @@
+"""The curves of a run: each drawn once, as SVG for the page (in its light or dark colours) and as PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Series = dict[str, list[float]]
+Draw = Callable[[Axes], None]
+
+# Colours of the PNG and of the light page; in the SVG each becomes a CSS variable, which the dark page sets anew.
+INK, GRID = "#3b4252", "#d8dce4"
+PALETTE = ("#2a6fdb", "#c8620a", "#1b7f4d", "#8a4bc2", "#b3315f", "#6b7280")
+CSS_COLOURS = {INK: "var(--ink)", GRID: "var(--grid)"} | {
+    colour: f"var(--series-{index})" for index, colour in enumerate(PALETTE)
+}
+DASHES = ("-", "--", ":")
+"""Of the second and third six lines of a chart."""
+STYLE = {
+    "font.size": 9,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",  # text stays text: selectable, and small
+    "svg.hashsalt": "grpo-kd",  # the same run gives the same page
+    "text.parse_math": False,
+}
+
+PHASES = ("sample", "teacher", "reference", "update")
+# key: title, unit, factor
+CURVES = {
+    "reward/mean": ("Reward", "mean of the responses", 1.0),
+    "kl/teacher": ("Reverse KL to the teacher", "nats a token", 1.0),
+    "kl/reference": ("KL to the reference", "nats a token", 1.0),
+    "validation/f1": ("Validation F1", "%", 1.0),
+    "validation/exact_match": ("Validation exact match", "%", 1.0),
+    "validation/reverse_kl": ("Validation reverse KL to the teacher", "nats a token", 1.0),
+    "length/mean": ("Response length", "tokens", 1.0),
+    "length/finished_share": ("Responses that end by themselves", "%", 100.0),
+    "loss/policy": ("Policy loss", "", 1.0),
+    "loss/pt": ("Language-model loss on raw text (L_PT)", "nats a token", 1.0),
+    "loss/bc": ("Behaviour-cloning loss (L_BC)", "nats a token", 1.0),
+    "loss/kl": ("KL term of the loss", "nats a token", 1.0),
+    "loss/single_step": ("Single-step KL (MiniLLM)", "nats a token", 1.0),
+    "loss/value": ("Critic loss", "", 1.0),
+    "loss/total": ("Total loss", "", 1.0),
+    "grad_norm": ("Gradient norm", "", 1.0),
+    "learning_rate": ("Learning rate", "", 1.0),
+    "entropy": ("Entropy of the policy", "nats a token", 1.0),
+    "clip_share": ("Clipped tokens", "%", 100.0),
+    "tokens_per_second": ("Speed", "tokens a second", 1.0),
+}
+GROUPS = {
+    "reward parts": ("Reward by part", "mean of the responses"),
+    "seconds": ("Seconds of a step by phase", "seconds"),
+    "mismatch": ("Sampling against training log-probabilities", "nats a token"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """One small chart."""
+
+    slug: str
+    """Name in the PNG's file name."""
+    title: str
+    """Heading, plain text."""
+    alt: str
+    """What the chart shows, for those who do not see it."""
+    svg: str
+    """Inline SVG whose colours are CSS variables."""
+    png: bytes
+    """The same on white."""
+
+
+def draw_plots(steps: Sequence[int], metrics: Series) -> list[Plot]:
+    """A chart for every key of metrics.jsonl; phases, reward parts and mismatches share one each."""
+    if not steps:
+        return []
+    left = {key: values for key, values in metrics.items() if any(map(math.isfinite, values))}
+    parts = {key: left.pop(key) for key in list(left) if key.startswith("reward/") and key != "reward/mean"}
+    seconds = {key: left.pop(key) for key in list(left) if key.startswith("seconds/")}
+    mismatch = {key: left.pop(key) for key in list(left) if key.startswith("mismatch/")}
+    plots = []
+    for key in [*(key for key in CURVES if key in left), *(key for key in left if key not in CURVES)]:
+        title, unit, factor = CURVES.get(key, (key, "", 1.0))
+        values = [value * factor for value in left[key]]
+        plots.append(_plot(slug_of(key), title, unit, _alt(title, unit, steps, values), _curve(steps, values)))
+        if key == "reward/mean" and len(parts) > 1:
+            plots.append(_group_plot("reward parts", steps, parts))
+    if len(parts) == 1 and "reward/mean" not in left:
+        plots.insert(0, _group_plot("reward parts", steps, parts))
+    if seconds:
+        plots.append(_seconds_plot(steps, seconds))
+    if mismatch:
+        plots.append(_group_plot("mismatch", steps, mismatch))
+    return plots
+
+
+def draw_curves(runs: Mapping[str, tuple[Sequence[int], Series]]) -> list[Plot]:
+    """A chart for each curve that a run (steps, metrics; by name) has, with a line for each run that has it."""
+    plots = []
+    for key, (title, unit, factor) in CURVES.items():
+        lines = {
+            name: (steps, [value * factor for value in metrics[key]])
+            for name, (steps, metrics) in runs.items()
+            if any(map(math.isfinite, metrics.get(key, ())))
+        }
+        if lines:
+            alt = f"{title}: {'; '.join(_alt(name, unit, *line) for name, line in lines.items())}"
+            draw = _lines(lines, list(runs))
+            plots.append(_plot(slug_of(key), title, unit, alt, draw, 2.4 + 0.16 * len(lines)))
+    return plots
+
+
+def _lines(lines: Mapping[str, tuple[Sequence[int], list[float]]], names: Sequence[str]) -> Draw:
+    """One smoothed line a run; a run has the same colour and dashes in every chart, by its place in `names`."""
+
+    def draw(axes: Axes) -> None:
+        for name, (steps, values) in lines.items():
+            cycle, colour = divmod(names.index(name), len(PALETTE))
+            known = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+            at, shown = [s for s, _ in known], moving_average([v for _, v in known], smoothing_window(len(known)))
+            marker = "o" if len(known) == 1 else None
+            dashes = DASHES[cycle % len(DASHES)]
+            axes.plot(at, shown, color=PALETTE[colour], linestyle=dashes, linewidth=1.5, marker=marker, label=name)
+        _legend(axes, ncols=2 if max(map(len, lines)) < 18 else 1)
+
+    return draw
+
+
+def moving_average(values: Sequence[float], window: int) -> list[float]:
+    """Mean over `window` steps around each step, fewer at the ends; NaN is left out."""
+    before, after = (window - 1) // 2, window // 2
+    means = []
+    for index in range(len(values)):
+        near = [value for value in values[max(0, index - before) : index + after + 1] if math.isfinite(value)]
+        means.append(sum(near) / len(near) if near else float("nan"))
+    return means
+
+
+def smoothing_window(steps: int) -> int:
+    """Steps in the moving average: a tenth of the run, odd; 1 (none) for short ones."""
+    return 1 if steps < 10 else 2 * (steps // 20) + 1
+
+
+def _curve(steps: Sequence[int], values: list[float]) -> Draw:
+    """Raw points with their moving average; what only some steps have is joined as it is."""
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+
+    def draw(axes: Axes) -> None:
+        window = smoothing_window(len(steps))
+        if window == 1 or 2 * len(known) < len(steps):
+            axes.plot(*zip(*known, strict=True), color=PALETTE[0], linewidth=1.4, marker="o", markersize=2.5)
+            return
+        axes.plot(steps, values, color=PALETTE[0], linestyle="none", marker="o", markersize=1.8, alpha=0.35)
+        axes.plot(steps, moving_average(values, window), color=PALETTE[0], linewidth=1.6)
+
+    return draw
+
+
+def _group_plot(group: str, steps: Sequence[int], series: Series) -> Plot:
+    """Several keys in one chart, each smoothed."""
+    title, unit = GROUPS[group]
+    window = smoothing_window(len(steps))
+
+    def draw(axes: Axes) -> None:
+        for index, (key, values) in enumerate(series.items()):
+            colour = PALETTE[index % len(PALETTE)]
+            label = key.split("/", 1)[1]
+            axes.plot(steps, moving_average(values, window), color=colour, linewidth=1.4, label=label)
+        _legend(axes)
+
+    alt = "; ".join(_alt(key, unit, steps, values) for key, values in series.items())
+    return _plot(slug_of(group), title, unit, f"{title}: {alt}", draw)
+
+
+def _seconds_plot(steps: Sequence[int], seconds: Series) -> Plot:
+    """Phases stacked; what the total holds beyond them is `other`."""
+    title, unit = GROUPS["seconds"]
+    total = seconds.get("seconds/total")
+    named = {key.split("/", 1)[1]: np.nan_to_num(values) for key, values in seconds.items() if key != "seconds/total"}
+    stack = {name: named[name] for name in [*PHASES, *(name for name in named if name not in PHASES)] if name in named}
+    if total is not None:
+        rest = np.nan_to_num(total) - sum(stack.values(), np.zeros(len(steps)))
+        # Phases that overlap (the teacher scores while the reference is computed) can add up to more than the total.
+        stack["other"] = np.maximum(rest, 0.0)
+
+    def draw(axes: Axes) -> None:
+        bottom = np.zeros(len(steps))
+        for index, (name, values) in enumerate(stack.items()):
+            colour = PALETTE[index % len(PALETTE)]
+            smooth = np.array(moving_average(list(values), smoothing_window(len(steps))))
+            if len(steps) == 1:
+                axes.bar(steps, smooth, bottom=bottom, color=colour, label=name, width=0.5)
+            else:
+                axes.fill_between(steps, bottom, bottom + smooth, color=colour, label=name, linewidth=0, alpha=0.85)
+            bottom = bottom + smooth
+        axes.set_ylim(bottom=0)
+        _legend(axes)
+
+    means = ", ".join(f"{name} {format_number(float(np.mean(values)))}" for name, values in stack.items())
+    return _plot("seconds", title, unit, f"{title}, mean over the run: {means}", draw)
+
+
+def _legend(axes: Axes, ncols: int = 3) -> None:
+    """Above the curves, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, frameon=False, fontsize=8, handlelength=1.2)
+
+
+def _alt(title: str, unit: str, steps: Sequence[int], values: Sequence[float]) -> str:
+    """First and last value in words."""
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    (first, start), (last, end) = known[0], known[-1]
+    unit = f" {unit}" if unit else ""
+    return f"{title}: {format_number(start)}{unit} at step {first}, {format_number(end)}{unit} at step {last}"
+
+
+def format_number(value: float) -> str:
+    """Four significant digits, without exponents where those hinder reading."""
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def slug_of(key: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-") or "curve"
+
+
+def _plot(slug: str, title: str, unit: str, alt: str, draw: Draw, height: float = 2.5) -> Plot:
+    """Draw once, `height` inches high, save twice."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.3, height), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        return save_plot(figure, slug, title, alt)
+
+
+def save_plot(figure: Figure, slug: str, title: str, alt: str, dpi: int = 160) -> Plot:
+    """A finished figure as inline SVG without a title (the page has it) and as PNG with one. Call within STYLE."""
+    vector, pixels = io.StringIO(), io.BytesIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(vector, format="svg", transparent=True, metadata=nothing)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(pixels, format="png", dpi=dpi)
+    return Plot(slug=slug, title=title, alt=alt, svg=_inline(vector.getvalue(), slug), png=pixels.getvalue())
+
+
+def _inline(svg: str, slug: str) -> str:
+    """Matplotlib's SVG file as a part of an HTML page: no prologue, no addresses, own ids, the page's colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head, body = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None  # matplotlib always writes one
+    body = re.sub(r'\bid="([^"]+)"', rf'id="{slug}-\1"', body)
+    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{slug}-\1)", body)
+    body = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{slug}-\1"', body)
+    body = re.sub(r"#[0-9a-f]{6}\b", lambda found: CSS_COLOURS.get(found.group(), found.group()), body)
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    return f'<svg {box.group()} aria-hidden="true">{body}'

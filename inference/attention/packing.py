@@ -1,0 +1,207 @@
+"""Packing: a prompt is computed once for all of its responses.
+
+A group is laid out as `[prompt | response 1 | response 2 | ... ]`; several groups fill one row of T tokens. Positions
+restart after the prompt. The last token of a response predicts nothing, so it is not an input: a response of R tokens
+adds R - 1 inputs, and its first token is predicted by the last prompt token, which all responses of the group share.
+The one-position shift between inputs and predictions lives here (`predict_S`) and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its responses, as token ids. `first_response` numbers its responses within the batch."""
+
+    prompt: tuple[int, ...]
+    """P >= 1 token ids."""
+    responses: tuple[tuple[int, ...], ...]
+    """Token ids of each response; a response may be empty, and there may be none (prefill)."""
+    first_response: int = 0
+    """Batch index b of the first response; the others follow."""
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that this group takes in a packed row."""
+        return len(self.prompt) + sum(max(len(response) - 1, 0) for response in self.responses)
+
+    @property
+    def response_tokens(self) -> int:
+        """Response tokens of this group."""
+        return sum(len(response) for response in self.responses)
+
+    def inputs(self) -> Iterator[tuple[tuple[int, ...], int, int]]:
+        """(token ids, first position, segment) of the prompt (segment 0) and of each response (1, 2, ...)."""
+        yield self.prompt, 0, 0
+        for segment, response in enumerate(self.responses, start=1):
+            yield response[:-1], len(self.prompt), segment
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Groups laid end to end. S counts the response tokens, in the order of the batch index b, then of t."""
+
+    tokens_T: torch.Tensor
+    """int64 [T] token ids."""
+    positions_T: torch.Tensor
+    """int64 [T] position of each token in its own sequence."""
+    segments_T: torch.Tensor
+    """int64 [T] 0 in the prompt, g in response g of the token's group."""
+    group_lengths: tuple[int, ...]
+    """Tokens of each group; they sum to T."""
+    predict_S: torch.Tensor
+    """int64 [S] index into the row of the position whose output predicts each response token."""
+    labels_S: torch.Tensor
+    """int64 [S] the response tokens."""
+    response_S: torch.Tensor
+    """int64 [S] batch index b of each response token."""
+    place_S: torch.Tensor
+    """int64 [S] place of each response token among those of all groups that were packed, in their order."""
+
+    def to(self, device: torch.device | str) -> PackedRow:
+        """The same row on another device."""
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+
+def pack_row(groups: Sequence[Group], first_tokens: Sequence[int] | None = None) -> PackedRow:
+    """Lay the groups into one row. `first_tokens`: the place of each one's first response token among those of the
+    batch; in this row by default."""
+    if first_tokens is None:
+        first_tokens = first_places(groups)
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[int] = []
+    lengths: list[int] = []
+    predict: list[int] = []
+    labels: list[int] = []
+    response_index: list[int] = []
+    place: list[int] = []
+    for group, first in zip(groups, first_tokens, strict=True):
+        place.extend(range(first, first + group.response_tokens))
+        group_start = len(tokens)
+        last_prompt_token = group_start + len(group.prompt) - 1
+        for ids, position, segment in group.inputs():
+            start = len(tokens)
+            tokens.extend(ids)
+            positions.extend(range(position, position + len(ids)))
+            segments.extend([segment] * len(ids))
+            if segment == 0:
+                continue
+            response = group.responses[segment - 1]
+            if response:
+                predict.extend([last_prompt_token, *range(start, start + len(ids))])
+            labels.extend(response)
+            response_index.extend([group.first_response + segment - 1] * len(response))
+        lengths.append(len(tokens) - group_start)
+    return PackedRow(
+        tokens_T=torch.tensor(tokens, dtype=torch.int64),
+        positions_T=torch.tensor(positions, dtype=torch.int64),
+        segments_T=torch.tensor(segments, dtype=torch.int64),
+        group_lengths=tuple(lengths),
+        predict_S=torch.tensor(predict, dtype=torch.int64),
+        labels_S=torch.tensor(labels, dtype=torch.int64),
+        response_S=torch.tensor(response_index, dtype=torch.int64),
+        place_S=torch.tensor(place, dtype=torch.int64),
+    )
+
+
+def pack(groups: Sequence[Group], max_tokens: int) -> list[PackedRow]:
+    """Fill rows of at most `max_tokens` tokens, longest group first; a longer single group gets a row of its own."""
+    order = sorted(range(len(groups)), key=lambda i: (-groups[i].input_tokens, i))
+    first = first_places(groups)
+    rows: list[list[int]] = []
+    room = 0
+    for i in order:
+        size = groups[i].input_tokens
+        if not rows or size > room:
+            rows.append([])
+            room = max_tokens
+        rows[-1].append(i)
+        room -= size
+    return [pack_row([groups[i] for i in row], [first[i] for i in row]) for row in rows]
+
+
+def first_places(groups: Sequence[Group]) -> list[int]:
+    """Place of each group's first response token among those of all groups, in their order."""
+    counts = [group.response_tokens for group in groups]
+    return [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
+
+
+def in_batch_order(rows: Sequence[PackedRow], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What each row says of its response tokens, [S, ...] a row, as one [S, ...] in the order of what was packed."""
+    if not rows:
+        return torch.zeros(0)
+    joined = torch.cat(list(values))
+    out = torch.empty_like(joined)
+    out[torch.cat([row.place_S for row in rows]).to(joined.device)] = joined
+    return out
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """A packed row undone: B sequences, each with a prompt of its own, right-padded to L tokens."""
+
+    tokens_BL: torch.Tensor
+    """int64 [B, L]."""
+    mask_BL: torch.Tensor
+    """int64 [B, L] 1 on real tokens."""
+    sequence_S: torch.Tensor
+    """int64 [S] sequence that predicts each response token of the packed row."""
+    place_S: torch.Tensor
+    """int64 [S] place in that sequence."""
+
+
+def plain_rows(row: PackedRow) -> PlainRows:
+    """Every response of a packed row behind its own copy of the prompt, for models that cannot be packed.
+
+    A row without responses becomes its prompts alone, so that a pass is a pass on every rank.
+    """
+    segments, predict, owner = row.segments_T.tolist(), row.predict_S.tolist(), row.response_S.tolist()
+    prompts, group_of_T, start = [], [], 0
+    for number, length in enumerate(row.group_lengths):
+        prompts.append([i for i in range(start, start + length) if segments[i] == 0])
+        group_of_T += [number] * length
+        start += length
+    members: list[list[int]] = []
+    sequence, place = [], []
+    for s, i in enumerate(predict):
+        prompt = prompts[group_of_T[i]]
+        if s == 0 or owner[s] != owner[s - 1]:
+            members.append(list(prompt))
+        else:
+            members[-1].append(i)
+        sequence.append(len(members) - 1)
+        place.append(len(members[-1]) - 1)
+    members = members or prompts
+    longest = max(len(one) for one in members)
+    index = torch.tensor([one + [one[0]] * (longest - len(one)) for one in members])
+    lengths = torch.tensor([len(one) for one in members])
+    device = row.tokens_T.device
+    return PlainRows(
+        tokens_BL=row.tokens_T[index.to(device)],
+        mask_BL=(torch.arange(longest)[None, :] < lengths[:, None]).long().to(device),
+        sequence_S=torch.tensor(sequence, dtype=torch.int64, device=device),
+        place_S=torch.tensor(place, dtype=torch.int64, device=device),
+    )
+
+
+def groups_of(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], group_size: int) -> list[Group]:
+    """N prompts and B = N * group_size responses, ordered by prompt, as groups."""
+    if len(responses) != len(prompts) * group_size:
+        raise ValueError(f"{len(responses)} responses do not make {len(prompts)} groups of {group_size}")
+    return [
+        Group(
+            prompt=tuple(prompt),
+            responses=tuple(tuple(r) for r in responses[n * group_size : (n + 1) * group_size]),
+            first_response=n * group_size,
+        )
+        for n, prompt in enumerate(prompts)
+    ]

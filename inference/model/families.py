@@ -1,0 +1,457 @@
+"""Model families, each one table: from config.json and Hugging Face tensor names to Megatron's parameters and shards.
+
+No torch here: `Architecture` is read from config.json alone, so a wrong setting is found before anything is loaded.
+A `Weight` says which Hugging Face tensors make one Megatron parameter and how tensor parallelism cuts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Shard = Literal["replicated", "norm", "vocab", "column", "row", "gate_up", "qkv", "fused_qkv"]
+"""How a parameter is cut over the ranks: not at all (norm: not at all and the family's offset is added), by vocabulary
+rows, by output rows, by input columns, gate and up rows side by side, q/k/v rows interleaved by KV group."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One Megatron parameter. `{i}` in a name stands for the layer."""
+
+    target: str
+    """Megatron parameter name; the shape is [out, in] for matrices."""
+    sources: tuple[str, ...]
+    """Hugging Face tensor names without the checkpoint's prefix, in the order in which they are joined."""
+    shard: Shard
+    transposed: bool = False
+    """The file holds [in, out] (GPT-2's Conv1D)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary embedding of a layer."""
+
+    theta: float
+    """Base period."""
+    kind: Literal["default", "linear", "llama3"] = "default"
+    """Scaling variant."""
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAttention:
+    """What attention layer i does with positions."""
+
+    rope: Rope | None
+    """None: positions are learned and added to the embedding."""
+    window: int | None
+    """A token sees itself and the window - 1 before it. None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Everything that Megatron needs to know of a model; numbers as in config.json unless said otherwise. What most
+    families have in common is the default."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    activation: Literal["silu", "gelu_tanh", "gelu"]
+    gated: bool = True
+    """Gate and up projections (SwiGLU, GeGLU)."""
+    norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_eps: float
+    norm_offset: float = 0.0
+    """Added to stored norm weights: Gemma stores w where 1 + w is meant."""
+    qk_norm: bool = False
+    post_norms: bool = False
+    """Norms after attention and after the MLP, before the residual is added (Gemma 3)."""
+    linear_bias: bool = False
+    """All linear layers have a bias (GPT-2)."""
+    qkv_bias: bool = False
+    """Queries, keys and values alone have one (Qwen 2)."""
+    embedding_scale: float = 1.0
+    softmax_scale: float
+    attention_softcap: float | None = None
+    """Attention scores are softcap * tanh(score / softcap) (Gemma 2)."""
+    logit_softcap: float | None = None
+    """The same of the logits."""
+    tied: bool
+    """The output layer is the embedding."""
+    max_positions: int
+    learned_positions: bool = False
+    layers: tuple[LayerAttention, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The row of one family."""
+
+    weights: tuple[Weight, ...]
+    prefixes: tuple[str, ...]
+    """What may stand before the names of `weights` in a checkpoint; the first that fits is used."""
+    output: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight")
+    """Full names that the untied output layer may have."""
+    defaults: dict[str, Any]
+    """transformers' defaults for keys that a published config.json may leave out."""
+    supported: dict[str, tuple[Any, ...]]
+    """Values that a key must have where it is there."""
+    read: Callable[[dict[str, Any]], dict[str, Any]]
+    """From settings to the fields of `Architecture` that are not read alike for all families."""
+    activation_key: str = "hidden_act"
+
+
+_ATTENTION = "decoder.layers.{i}.self_attention."
+_MLP = "decoder.layers.{i}.mlp."
+
+
+def _decoder(*, qk_norm: bool = False, post_norms: bool = False, qkv_bias: bool = False) -> tuple[Weight, ...]:
+    """The Llama layout, with Gemma's and Qwen's additions."""
+    layer, attention, mlp = "layers.{i}.", "layers.{i}.self_attn.", "layers.{i}.mlp."
+    weights = [
+        Weight("embedding.word_embeddings.weight", ("embed_tokens.weight",), "vocab"),
+        Weight("decoder.layers.{i}.input_layernorm.weight", (layer + "input_layernorm.weight",), "norm"),
+        Weight(_ATTENTION + "linear_qkv.weight", tuple(attention + f"{part}_proj.weight" for part in "qkv"), "qkv"),
+        Weight(_ATTENTION + "linear_proj.weight", (attention + "o_proj.weight",), "row"),
+        Weight(_MLP + "linear_fc1.weight", (mlp + "gate_proj.weight", mlp + "up_proj.weight"), "gate_up"),
+        Weight(_MLP + "linear_fc2.weight", (mlp + "down_proj.weight",), "row"),
+        Weight("decoder.final_layernorm.weight", ("norm.weight",), "norm"),
+    ]
+    if qk_norm:
+        weights += [
+            Weight(_ATTENTION + f"{part}_layernorm.weight", (attention + f"{part}_norm.weight",), "norm")
+            for part in "qk"
+        ]
+    if qkv_bias:
+        sources = tuple(attention + f"{part}_proj.bias" for part in "qkv")
+        weights.append(Weight(_ATTENTION + "linear_qkv.bias", sources, "qkv"))
+    before_mlp = "pre_feedforward_layernorm.weight" if post_norms else "post_attention_layernorm.weight"
+    weights.append(Weight("decoder.layers.{i}.pre_mlp_layernorm.weight", (layer + before_mlp,), "norm"))
+    if post_norms:
+        weights += [
+            Weight(_ATTENTION + "linear_proj.post_norm.weight", (layer + "post_attention_layernorm.weight",), "norm"),
+            Weight(_MLP + "linear_fc2.post_norm.weight", (layer + "post_feedforward_layernorm.weight",), "norm"),
+        ]
+    return tuple(weights)
+
+
+def _gpt2() -> tuple[Weight, ...]:
+    """GPT-2's layout: learned positions, biases, fused and transposed projections."""
+    layer = "h.{i}."
+    weights = [
+        Weight("embedding.word_embeddings.weight", ("wte.weight",), "vocab"),
+        Weight("embedding.position_embeddings.weight", ("wpe.weight",), "replicated"),
+    ]
+    for kind in ("weight", "bias"):
+        matrix = kind == "weight"
+        weights += [
+            Weight(f"decoder.layers.{{i}}.input_layernorm.{kind}", (layer + f"ln_1.{kind}",), "norm"),
+            Weight(f"decoder.layers.{{i}}.pre_mlp_layernorm.{kind}", (layer + f"ln_2.{kind}",), "norm"),
+            Weight(f"decoder.final_layernorm.{kind}", (f"ln_f.{kind}",), "norm"),
+            Weight(_ATTENTION + f"linear_qkv.{kind}", (layer + f"attn.c_attn.{kind}",), "fused_qkv", matrix),
+            Weight(_MLP + f"linear_fc1.{kind}", (layer + f"mlp.c_fc.{kind}",), "column", matrix),
+            # The bias of a row-parallel layer is added once, after the sum over the ranks.
+            Weight(
+                _ATTENTION + f"linear_proj.{kind}",
+                (layer + f"attn.c_proj.{kind}",),
+                "row" if matrix else "replicated",
+                matrix,
+            ),
+            Weight(
+                _MLP + f"linear_fc2.{kind}",
+                (layer + f"mlp.c_proj.{kind}",),
+                "row" if matrix else "replicated",
+                matrix,
+            ),
+        ]
+    return tuple(weights)
+
+
+def _read_llama(settings: dict[str, Any]) -> dict[str, Any]:
+    """Llama's fields; other families start from these. Every layer sees everything, whatever `layer_types` says."""
+    heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+    head_dim = settings.get("head_dim") or hidden // heads
+    # transformers takes rope_scaling where both are there.
+    rope = _rope(settings, settings.get("rope_scaling") or settings.get("rope_parameters") or {})
+    return {
+        "hidden_size": hidden,
+        "ffn_size": settings["intermediate_size"],
+        "heads": heads,
+        "kv_heads": settings.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "norm_eps": settings["rms_norm_eps"],
+        "softmax_scale": head_dim**-0.5,
+        "max_positions": settings["max_position_embeddings"],
+        "layers": (LayerAttention(rope=rope, window=None),) * settings["num_hidden_layers"],
+    }
+
+
+def _read_mistral(settings: dict[str, Any]) -> dict[str, Any]:
+    """Every layer has the window, where there is one."""
+    kind = "full_attention" if settings["sliding_window"] is None else "sliding_attention"
+    return _windowed(settings, [kind] * settings["num_hidden_layers"])
+
+
+def _read_qwen(settings: dict[str, Any]) -> dict[str, Any]:
+    """Layers from `max_window_layers` on have the window, where it is used at all."""
+    if not settings["use_sliding_window"]:
+        settings = {**settings, "sliding_window": None}
+    first = settings["max_window_layers"] if settings["sliding_window"] is not None else settings["num_hidden_layers"]
+    numbers = range(settings["num_hidden_layers"])
+    return _windowed(settings, ["full_attention" if i < first else "sliding_attention" for i in numbers])
+
+
+def _read_gemma2(settings: dict[str, Any]) -> dict[str, Any]:
+    """More norms, stored as w - 1; a scaled embedding; soft caps; every other layer has a window."""
+    numbers = range(1, settings["num_hidden_layers"] + 1)
+    return {
+        **_windowed(settings, ["sliding_attention" if i % 2 else "full_attention" for i in numbers]),
+        **_gemma(settings),
+        "attention_softcap": settings["attn_logit_softcapping"],
+        "logit_softcap": settings["final_logit_softcapping"],
+    }
+
+
+def _read_gemma3(settings: dict[str, Any]) -> dict[str, Any]:
+    """As Gemma 2 with normed queries and keys in place of soft caps; every sixth layer sees everything, with a rope of
+    its own."""
+    pattern, numbers = settings["sliding_window_pattern"], range(1, settings["num_hidden_layers"] + 1)
+    given, scaling = settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}
+    far = {"rope_theta": settings["rope_theta"], **(given.get("full_attention") or {}), **scaling}
+    near = {"rope_theta": settings["rope_local_base_freq"], **(given.get("sliding_attention") or {})}
+    settings = {**settings, "rope_scaling": None, "rope_parameters": {"full_attention": far, "sliding_attention": near}}
+    return {
+        **_windowed(settings, ["sliding_attention" if i % pattern else "full_attention" for i in numbers]),
+        **_gemma(settings),
+    }
+
+
+def _gemma(settings: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common."""
+    return {
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "embedding_scale": settings["hidden_size"] ** 0.5,
+        "softmax_scale": settings["query_pre_attn_scalar"] ** -0.5,
+    }
+
+
+def _read_gpt2(settings: dict[str, Any]) -> dict[str, Any]:
+    """Learned positions, LayerNorm, biases, no gate."""
+    heads, hidden = settings["n_head"], settings["n_embd"]
+    return {
+        "hidden_size": hidden,
+        "ffn_size": settings["n_inner"] or 4 * hidden,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": hidden // heads,
+        "gated": False,
+        "norm": "LayerNorm",
+        "norm_eps": settings["layer_norm_epsilon"],
+        "linear_bias": True,
+        "softmax_scale": (hidden // heads) ** -0.5,
+        "max_positions": settings["n_positions"],
+        "learned_positions": True,
+        "layers": (LayerAttention(rope=None, window=None),) * settings["n_layer"],
+    }
+
+
+def _windowed(settings: dict[str, Any], usual: list[str]) -> dict[str, Any]:
+    """Llama's fields with a window and a rotary embedding for each layer, as `layer_types`, or else `usual`, has it."""
+    types, window = settings.get("layer_types") or usual, settings["sliding_window"]
+    if set(types) - {"sliding_attention", "full_attention"} or len(types) != len(usual):
+        raise ValueError(
+            f"layer_types = {types!r}: {len(usual)} layers of sliding_attention or full_attention are supported"
+        )
+    if window is None and "sliding_attention" in types:
+        raise ValueError("layer_types names sliding_attention, and there is no sliding_window")
+    parameters = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    layers = {
+        kind: LayerAttention(
+            rope=_rope(settings, parameters.get(kind) or parameters),
+            window=window if kind == "sliding_attention" else None,
+        )
+        for kind in set(types)
+    }
+    plain = {**settings, "rope_scaling": None, "rope_parameters": None}
+    return {**_read_llama(plain), "layers": tuple(layers[kind] for kind in types)}
+
+
+def _rope(settings: dict[str, Any], parameters: dict[str, Any]) -> Rope:
+    """A layer's rotary settings, from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling`."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope_type = {kind!r}: supported are default, linear, llama3")
+    if parameters.get("partial_rotary_factor", settings.get("partial_rotary_factor")) not in (None, 1.0):
+        raise ValueError("partial_rotary_factor: only 1.0 is supported")
+    theta = float(parameters.get("rope_theta", settings["rope_theta"]))
+    if kind == "default":
+        return Rope(theta=theta)
+    if kind == "linear":
+        return Rope(theta=theta, kind=kind, factor=float(parameters["factor"]))
+    inside = parameters.get("original_max_position_embeddings", settings["max_position_embeddings"])
+    return Rope(
+        theta=theta,
+        kind=kind,
+        factor=float(parameters["factor"]),
+        low_freq_factor=float(parameters["low_freq_factor"]),
+        high_freq_factor=float(parameters["high_freq_factor"]),
+        original_max_positions=int(settings.get("original_max_position_embeddings", inside)),
+    )
+
+
+ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "gelu"]] = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+_LLAMA = Family(
+    weights=_decoder(),
+    prefixes=("model.", ""),
+    defaults={
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+    },
+    supported={"attention_bias": (False,), "mlp_bias": (False,)},
+    read=_read_llama,
+)
+_MISTRAL = replace(
+    _LLAMA,
+    defaults={
+        **_LLAMA.defaults,
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    read=_read_mistral,
+)
+_QWEN2 = replace(
+    _LLAMA,
+    weights=_decoder(qkv_bias=True),
+    defaults={
+        **_LLAMA.defaults,
+        "max_position_embeddings": 32_768,
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    read=lambda settings: {**_read_qwen(settings), "qkv_bias": True},
+)
+_QWEN3 = replace(
+    _QWEN2,
+    weights=_decoder(qk_norm=True),
+    defaults={**_QWEN2.defaults, "head_dim": 128},
+    read=lambda settings: {**_read_qwen(settings), "qk_norm": True},
+)
+_GEMMA2 = Family(
+    weights=_decoder(post_norms=True),
+    prefixes=("model.", ""),
+    defaults={
+        "vocab_size": 256_000,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "rope_theta": 10_000.0,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    supported={"attention_bias": (False,), "use_bidirectional_attention": (False,)},
+    read=_read_gemma2,
+    activation_key="hidden_activation",
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    weights=_decoder(qk_norm=True, post_norms=True),
+    prefixes=("model.", "language_model.model.", "model.language_model.", ""),
+    # transformers' Gemma3TextConfig; Google's multimodal files name only what differs from it.
+    defaults={
+        **_GEMMA2.defaults,
+        "vocab_size": 262_208,
+        "max_position_embeddings": 131_072,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+    supported={**_GEMMA2.supported, "attn_logit_softcapping": (), "final_logit_softcapping": ()},
+    read=lambda settings: {**_read_gemma3(settings), "qk_norm": True},
+)
+_GPT2 = Family(
+    weights=_gpt2(),
+    prefixes=("transformer.", ""),
+    defaults={
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+        "n_positions": 1024,
+        "n_inner": None,
+    },
+    supported={
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    read=_read_gpt2,
+    activation_key="activation_function",
+)
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
+    "gemma3": _GEMMA3,
+    "gpt2": _GPT2,
+}
+"""Hugging Face `model_type` -> family."""
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family of a config.json, or a ValueError that lists what is supported."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type = {model_type!r}: a teacher must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def parse_architecture(config: dict[str, Any]) -> Architecture:
+    """Read a config.json, in the form that transformers 5 writes or in an older one."""
+    family = family_of(config)
+    # The language model's own settings: in a multimodal checkpoint, `text_config`.
+    outside = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    settings = {**family.defaults, **outside, **config.get("text_config", config)}
+    for key, values in family.supported.items():
+        if settings.get(key) not in (*values, None):
+            names = " or ".join(map(repr, values or (None,)))
+            raise ValueError(f"{key} = {settings[key]!r} of {config['model_type']} is not supported, only {names}")
+    activation = settings[family.activation_key]
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{family.activation_key} = {activation!r}: supported are {', '.join(ACTIVATIONS)}")
+    return Architecture(
+        family=config["model_type"],
+        vocab_size=settings["vocab_size"],
+        activation=ACTIVATIONS[activation],
+        tied=settings["tie_word_embeddings"],
+        **family.read(settings),
+    )

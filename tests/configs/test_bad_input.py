@@ -1,0 +1,163 @@
+"""A user's mistake is exit code 2 and one message that names key, value and mend, before any model loads."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import ROOT, command, environment, finish, metrics
+from tests.support.student_models import save
+from tests.support.teacher_models import save_tokenizer
+from tests.support.tiny_tokenizers import save_tiny
+from training.main import main
+
+QUESTION = {"question": "Hvat eitur høvuðsstaðurin?", "answers": ["Tórshavn"]}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the real entry point in this process; the message that it ends with."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--actor.lerning_rate", "1e-3"], ["--actor.lerning_rate"]),
+        (["--steps", "many"], ["steps", "many"]),
+        (["--steps", "0"], ["steps", "0", "at least 1"]),
+        (["--algo", "dpo"], ["algo", "dpo", "grpo"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml"]),
+        (["--sampling.group_size", "1"], ["sampling.group_size", "1", "at least 2"]),
+        (["--sampling.teacher_mix", "1.5"], ["sampling.teacher_mix", "1.5", "below 1"]),
+        (["--data.template", "Svar:"], ["data.template", "{question}"]),
+        (["--loss.pt_coef", "1", "--data.text", "null"], ["loss.pt_coef", "data.text"]),
+        (["--student.path", "/no/such/model"], ["student.path", "/no/such/model", "no such directory"]),
+        (["--teacher.path", "/no/such/model"], ["teacher.path", "/no/such/model", "no such directory"]),
+        (["--student.path", "nobody/nothing"], ["student.path", "nobody/nothing", "give a local model directory"]),
+        (["--teacher.tensor_parallel", "3"], ["teacher.tensor_parallel", "3", "heads"]),
+        (["--data.prompts", "/no/such.jsonl"], ["data.prompts", "/no/such.jsonl", "no such file"]),
+        (["--name", "a/b"], ["name", "a/b", "runs_dir"]),
+    ],
+)
+def test_one_message(
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    message = refused(capsys, "--runs_dir", str(tmp_path), "--cache_dir", str(tmp_path), *arguments)
+    for part in parts:
+        assert part in message
+    assert list(tmp_path.iterdir()) == [], "nothing is built for a run that cannot be"
+
+
+def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    top, nested = tmp_path / "top.yaml", tmp_path / "nested.yaml"
+    top.write_text("stepz: 3\n")
+    nested.write_text("actor:\n  lr: 1\n")
+    assert "stepz" in refused(capsys, "--config", str(top))
+    message = refused(capsys, "--config", str(nested))
+    assert "actor" in message
+    assert "lr" in message
+
+
+def test_model_directories_without_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = refused(capsys, "--student.path", str(tmp_path))
+    assert f"student.path = '{tmp_path}': no config.json" in message
+    (tmp_path / "config.json").write_text("{}")
+    assert "no weights" in refused(capsys, "--student.path", str(tmp_path))
+
+
+def test_a_real_teachers_heads_are_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    teacher = save("llama", tmp_path / "teacher")
+    save_tokenizer(teacher)
+    capsys.readouterr()
+    message = refused(capsys, "--teacher.path", str(teacher), "--teacher.tensor_parallel", "3")
+    assert "teacher.tensor_parallel = 3: must divide the 4 attention heads" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("", "the file has no row"),
+        (json.dumps(QUESTION) + "\n{'x'\n", ":2: not JSON"),
+        ('{"answers": ["x"]}\n', ":1: key 'question' is missing"),
+    ],
+)
+@pytest.mark.parametrize("key", ["data.prompts", "data.warmup", "data.heldout"])
+def test_malformed_jsonl_names_file_and_line(
+    key: str, content: str, part: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    message = refused(capsys, f"--{key}", str(path))
+    assert message.startswith(f"error: {key}: ")
+    assert f"{path}" in message
+    assert part in message
+
+
+def test_all_prompts_too_long_is_an_error_and_some_are_skipped(
+    finished_run: Path, demo_cache: Path, tmp_path: Path
+) -> None:
+    long, short = {**QUESTION, "question": "orð " * 300}, QUESTION
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps(long) for _ in range(8)))
+    data = ["--data.prompts", str(path), "--steps", "1"]
+    done = finish(command(tmp_path, demo_cache, *data), code=2)
+    assert "all 8 prompts are longer than" in done.stderr
+    assert "Traceback" not in done.stderr
+    path.write_text("\n".join([json.dumps(long)] + [json.dumps({**short, "id": str(i)}) for i in range(8)]))
+    done = finish(command(tmp_path, demo_cache, *data))
+    assert "prompts are too long and are skipped (the longest has" in done.stderr
+
+
+def test_a_port_that_is_taken_is_named_with_a_free_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        message = refused(capsys, "--runs_dir", str(tmp_path), "--cache_dir", str(tmp_path))
+    assert f"--master_port {port}: Address already in use" in message
+    free = int(message.split("deepspeed --master_port ")[1].split()[0])
+    assert free != port
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_of_few_blocks_is_used_as_it_is(tmp_path: Path) -> None:
+    """loss.pt_batch is 8, and the text has fewer blocks: each step reads them all, and the log says so."""
+    for name, seed in (("student", 0), ("teacher", 1)):
+        save_tiny(tmp_path / name, "byte_level", seed)
+    rows, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
+    rows.write_text("".join(json.dumps({**QUESTION, "id": str(i)}) + "\n" for i in range(8)))
+    text.write_text("Føroyar eru 18 oyggjar í Norðuratlantshavi, og høvuðsstaðurin eitur Tórshavn.\n" * 2)
+    paths = {"student.path": "student", "teacher.path": "teacher", "data.text": "text.txt"}
+    paths |= {"data.prompts": "rows.jsonl", "data.heldout": "rows.jsonl"}
+    small = ["--data.text_block_tokens", "64", "--sampling.max_new_tokens", "4", "--steps", "2"]
+    settings = [word for key, name in paths.items() for word in (f"--{key}", str(tmp_path / name))]
+    done = finish(command(tmp_path / "runs", tmp_path / "cache", *settings, *small))
+    assert f"loss.pt_batch = 8: data.text = '{text}' has " in done.stderr
+    assert "blocks of data.text_block_tokens; each step takes all" in done.stderr
+    steps = metrics(tmp_path / "runs" / "grpo-minillm")
+    assert [row["step"] for row in steps] == [1, 2]
+    assert all(row["loss/pt"] > 0 for row in steps)
+
+
+def test_an_uneven_share_of_prompts_is_refused(demo_cache: Path, tmp_path: Path) -> None:
+    env = environment() | {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        command(tmp_path, demo_cache),
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "prompts_per_step = 8: must be a multiple of the 3 ranks" in done.stderr

@@ -1,0 +1,105 @@
+"""A model by its name on the hub, in every program; what keeps it away is one line with the mend."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.io.hub import find_model
+from tests.support.hub_server import Hub
+from tests.support.runs import ROOT, environment
+
+FIND = """
+import json, sys
+from configs.io.hub import find_model
+def found(name):
+    try:
+        return sorted(file.name for file in find_model("--model", name).iterdir())
+    except ValueError as error:
+        return str(error)
+print(json.dumps([found(name) for name in sys.argv[1:]]))
+"""
+
+
+def test_the_hub_gives_it_or_a_line_says_what_to_do(tmp_path: Path) -> None:
+    for name in ("there", "gated", "down"):
+        (tmp_path / "hub" / "org" / name).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors", "consolidated.safetensors", "model.bin"):
+            (tmp_path / "hub" / "org" / name / file).write_text("{}")
+    hub = Hub(tmp_path / "hub")
+    hub.gated, hub.down = {"org/gated"}, {"org/down"}
+    started = environment() | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", FIND, "org/there", "org/gated", "org/missing", "org/down"]
+
+    def ask(**variables: str) -> list[str]:
+        env = started | variables
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=240)
+        said: list[str] = json.loads(done.stdout)
+        return said
+
+    try:
+        online, offline = ask(), ask(HF_HUB_OFFLINE="1")
+    finally:
+        hub.close()
+    assert online[0] == offline[0] == ["config.json", "model.safetensors"], "no second copy of the weights"
+    assert online[1] == (
+        "--model = 'org/gated': the model is gated: ask for access at https://huggingface.co/org/gated, then run "
+        "`hf auth login` or set HF_TOKEN"
+    )
+    assert "no such model on the hub; mend the name, or run `hf auth login` or set HF_TOKEN" in online[2]
+    assert "the hub does not give it" in online[3]
+    for line in offline[1:]:
+        assert "not in the hub's cache, and HF_HUB_OFFLINE is set; fetch it where there is a network (`hf dow" in line
+
+
+def test_what_is_no_hub_id_is_a_path(tmp_path: Path) -> None:
+    for path in ("/no/such", "./a/b", "a", "a/b/c", str(tmp_path)):
+        assert find_model("student.path", path) == Path(path)
+
+
+def serve(name: str) -> int:
+    from inference.serve_teacher import main
+
+    return main(["--path", name])
+
+
+def heldout(name: str) -> int:
+    from eval.heldout import main
+
+    return main(["--model", name])
+
+
+def measure(name: str) -> int:
+    from eval.measure import main
+
+    return main(["perplexity", "--model", name, "--text", "fo=x.txt"])
+
+
+def euroeval(name: str) -> int:
+    from eval.run_euroeval import main
+
+    return main(["--model", name])
+
+
+def train(name: str) -> int:
+    from training.main import main
+
+    return main(["--teacher.path", name])
+
+
+@pytest.mark.parametrize("program", [serve, heldout, measure, euroeval, train])
+def test_every_program_says_it_in_one_line_with_exit_code_2(
+    program: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = program("nobody/nothing")
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert "'nobody/nothing': no such directory, not in the hub's cache, and HF_HUB_OFFLINE is set" in line

@@ -1,0 +1,235 @@
+"""eval/run_euroeval.py refuses what is wrong within seconds, in one line, and writes nothing then. Needs no extra."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import run_euroeval
+from eval.euroeval.data import OFFICIAL, SPLITS, TASKS, check_splits, fingerprint, stage
+from eval.run_euroeval import INSTALL, main
+from training.data.demo.splits import ROWS, build_demo_splits, write_demo_splits
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("splits")
+    write_demo_splits(folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory that passes for a model until it is loaded."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / file).write_text("{}")
+    return folder
+
+
+def change(file: Path, row: int, edit: Callable[[Row], object]) -> None:
+    """Edit one row of a JSONL file, counted from 1."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    edit(rows[row - 1])
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+
+
+def keep(file: Path, rows: int) -> None:
+    file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[:rows]))
+
+
+def without_entities(file: Path) -> None:
+    for row in range(8, ROWS["train"] + 1):
+        change(file, row, lambda one: one.update(labels=["O"] * len(one["labels"])))
+
+
+CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (lambda d: shutil.rmtree(d / "fone"), "fone: no such folder; fone needs train.jsonl, val.jsonl"),
+    "no file": (lambda d: (d / "foqa/val.jsonl").unlink(), "foqa/val.jsonl: no such file"),
+    "no JSON": (lambda d: (d / "foqa/test.jsonl").write_text("{"), "foqa/test.jsonl:1: "),
+    "wrong columns": (
+        lambda d: change(d / "foqa/test.jsonl", 3, lambda row: row.pop("context")),
+        "foqa/test.jsonl:3: key 'context' must be a string that is not empty; columns here: answers, id, question",
+    ),
+    "answers": (
+        lambda d: change(d / "foqa/test.jsonl", 2, lambda row: row.update(answers=["x"])),
+        "foqa/test.jsonl:2: key 'answers' must be",
+    ),
+    "same id": (
+        lambda d: change(d / "foqa/test.jsonl", 7, lambda row: row.update(id="test-001")),
+        "foqa/test.jsonl: rows 2 and 7 have the same id 'test-001'",
+    ),
+    "unknown label": (
+        lambda d: change(d / "fosent/train.jsonl", 5, lambda row: row.update(label="gott")),
+        "fosent/train.jsonl:5: unknown label 'gott'; known are positive, neutral, negative",
+    ),
+    "unknown tag": (
+        lambda d: change(d / "fone/val.jsonl", 4, lambda row: row["labels"].__setitem__(0, "B-BÓK")),
+        "fone/val.jsonl:4: unknown label 'B-BÓK'; known are O, B-LOC",
+    ),
+    "too few labels": (
+        lambda d: change(d / "fone/val.jsonl", 4, lambda row: row["labels"].pop()),
+        "fone/val.jsonl:4: 6 tokens and 5 labels",
+    ),
+    "few questions": (
+        lambda d: keep(d / "foqa/train.jsonl", 3),
+        "foqa/train.jsonl: 3 different contexts; foqa shows 4 examples",
+    ),
+    "few sentences": (
+        lambda d: keep(d / "scala-fo/train.jsonl", 11),
+        "scala-fo/train.jsonl: 11 different texts; scala-fo shows 12 examples",
+    ),
+    "few entities": (
+        lambda d: without_entities(d / "fone/train.jsonl"),
+        "fone/train.jsonl: 7 different sentences with entities; fone shows 8 examples",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_splits(case: str, splits: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    break_it, message = CASES[case]
+    folder = tmp_path / "data"
+    shutil.copytree(splits, folder)
+    break_it(folder)
+    if case == "too few labels":  # what the fourth row happens to be
+        tokens = json.loads((folder / "fone/val.jsonl").read_text().splitlines()[3])["tokens"]
+        message = f"fone/val.jsonl:4: {len(tokens)} tokens and {len(tokens) - 1} labels"
+    refused(["--model", str(model), "--data", str(folder)], message, tmp_path, capsys)
+
+
+def refused(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, soon, and nothing written."""
+    start = time.monotonic()
+    assert main([*arguments, "--runs_dir", str(tmp_path / "runs"), "--cache_dir", str(tmp_path / "cache")]) == 2
+    assert time.monotonic() - start < 10
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", "no weights (*.safetensors) in it"),
+        ("tokenizer.json", "no tokenizer in it"),
+        ("config.json", "no config.json in it"),
+    ],
+)
+def test_half_a_model(
+    file: str, message: str, splits: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / file).unlink()
+    refused(["--model", str(model), "--data", str(splits)], message, tmp_path, capsys)
+
+
+def test_half_an_adapter(splits: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "nowhere")}))
+    arguments = ["--model", str(model), "--data", str(splits)]
+    refused(arguments, "no weights (adapter_model.safetensors)", tmp_path, capsys)
+    (model / "adapter_model.safetensors").touch()
+    refused(arguments, "nowhere: no such directory", tmp_path, capsys)
+
+
+def test_results_must_have_a_place(
+    splits: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["--model", str(model), "--data", str(splits), "--runs_dir", str(tmp_path / "file" / "runs")]
+    assert main(arguments) == 2
+    assert f"{tmp_path / 'file'} cannot be written; make it writable" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs to be root to become somebody for whom a folder is read-only")
+def test_a_read_only_run() -> None:
+    """Somebody else's run can be read, but its results cannot be put beside it; a model elsewhere may be read-only."""
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name) / "run"
+        (run / "export").mkdir(parents=True)
+        (run / "config.yaml").touch()
+        Path(name).chmod(0o755)
+        said = as_nobody(lambda: run_euroeval._check_writable(run / "eval", "run/export"))
+        assert f"{run} cannot be written; make it writable" in said
+        run.chmod(0o777)
+        assert as_nobody(lambda: run_euroeval._check_writable(run / "eval", "run/export")) == ""
+
+
+def as_nobody(call: Callable[[], object]) -> str:
+    """What ValueError a call raises for a user without rights."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        try:
+            call()
+        except ValueError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        return pipe.read()
+
+
+def test_no_hub_and_no_splits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tests run with HF_HUB_OFFLINE; without the extra the first thing missing is named."""
+    arguments = ["--model", str(model), "--runs_dir", str(tmp_path), "--cache_dir", str(tmp_path)]
+    assert main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "no data: the hub does not answer (HF_HUB_OFFLINE is set); give --data DIR" in line or INSTALL in line
+
+
+def test_the_extra_is_missing(
+    splits: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = run_euroeval.importlib.util.find_spec
+    monkeypatch.setattr(
+        run_euroeval.importlib.util, "find_spec", lambda name, *more: None if name == "euroeval" else find(name, *more)
+    )
+    refused(["--model", str(model), "--data", str(splits)], INSTALL, tmp_path, capsys)
+
+
+# --- the demo's splits ---------------------------------------------------------------------------------------------
+
+
+def test_demo_splits_are_right(splits: Path) -> None:
+    check_splits(splits, OFFICIAL)
+    for task, parts in build_demo_splits().items():
+        assert {split: len(rows) for split, rows in parts.items()} == ROWS
+        keys = [json.dumps(row.get("tokens") or row.get("text") or row["context"]) for s in SPLITS for row in parts[s]]
+        assert len(set(keys)) == len(keys), f"{task}: a row is in two splits"
+    for row in build_demo_splits()["foqa"]["test"]:
+        [text], [start] = row["answers"]["text"], row["answers"]["answer_start"]
+        assert row["context"][start : start + len(text)] == text
+    for rows in build_demo_splits()["scala-fo"].values():
+        assert sum(row["label"] == "correct" for row in rows) * 2 == len(rows)
+    for rows in build_demo_splits()["fone"].values():
+        for row in rows:
+            inside = [token for token, label in zip(row["tokens"], row["labels"], strict=True) if label != "O"]
+            assert inside
+            assert any(token[0].isupper() for token in inside)
+
+
+def test_staged_splits_have_one_schema_and_the_same_rows(splits: Path, tmp_path: Path) -> None:
+    change(folder := Path(shutil.copytree(splits, tmp_path / "data")) / "fone/train.jsonl", 1, lambda r: r.update(x=1))
+    place = stage(folder.parent.parent, tmp_path / "staged", "fone")
+    rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    assert all(set(row) == {"tokens", "labels"} for row in rows)
+    original = [json.loads(line) for line in (splits / "fone/train.jsonl").read_text().splitlines()]
+    assert fingerprint(rows) == fingerprint(original)
+    assert fingerprint(rows) != fingerprint(rows[1:])
+    assert "split: val\n    path: val.jsonl" in (place / "README.md").read_text()
+    assert set(TASKS) > set(OFFICIAL)

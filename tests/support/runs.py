@@ -1,0 +1,86 @@
+"""Starting the real programs on the tiny demo, for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--demo_size", "tiny", "--prompts_per_step", "8", "--threads", "1", "--eval.questions", "24"]
+TINY += ["--sampling.max_new_tokens", "12"]
+
+
+def environment() -> dict[str, str]:
+    """The tests' own environment with this interpreter's programs first, without a launcher's or SLURM's variables."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def command(runs: Path, cache: Path, *arguments: str, ranks: int | None = None) -> list[str]:
+    """The command line of stage 2 on the tiny demo; with `ranks`, under the deepspeed launcher."""
+    start = [sys.executable] if ranks is None else ["deepspeed", "--num_gpus", str(ranks), "--master_port", free_port()]
+    return [
+        *start,
+        str(ROOT / "training" / "main.py"),
+        *TINY,
+        "--runs_dir",
+        str(runs),
+        "--cache_dir",
+        str(cache),
+        *arguments,
+    ]
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def finish(command: Sequence[str], code: int = 0, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the exit code is asserted with the output in the message."""
+    done = subprocess.run(
+        list(command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def finish_ranks(program: Sequence[str], world: int, folder: Path, seconds: float, **variables: str) -> None:
+    """Run `world` ranks of one program to the end, outputs in folder/rankN.log; one that fails or has not ended in time
+    fails the test."""
+    shared = environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {"PYTHONWARNINGS": "ignore"} | variables
+    logs = [folder / f"rank{rank}.log" for rank in range(world)]
+    processes = [
+        subprocess.Popen(
+            list(program), cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0] * world, "\n".join(log.read_text(errors="replace")[-2500:] for log in logs)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]

@@ -1,0 +1,74 @@
+"""The demo's models: built once, whole or not there, and the teacher knows what the student does not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training.data.demo.models import DemoPaths, ensure_demo
+
+
+def test_the_demo_is_built_once_and_found_again(demo_cache: Path) -> None:
+    paths = ensure_demo(demo_cache, size="tiny")
+    assert all(Path(path).exists() for path in vars(paths).values())
+    before = (paths.teacher / "model.safetensors").stat().st_mtime_ns
+    start = time.perf_counter()
+    assert ensure_demo(demo_cache, size="tiny") == paths
+    assert time.perf_counter() - start < 5
+    assert (paths.teacher / "model.safetensors").stat().st_mtime_ns == before
+    assert ensure_demo(demo_cache, size="tiny").teacher.parent != demo_cache
+
+
+def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=ensure_demo, args=(tmp_path,), kwargs={"size": "tiny"}) for _ in "ab"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(200)
+        assert worker.exitcode == 0
+    assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 1
+
+
+def test_student_and_teacher_share_a_tokenizer_that_reads_faroese(demo_cache: Path) -> None:
+    paths = ensure_demo(demo_cache, size="tiny")
+    tokenizer = AutoTokenizer.from_pretrained(paths.student_base)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(paths.teacher).get_vocab()
+    text = "Høvuðsstaðurin eitur Tórshavn, og ý á í ó ú æ ø eru har."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    for path in (paths.teacher, paths.student_base):
+        config = AutoModelForCausalLM.from_pretrained(path).config
+        assert config.eos_token_id == tokenizer.eos_token_id
+        assert config.num_attention_heads % 2 == 0
+
+
+@pytest.mark.slow
+def test_the_full_demo_is_quick_and_its_teacher_knows(tmp_path: Path) -> None:
+    from configs.io.jsonl import read_questions
+    from configs.prompts import as_text, render
+    from configs.schema import DataConfig, SamplingConfig
+    from rewards.answers import token_f1
+    from training.student.loading import load_policy
+    from training.student.sampling import Drawing, sample
+
+    start = time.perf_counter()
+    paths: DemoPaths = ensure_demo(tmp_path)
+    assert time.perf_counter() - start < 360
+    rows = read_questions(paths.heldout)
+    tokenizer = AutoTokenizer.from_pretrained(paths.teacher)
+    prompts = [tuple(tokenizer(as_text(render(row, DataConfig())))["input_ids"]) for row in rows]
+    config = SamplingConfig(group_size=1, max_new_tokens=12)
+
+    def f1(model: Path) -> float:
+        greedy = Drawing(end_tokens=[tokenizer.eos_token_id], generators=None)
+        samples = sample(load_policy(model, "float32").eval(), prompts, config, greedy)
+        answers = tokenizer.batch_decode([list(r) for r in samples.responses], skip_special_tokens=True)
+        return 100 * sum(token_f1(a, row["answers"]) for a, row in zip(answers, rows, strict=True)) / len(rows)
+
+    assert f1(paths.teacher) >= 85
+    assert f1(paths.student_base) <= 15

@@ -1,0 +1,96 @@
+"""A run goes on with the data that it was started with: what is in the files counts, not when they were written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.schema import DataConfig, RunConfig
+from tests.support.runs import command, finish, metrics
+from training.run.resuming import check_settings, start_afresh
+from training.run.run_folder import RunFolder
+
+
+def rows(path: Path, *words: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"question": w, "answers": [w], "text": w}) + "\n" for w in words))
+    return path
+
+
+def rewritten(path: Path) -> None:
+    rows(path, "nakað", "annað")
+
+
+def one_more(path: Path) -> None:
+    path.write_text(path.read_text() + path.read_text())
+
+
+def of_the_same_size_and_time(path: Path) -> None:
+    before = path.stat()
+    path.write_text(path.read_text().replace("eitt", "ivar"))
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def beside(path: Path) -> None:
+    rows(path.parent / "more.jsonl", "meira")
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> tuple[RunFolder, RunConfig]:
+    """The folder of a run with a checkpoint, and its settings."""
+    names = ("prompts", "warmup", "heldout", "validation")
+    files = {name: str(rows(tmp_path / f"{name}.jsonl", "eitt", "tvey", name)) for name in names}
+    rows(tmp_path / "text" / "a.jsonl", "eitt")
+    config = RunConfig(data=DataConfig(**files, text=str(tmp_path / "text")))
+    folder = RunFolder(tmp_path / "run")
+    start_afresh(folder, config)
+    (folder.checkpoints / "step-000002").mkdir(parents=True)
+    check_settings(folder, config)
+    return folder, config
+
+
+@pytest.mark.parametrize("name", ["prompts", "warmup", "heldout", "validation", "text"])
+@pytest.mark.parametrize("change", [rewritten, one_more, of_the_same_size_and_time, beside])
+def test_other_content_is_refused_and_the_old_one_is_taken_back(
+    name: str, change: Callable[[Path], None], started: tuple[RunFolder, RunConfig], tmp_path: Path
+) -> None:
+    folder, config = started
+    file = tmp_path / "text" / "a.jsonl" if name == "text" else tmp_path / f"{name}.jsonl"
+    if change is beside and name != "text":
+        beside(file)
+        check_settings(folder, config)  # not of this data
+        return
+    before = file.read_bytes()
+    change(file)
+    with pytest.raises(ValueError, match=rf"^data\.{name} = .*put the old file back, or choose another --name$"):
+        check_settings(folder, config)
+    (tmp_path / "text" / "more.jsonl").unlink(missing_ok=True)
+    file.unlink()
+    file.write_bytes(before)
+    check_settings(folder, config)
+
+
+def test_a_copy_elsewhere_is_another_setting(started: tuple[RunFolder, RunConfig], tmp_path: Path) -> None:
+    folder, config = started
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(Path(config.data.prompts).read_bytes())
+    with pytest.raises(ValueError, match=r"data\.prompts: .* then, .* now"):
+        check_settings(folder, replace(config, data=replace(config.data, prompts=str(copy))))
+
+
+def test_a_real_run_is_not_gone_on_with(finished_run: Path, demo_cache: Path, tmp_path: Path) -> None:
+    asked = rows(tmp_path / "prompts.jsonl", *(f"Hvar er bygdin {n}?" for n in range(20)))
+    line = [*command(tmp_path / "runs", demo_cache, "--data.prompts", str(asked)), "--checkpoint.every", "1"]
+    line += ["--eval.questions", "2", "--sampling.max_new_tokens", "4", "--teacher.tensor_parallel", "1"]
+    finish([*line, "--steps", "1"])
+    asked.write_text(asked.read_text().replace("Hvar", "Hví"))
+    done = finish([*line, "--steps", "2"], code=2)
+    (said,) = [row for row in done.stderr.splitlines() if row.startswith("error")]
+    assert f"data.prompts = {str(asked)!r}: not what it was when" in said
+    assert len(metrics(tmp_path / "runs" / "grpo-minillm")) == 1

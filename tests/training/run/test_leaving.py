@@ -1,0 +1,69 @@
+"""However a trainer ends, no teacher process stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import ROOT, command, environment
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Living processes (zombies left out) with `folder` in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                text = (entry / "cmdline").read_bytes().decode(errors="replace")
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if str(folder) in text and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: object, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks", "code"),
+    [
+        (signal.SIGTERM, None, 75),
+        (signal.SIGHUP, None, 75),
+        (signal.SIGINT, None, 130),
+        (signal.SIGKILL, None, -9),
+        (signal.SIGTERM, 1, None),
+    ],
+)
+def test_no_teacher_outlives_its_trainer(
+    number: signal.Signals, ranks: int | None, code: int | None, tmp_path: Path, demo_cache: Path
+) -> None:
+    run = tmp_path / "grpo-minillm"
+    process = subprocess.Popen(
+        command(tmp_path, demo_cache, "--steps", "100000", "--checkpoint.every", "1000", ranks=ranks),
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert wait_until((run / "metrics.jsonl").is_file, 200), "the run never made a step"
+        assert len(processes_of(tmp_path)) >= 3, "trainer and two teacher ranks"
+        os.kill(process.pid, number)
+        exit_code = process.wait(timeout=60)
+        assert code is None or exit_code == code
+        assert wait_until(lambda: not processes_of(tmp_path), 40), f"left behind: {processes_of(tmp_path)}"
+        if code in (75, 130):
+            assert (run / "checkpoints" / "latest").is_file(), "stopped with a checkpoint"
+    finally:
+        for pid in processes_of(tmp_path):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,154 @@
+"""Whole runs of the real processes on the tiny demo: DeepSpeed actor and critic, Megatron teacher on two ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from configs.io.results import read_result
+from tests.support.runs import ROOT, command, finish, metrics, timeless
+
+PYTHON = sys.executable
+
+
+def test_the_run_folder_holds_what_the_documentation_says(finished_run: Path) -> None:
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert (summary["algo"], summary["reward"], summary["steps"]) == ("grpo", "minillm", 3)
+    assert set(summary["seconds"]) == {"total", "sample", "teacher", "reference", "update"}
+    assert summary["seconds"]["total"] >= summary["seconds"]["sample"] + summary["seconds"]["update"]
+    rows = metrics(finished_run)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert summary["tokens"]["sampled"] == sum(row["tokens/sampled"] for row in rows) > 0
+    assert summary["tokens"]["scored"] == summary["tokens"]["sampled"]
+    for name in ("eval_before", "eval_after", "teacher_eval"):
+        assert set(summary[name]) == {
+            "f1", "exact_match", "reverse_kl", "open_right", "open_different", "open_kl"
+        }  # fmt: skip
+        assert all(math.isfinite(v) for v in summary[name].values())
+    assert summary["eval_before"]["reverse_kl"] > 0
+    assert (finished_run / "report.html").stat().st_size > 10_000
+    assert yaml.safe_load((finished_run / "config.yaml").read_text())["student"]["path"] != "demo"
+    samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
+    assert len(samples[0]["responses"]) == 8
+    assert list((finished_run / "tensorboard").glob("events.*"))
+    assert (finished_run / "checkpoints" / "latest").read_text() == "step-000003"
+
+
+def test_at_the_first_step_ratio_is_one_and_sampling_equals_training(finished_run: Path) -> None:
+    first = metrics(finished_run)[0]
+    assert first["mismatch/max"] < 1e-4
+    assert first["clip_share"] == 0.0
+    # Exact KL over the vocabulary and its estimate from the samples agree roughly; both are positive here.
+    assert first["loss/single_step"] > 0
+    assert first["kl/teacher"] == pytest.approx(first["loss/single_step"], rel=0.5)
+    assert first["grad_norm"] > 0
+
+
+def test_the_export_loads_in_plain_transformers_and_differs_from_the_start(finished_run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "export")
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "export")
+    ids = tokenizer("Land: Danmark.", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(model(ids).logits).all()
+    start = Path(yaml.safe_load((finished_run / "config.yaml").read_text())["student"]["path"])
+    before, after = load_file(start / "model.safetensors"), load_file(finished_run / "export" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_ranks_sample_and_learn_what_one_rank_does(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    finish(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2", ranks=2))
+    run = tmp_path / "grpo-minillm"
+
+    def first_samples(path: Path) -> list[dict[str, object]]:
+        return [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()][:4]
+
+    assert [s["responses"] for s in first_samples(run)] == [s["responses"] for s in first_samples(finished_run)]
+    for one, two in zip(timeless(metrics(finished_run)), timeless(metrics(run)), strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key] == pytest.approx(one[key], abs=1e-3), key
+
+
+def test_zero_3_on_two_ranks_changes_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    """The other stages: tests/training/student/test_ranks.py."""
+    finish(command(tmp_path, demo_cache, "--steps", "3", "--actor.zero_stage", "3", ranks=2))
+    for one, other in zip(timeless(metrics(finished_run)), timeless(metrics(tmp_path / "grpo-minillm")), strict=True):
+        for key in one:
+            assert other[key] == pytest.approx(one[key], abs=1e-3), key
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    finish(command(tmp_path, demo_cache, "--steps", "2", "--checkpoint.every", "2"))
+    run = tmp_path / "grpo-minillm"
+    # A killed run may leave a step that no checkpoint holds, and half a line; both must go.
+    with (run / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 3, "grad_norm": 9.0}\n{"step": 4, "gr')
+    finish(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
+    assert timeless(metrics(run)) == timeless(metrics(finished_run))
+    one, other = (load_file(path / "export" / "model.safetensors") for path in (finished_run, run))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_same_command_again_on_a_finished_run_says_so_quickly(finished_run: Path, demo_cache: Path) -> None:
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    done = finish(command(finished_run.parent, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
+    assert "student after" in done.stdout
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo_cache: Path) -> None:
+    done = finish(command(finished_run.parent, demo_cache, "--steps", "3", "--actor.learning_rate", "0.5"), code=2)
+    assert "actor.learning_rate" in done.stderr
+    assert "choose another --name" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_export_is_scored_as_the_trainer_did(finished_run: Path) -> None:
+    done = finish([PYTHON, str(ROOT / "eval" / "heldout.py"), "--runs_dir", str(finished_run.parent)])
+    assert "f1" in done.stdout
+    ours = read_result(finished_run / "eval" / "after.json")
+    judged = read_result(finished_run / "eval" / "heldout.json")
+    assert [row["prediction"] for row in judged.rows] == [a["prediction"] for a in ours.rows]
+    assert any(a["prediction"] for a in ours.rows), "something was answered"
+    for name in ("f1", "exact_match"):
+        assert judged.values[name].value == pytest.approx(ours.values[name].value)
+
+
+def test_stage_1_with_the_teachers_answers_asks_no_question_twice(tmp_path: Path, demo_cache: Path) -> None:
+    start = [PYTHON, str(ROOT / "training" / "sft.py"), "--demo_size", "tiny"]
+    rest = ["--runs_dir", str(tmp_path), "--cache_dir", str(demo_cache), "--sft.samples", "2", "--sft.steps", "5"]
+    finish([*start, *rest, "--threads", "1"])
+    newest = max(demo_cache.glob("teacher-answers-*.json"), key=lambda file: file.stat().st_mtime_ns)
+    known, written = json.loads(newest.read_text()), newest.stat().st_mtime_ns
+    assert len(known) > 1000
+    assert {len(answers) for answers in known.values()} == {2}
+    scores = json.loads((tmp_path / "sft" / "summary.json").read_text())["eval_after"]
+    assert set(scores) == {"f1", "exact_match", "reverse_kl", "open_right", "open_different", "open_kl"}
+    assert scores["reverse_kl"] > 0
+    # A second time the file is read, and not written again.
+    finish([*start, *rest, "--threads", "1", "--name", "again"])
+    assert newest.stat().st_mtime_ns == written
+    assert (tmp_path / "again" / "export" / "model.safetensors").is_file()
+
+
+def test_another_student_is_asked_beside_and_is_what_its_own_run_says(
+    finished_run: Path, tmp_path: Path, demo_cache: Path
+) -> None:
+    """The start itself as the baseline: its numbers are those of the start, and the table has them."""
+    start = yaml.safe_load((finished_run / "config.yaml").read_text())["student"]["path"]
+    done = finish(command(tmp_path, demo_cache, "--steps", "1", "--eval.beside", start, "--name", "beside"))
+    summary = json.loads((tmp_path / "beside" / "summary.json").read_text())
+    for name, value in summary["eval_before"].items():
+        assert summary["eval_beside"][name] == pytest.approx(value, abs=1e-4), name
+    assert "student beside" in done.stdout
+    assert summary["eval_beside"] != summary["eval_after"]

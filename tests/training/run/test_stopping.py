@@ -1,0 +1,155 @@
+"""When a start has to write its last checkpoint, how it ends, and what is said of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.io.lines import LineFile
+from configs.schema import ActorConfig, RunConfig
+from inference.client import TeacherLost
+from training.run.checkpoints import CheckpointFailed
+from training.run.memory import OutOfMemory, OutOfMemoryAlone
+from training.run.safe_points import TimeLimit
+from training.run.starts import Starts
+from training.run.stopping import StopRequest
+from training.run.supervisor import Supervisor, lowered
+
+
+class Now:
+    """A clock that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 1000.0
+        monkeypatch.setattr(time, "time", lambda: self.seconds)
+
+
+def test_without_an_end_the_time_is_never_over() -> None:
+    limit = TimeLimit(None, {"SLURM_JOB_END_TIME": "soon"})
+    limit.took_step(1e9)
+    assert not limit.is_over(next_step=True)
+
+
+def test_one_more_step_and_the_checkpoint_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 s: 20 are kept free; 1.25 times the checkpoint's 8 s and the longest step's 40 s come on top."""
+    now = Now(monkeypatch)
+    limit = TimeLimit(400, {})
+    for seconds in (40, 20):
+        limit.took_step(seconds)
+    limit.took_checkpoint(8)
+    for at, next_step, over in ((1320, True, False), (1321, True, True), (1321, False, False), (1371, False, True)):
+        now.seconds = at
+        assert limit.is_over(next_step=next_step) == over, at
+
+
+def test_the_earlier_end_counts_and_a_minute_is_the_most_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = Now(monkeypatch)
+    for limit_s, job_end in ((10_000, 21_000), (20_000, 11_000), (None, 11_000)):
+        limit = TimeLimit(limit_s, {"SLURM_JOB_END_TIME": str(job_end)})
+        now.seconds = 10_939
+        assert not limit.is_over(next_step=True)
+        now.seconds = 10_941
+        assert limit.is_over(next_step=True)
+        now.seconds = 1000
+
+
+def test_a_start_that_said_nothing_was_killed(tmp_path: Path) -> None:
+    first = Starts(tmp_path, {"SLURM_RESTART_COUNT": "3", "SLURM_JOB_ID": "8"})
+    first.end("too early: nothing has begun", 1)
+    first.begin(0, 2)
+    with (tmp_path / "starts.jsonl").open("a") as out:
+        out.write('{"event": "en')  # killed while it was writing
+    second = Starts(tmp_path, {})
+    second.begin(4, 1)
+    second.end("SIGUSR1", 75, 6)
+    second.end("the first reason counts", 1)
+    killed, stopped = second.listed()
+    assert (killed["from_step"], killed["ranks"], killed["reason"], killed["end"]) == (0, 2, "killed", None)
+    assert (killed["slurm_job"], killed["slurm_restart_count"]) == ("8", 3)
+    assert (stopped["from_step"], stopped["step"], stopped["reason"], stopped["exit_code"]) == (4, 6, "SIGUSR1", 75)
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests keep their own handlers
+    return Supervisor(CONFIG, tmp_path, StopRequest())
+
+
+CONFIG = RunConfig(actor=ActorConfig(micro_batch_tokens=5000))
+
+
+def ends(supervisor: Supervisor, error: BaseException) -> int:
+    def work() -> int:
+        raise error
+
+    return supervisor.run(work)
+
+
+def test_memory_that_runs_out_in_a_collective_halves_the_budget_of_the_next_start_once(
+    supervisor: Supervisor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert lowered(CONFIG, tmp_path) == CONFIG
+    assert ends(supervisor, OutOfMemoryAlone("8 GB asked for")) == 75
+    assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
+    less = RunConfig(actor=ActorConfig(micro_batch_tokens=100))
+    assert lowered(less, tmp_path) == less, "what the user has lowered further stays"
+    assert ends(supervisor, OutOfMemoryAlone("8 GB asked for")) == 1
+    assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
+    assert "8 GB asked for" in caplog.text
+    assert "lower actor.micro_batch_tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OutOfMemory("on another rank"), 1, "lower actor.micro_batch_tokens"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "out of memory"),
+        (MemoryError(), 1, "out of memory"),
+        (CheckpointFailed("the checkpoint of step 4 could not be written: No space left"), 1, "No space left"),
+        (TeacherLost("no teacher for 6 s"), 75, "run the same command again"),
+        (ZeroDivisionError("1/0"), 1, "ZeroDivisionError"),
+    ],
+)
+def test_the_exit_code_of_each_way_to_end(
+    error: Exception, code: int, words: str, supervisor: Supervisor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor.starts.begin(3, 1)
+    assert ends(supervisor, error) == code
+    assert words in caplog.text
+    (start,) = supervisor.starts.listed()
+    assert start["exit_code"] == code
+    assert words in start["reason"]
+
+
+def test_a_mistake_in_the_input_goes_through(supervisor: Supervisor) -> None:
+    with pytest.raises(SystemExit) as raised:
+        ends(supervisor, SystemExit(2))
+    assert raised.value.code == 2
+
+
+def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes 5 bytes more and is then full: no half line, and later every line in order."""
+    lines, real, room = LineFile(tmp_path / "rows"), os.write, 5
+    lines.append("one")
+
+    def write(handle: int, data: bytes) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = real(handle, data[:room])
+        room -= taken
+        return taken
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        for text in ("second", "third"):
+            with pytest.raises(OSError, match="No space left"):
+                lines.append(text)
+            assert (tmp_path / "rows").read_text() == "one\n"
+    lines.flush()
+    assert (tmp_path / "rows").read_text() == "one\nsecond\nthird\n"

@@ -1,0 +1,171 @@
+"""Adapters: zero at the start, off is the start, merged on export, whatever the student was trained from."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from configs.schema import AdapterConfig
+from inference.attention.packing import groups_of, pack_row
+from tests.support.model_zoo import make
+from tests.support.runs import command, finish, metrics
+from tests.support.student_models import build, plain_logprobs, save
+from training.student.adapters import adapter_off, adapter_parameters, plain_parameters, save_adapter, save_plain
+from training.student.loading import load_policy
+from training.student.policy import Policy
+
+PROMPTS, RESPONSES = [(3, 4, 5), (6, 7)], [(8, 9, 2), (10,), (), (11, 12, 13)]
+ROW = pack_row(groups_of(PROMPTS, RESPONSES, 2))
+
+
+def whole(parameters: Any) -> Any:
+    return nullcontext()
+
+
+def moved(policy: Policy) -> Policy:
+    """As if it had been trained: an adapter that changes something."""
+    stream = torch.Generator().manual_seed(5)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=stream)
+    return policy
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_off_is_the_start_and_merged_is_the_adapted_student(family: str, tmp_path: Path) -> None:
+    save(family, tmp_path / "start")
+    start = load_policy(tmp_path / "start", "float32").eval()
+    policy = load_policy(tmp_path / "start", "float32", adapter=AdapterConfig(rank=4, alpha=8)).eval()
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    with torch.no_grad():
+        before = start(ROW).logprobs_S
+        torch.testing.assert_close(policy(ROW).logprobs_S, before, atol=0, rtol=0)  # it starts at zero
+        moved(policy)
+        after = policy(ROW).logprobs_S
+        assert float((after - before).abs().max()) > 0.01
+        with adapter_off(policy.model):
+            torch.testing.assert_close(policy(ROW).logprobs_S, before, atol=0, rtol=0)
+        torch.testing.assert_close(policy(ROW).logprobs_S, after, atol=0, rtol=0)
+        state = {name: value.clone() for name, value in plain_parameters(policy.model, whole)}
+        assert state.keys() == dict(start.model.named_parameters()).keys()
+        policy.model.config._attn_implementation = None
+        save_plain(policy.model, state, tmp_path / "export")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+        plain = torch.cat([plain_logprobs(merged, PROMPTS[b // 2], r) for b, r in enumerate(RESPONSES) if r])
+        adapter = {name: value.clone() for name, value in adapter_parameters(policy.model, whole)}
+        save_adapter(policy.model, adapter, str(tmp_path / "start"), tmp_path / "adapter")
+        opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()  # on its base, by peft alone
+        beside = torch.cat([plain_logprobs(opened, PROMPTS[b // 2], r) for b, r in enumerate(RESPONSES) if r])
+    torch.testing.assert_close(plain, after, atol=2e-5, rtol=0)
+    torch.testing.assert_close(beside, after, atol=2e-5, rtol=0)
+
+
+def test_trap_24_sft_in_an_adapter_is_merged_before_ours_so_off_is_the_sft_student(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    save("llama", tmp_path / "base")
+    sft = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    stream = torch.Generator().manual_seed(1)
+    for name, parameter in sft.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=stream)
+    sft.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    sft.save_pretrained(tmp_path / "sft")
+    policy = moved(load_policy(tmp_path / "sft", "float32", adapter=AdapterConfig(rank=4))).eval()
+    with torch.no_grad():
+        expected = torch.cat([plain_logprobs(sft.eval(), PROMPTS[b // 2], r) for b, r in enumerate(RESPONSES) if r])
+        bare = torch.cat([plain_logprobs(build("llama"), PROMPTS[b // 2], r) for b, r in enumerate(RESPONSES) if r])
+        with adapter_off(policy.model):
+            reference = policy(ROW).logprobs_S
+    torch.testing.assert_close(reference, expected, atol=1e-5, rtol=0)
+    assert float((reference - bare).abs().max()) > 0.01
+
+
+def test_four_bit_weights_are_frozen_and_merge_into_plain_ones(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, initializer_range=0.1, **sizes)).eval()
+    plain.save_pretrained(tmp_path)
+    policy = moved(load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=4, four_bit=True))).train()
+    assert any(p.dtype == torch.uint8 for p in policy.parameters())
+    logprobs_S = policy(ROW).logprobs_S
+    logprobs_S.sum().backward()
+    assert {name for name, p in policy.named_parameters() if p.grad is not None} == {
+        name for name, _ in policy.named_parameters() if "lora_" in name
+    }
+    state = {name: value.clone() for name, value in plain_parameters(policy.model, whole)}
+    assert state.keys() == dict(plain.named_parameters()).keys()
+    assert not torch.equal(state["model.layers.0.mlp.up_proj.weight"], plain.model.layers[0].mlp.up_proj.weight)
+    plain.load_state_dict(state, strict=False)
+    expected = torch.cat([plain_logprobs(plain, PROMPTS[b // 2], r) for b, r in enumerate(RESPONSES) if r])
+    torch.testing.assert_close(logprobs_S, expected, atol=1e-4, rtol=0)
+
+
+def test_a_target_that_no_module_has_is_named(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    with pytest.raises(ValueError, match=r"student.adapter.targets = 'wq'"):
+        load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=4, targets="wq"))
+
+
+@pytest.mark.parametrize("targets", ["lm_head,q_proj", "embed_tokens,q_proj"])
+def test_what_is_tied_to_the_embedding_gets_no_adapter(targets: str, tmp_path: Path) -> None:
+    """Its update would be in the head and not in the export, or the export would fail after the last step."""
+    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, tie_word_embeddings=True)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"student.adapter.targets = '.*is the embedding, or the output layer"):
+        load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=2, targets=targets))
+
+
+def test_an_untied_output_layer_is_merged(tmp_path: Path) -> None:
+    policy = load_policy(save("llama", tmp_path), "float32", adapter=AdapterConfig(rank=2, targets="lm_head,q_proj"))
+    moved(policy).eval()
+    with torch.no_grad():
+        adapted = policy(ROW).logprobs_S
+        state = {name: value.clone() for name, value in plain_parameters(policy.model, whole)}
+    plain = build("llama")
+    plain.load_state_dict(state)
+    expected = torch.cat([plain_logprobs(plain, PROMPTS[b // 2], r) for b, r in enumerate(RESPONSES) if r])
+    torch.testing.assert_close(adapted, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_only_the_language_model_of_a_model_that_sees_is_trained(rank: int, tmp_path: Path) -> None:
+    make("gemma3").save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=rank))
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("language_model" in name or "lm_head" in name for name in trained)
+    assert any("vision_tower" in name for name, _ in policy.named_parameters())
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_a_run_trains_the_adapter_alone_and_exports_a_plain_student(
+    stage: str, tmp_path: Path, demo_cache: Path
+) -> None:
+    options = ["--student.adapter.rank", "4", "--loss.kl_coef", "0.1", "--actor.zero_stage", stage]
+    first = command(tmp_path, demo_cache, *options, "--steps", "2", "--checkpoint.every", "1")
+    finish(first)
+    run = tmp_path / "grpo-minillm"
+    rows = metrics(run)
+    assert rows[0]["kl/reference"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[1]["kl/reference"] > 1e-7
+    after = load_file(run / "export" / "model.safetensors")
+    assert not any("lora" in name or "base_layer" in name for name in after)
+    both = [AutoModelForCausalLM.from_pretrained(run / "export"),
+            AutoPeftModelForCausalLM.from_pretrained(run / "export" / "adapter")]  # fmt: skip
+    merged_S, adapted_S = (plain_logprobs(model.eval(), (5, 6, 7), (8, 9, 10)) for model in both)
+    torch.testing.assert_close(adapted_S, merged_S, atol=2e-5, rtol=0)
+    finish(command(tmp_path, demo_cache, *options, "--steps", "3", "--checkpoint.every", "1"))  # goes on from step 2
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
+    assert metrics(run)[:2] == rows

@@ -1,0 +1,159 @@
+"""However the batch is cut among ranks, ZeRO stages and packed rows, the update is the same; and nobody waits for ever.
+
+Each world size is one set of processes (tests/support/rank_worker.py) that run all of its jobs one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.runs import ROOT, finish_ranks
+from tests.support.student_models import save
+from tests.support.teacher_models import save_tokenizer
+
+WORKER = ROOT / "tests" / "support" / "rank_worker.py"
+ALL = 10**6
+"""A budget that puts the whole share of a rank into one row."""
+DEALS = {
+    1: [[[0, 1, 2]], [[3, 4]]],
+    2: [[[0, 2], [1]], [[], [3, 4]]],
+    3: [[[1], [0, 2], []], [[], [4], [3]]],
+}
+"""Prompts of each mini-batch by rank: 5 prompts on 3 ranks, and ranks that have none."""
+FIRST = {"aggregation": "sequence", "ratio": "token"}
+SECOND = {"aggregation": "token", "ratio": "sequence"}
+
+
+def run_ranks(world: int, jobs: list[dict[str, Any]], folder: Path, seconds: float) -> dict[str, Any]:
+    """Start `world` processes and return what rank 0 wrote; a rank that has not ended in time fails the test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    program = [sys.executable, str(WORKER), str(folder / "jobs.json"), str(folder / "out.json")]
+    finish_ranks(program, world, folder, seconds)
+    return json.loads((folder / "out.json").read_text())
+
+
+def job(name: str, world: int, zero: int, budget: int, model: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "what": "update", "name": name, "zero": zero, "budget": budget, "model": str(model), "deal": DEALS[world],
+        **FIRST, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3: windows alternate with global attention, and one tensor is embedding and output layer."""
+    directory = save("gemma3", tmp_path_factory.mktemp("student"))
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One rank, every way that one rank can do it; `first` and `second` are what all else is compared with."""
+    jobs = [
+        job("first", 1, 0, ALL, model),
+        job("second", 1, 0, ALL, model, **SECOND),
+        job("start", 1, 0, ALL, model, deal=[]),
+        job("zero 0, each group its own row", 1, 0, 1, model),
+        job("zero 1, two groups a row", 1, 1, 30, model),
+        job("zero 2, logits in chunks of 2", 1, 2, 45, model, logit_chunk=2),
+        job("zero 3, activations recomputed", 1, 3, 1, model, checkpointing=True),
+        *(job(f"nothing, zero {zero}", 1, zero, ALL, model, deal=[[[]], [[]]], bare=True) for zero in range(4)),
+    ]
+    return run_ranks(1, jobs, tmp_path_factory.mktemp("one"), 150)
+
+
+def assert_same(one: Mapping[str, Any], other: Mapping[str, Any], start: Mapping[str, Any], name: str) -> None:
+    """Every metric of every step within 1e-4, and the parameters within 1e-3 of the distance that they moved."""
+    for who in ("actor", "critic"):
+        assert len(one[who]) == len(other[who]) == 2
+        for step, (left, right) in enumerate(zip(one[who], other[who], strict=True)):
+            assert left.keys() == right.keys()
+            for key in left:
+                assert right[key] == pytest.approx(left[key], rel=1e-4, abs=1e-6), f"{name}: {who} step {step} {key}"
+    for key in ("state", "critic_state"):
+        before, left, right = (torch.tensor(x[key], dtype=torch.float64) for x in (start, one, other))
+        moved = float((left - before).norm())
+        assert moved > 0.1, "the update moved the parameters"
+        assert float((left - right).norm()) < 1e-3 * moved, f"{name}: {key}"
+
+
+def test_the_terms_are_all_there(expected: dict[str, Any]) -> None:
+    """A comparison of zeros would prove nothing."""
+    first, second = expected["first"]["actor"]
+    for term in ("policy", "kl", "single_step", "pt", "bc", "total"):
+        assert abs(first[f"loss/{term}"]) > 1e-3, term
+        assert first[f"loss/{term}"] != pytest.approx(second[f"loss/{term}"], rel=1e-3)
+    assert 0 < first["clip_share"] < 0.5
+    assert first["grad_norm"] > 0.5, "the gradient is clipped, so its norm has to be the global one"
+    other = expected["second"]["actor"][0]
+    assert other["loss/policy"] != pytest.approx(first["loss/policy"], rel=1e-2)
+    assert expected["first"]["critic"][1]["critic/grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero 0, each group its own row",
+        "zero 1, two groups a row",
+        "zero 2, logits in chunks of 2",
+        "zero 3, activations recomputed",
+    ],
+)
+def test_one_rank(name: str, expected: dict[str, Any]) -> None:
+    assert_same(expected["first"], expected[name], expected["start"], name)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_more_ranks(world: int, model: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    """ZeRO 0 to 3 with different budgets. A rank without a prompt is in every one of them."""
+    jobs = [
+        job("zero 0", world, 0, ALL, model),
+        job("zero 0, each group its own row", world, 0, 1, model, **SECOND),
+        job("zero 1", world, 1, 1, model),
+        job("zero 2", world, 2, 30, model, **SECOND),
+        job("zero 3", world, 3, 1, model, checkpointing=True),
+        job("zero 3, one row", world, 3, ALL, model, logit_chunk=2),
+    ]
+    results = run_ranks(world, jobs, tmp_path, 150)
+    for each in jobs:
+        reference = "second" if each["ratio"] == "sequence" else "first"
+        assert_same(expected[reference], results[each["name"]], expected["start"], f"{world} ranks, {each['name']}")
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_of_which_no_group_is_left_changes_nothing(zero: int, expected: dict[str, Any]) -> None:
+    """Every group was dropped for a non-finite score, and there is no text: skipped, not a crash."""
+    found = expected[f"nothing, zero {zero}"]
+    assert [step["skipped"] for step in found["actor"]] == [1.0, 1.0]
+    assert found["state"] == expected["start"]["state"]
+    assert found["critic_state"] == expected["start"]["critic_state"]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("world", [2, 3])
+def test_nobody_waits_for_ever(world: int, model: Path, tmp_path: Path) -> None:
+    """ZeRO 3; prompts of 1 to 50 tokens; the responses of one rank all end at their first token."""
+    prompts = [[(5,) * 50, (6,) * 3], [(7,)], [(8,) * 20, (9,) * 31]][:world]
+    jobs = [
+        {
+            "what": "lively", "name": f"rank {silent} is silent", "zero": 3, "budget": budget, "model": str(model),
+            "prompts": prompts, "silent": silent, **FIRST,
+        }
+        for silent, budget in enumerate((1, ALL, 60)[:world])
+    ]  # fmt: skip
+    results = run_ranks(world, jobs, tmp_path, 100)
+    for silent, result in enumerate(results.values()):
+        for rank, lengths in enumerate(result["lengths"]):
+            assert lengths == [1 if rank == silent else 9] * (3 * len(prompts[rank])), "9 tokens is the limit"
+        assert result["least_kl"] >= 0
+        assert result["metrics"]["mismatch/max"] < 1e-4
+        assert result["metrics"]["grad_norm"] > 0

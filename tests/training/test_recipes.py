@@ -1,0 +1,142 @@
+"""Every recipe and every switch around the loop, as a real run on the tiny demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.support.runs import command, finish, metrics, timeless
+
+FEW = ["--eval.questions", "8", "--name", "run"]
+
+
+def run(folder: Path, cache: Path, *options: str) -> Path:
+    finish(command(folder, cache, *FEW, *options))
+    return folder / "run"
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return load_file(model / "model.safetensors")
+
+
+def start_of(run: Path) -> dict[str, torch.Tensor]:
+    return weights(Path(yaml.safe_load((run / "config.yaml").read_text())["student"]["path"]))
+
+
+def test_seqkd_learns_from_the_teachers_answers_alone(tmp_path: Path, demo_cache: Path) -> None:
+    rows = metrics(run(tmp_path, demo_cache, "--recipe", "seqkd", "--steps", "4", "--actor.learning_rate", "0.003"))
+    assert rows[-1]["loss/bc"] < rows[0]["loss/bc"]
+    assert not any("loss/policy" in row or "loss/single_step" in row for row in rows)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert all(len(s["responses"]) == 1 for s in samples)
+
+
+def test_sampled_cross_entropy_falls_on_the_teachers_answers(tmp_path: Path, demo_cache: Path) -> None:
+    options = ["--recipe", "sampled_ce", "--steps", "4", "--actor.learning_rate", "0.003", "--distill.sampled_tokens"]
+    rows = metrics(run(tmp_path, demo_cache, *options, "64"))
+    assert rows[-1]["loss/single_step"] < rows[0]["loss/single_step"]
+    assert rows[-1]["loss/total"] == pytest.approx(
+        rows[-1]["loss/single_step"] + 0.1 * rows[-1]["loss/pt"], rel=1e-4
+    )  # no policy gradient
+
+
+def test_gkd_is_a_divergence_on_the_students_own_answers(tmp_path: Path, demo_cache: Path) -> None:
+    options = ["--recipe", "gkd", "--steps", "4", "--actor.learning_rate", "0.003", "--distill.jsd_beta", "1.0"]
+    rows = metrics(run(tmp_path, demo_cache, *options))
+    # beta 1 is the reverse KL, whose estimate from the same samples is kl/teacher.
+    assert rows[0]["loss/single_step"] == pytest.approx(rows[0]["kl/teacher"], rel=0.5)
+    assert rows[-1]["loss/single_step"] < rows[0]["loss/single_step"]
+    assert rows[-1]["loss/total"] == pytest.approx(rows[-1]["loss/single_step"] + 0.1 * rows[-1]["loss/pt"], rel=1e-4)
+
+
+def test_bond_imitates_the_best_and_climbs_the_quantile(tmp_path: Path, demo_cache: Path) -> None:
+    options = ["--recipe", "bond", "--reward", "teacher_logprob", "--steps", "2", "--loss.kl_coef", "0.1"]
+    rows = metrics(run(tmp_path, demo_cache, *options, "--reference.update", "ema"))
+    assert {"loss/policy", "loss/bc", "loss/kl"} <= rows[-1].keys()
+    last = rows[-1]
+    expected = 0.5 * last["loss/policy"] + 0.5 * last["loss/bc"] + 0.1 * last["loss/kl"]
+    assert last["loss/total"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_warp_exports_a_student_half_way_from_the_start(tmp_path: Path, demo_cache: Path) -> None:
+    options = ["--steps", "2", "--reference.update", "ema", "--loss.kl_coef", "0.1"]
+    merged = run(tmp_path / "warp", demo_cache, "--recipe", "warp", *options)
+    whole = run(tmp_path / "rl", demo_cache, *options)
+    start, end = start_of(merged), weights(whole / "export")
+    for name, value in weights(merged / "export").items():
+        torch.testing.assert_close(value, 0.5 * (start[name] + end[name]), atol=1e-6, rtol=0)
+
+
+def test_everything_around_the_loop_at_once(tmp_path: Path, demo_cache: Path) -> None:
+    options = ["--steps", "3", "--sampling.teacher_mix", "0.3", "--reference.update", "ema", "--loss.kl_coef", "0.1",
+               "--loss.kl_estimator", "full", "--loss.pt_schedule.kind", "linear", "--loss.pt_schedule.steps", "3",
+               "--loss.gradient_shares_every", "2",
+               "--phases.every", "2", "--phases.steps", "2", "--loss.importance_cap", "2",
+               "--reference.kl_limit", "100"]  # fmt: skip
+    folder = run(tmp_path, demo_cache, *options, "--checkpoint.every", "1")
+    rows = metrics(folder)
+    assert rows[0]["kl/start"] == pytest.approx(0.0, abs=1e-9)
+    assert rows[2]["kl/start"] > 0
+    assert rows[1]["loss/kl"] > 0  # full KL to the reference
+    assert [("gradient/policy_share" in row) for row in rows] == [True, False, True]
+    shares = [v for k, v in rows[0].items() if k.startswith("gradient/") and k.endswith("_share")]
+    assert sum(shares) == pytest.approx(1.0)
+    assert [("loss/supervised_phase" in row) for row in rows] == [False, True, False]
+    assert all(0.5 < row["importance/mean"] < 1.5 for row in rows)
+    for step, row in enumerate(rows):  # lambda_PT falls from 0.1 to 0 over three steps
+        terms = row["loss/policy"] + 0.1 * row["loss/kl"] + row["loss/single_step"]
+        assert row["loss/total"] == pytest.approx(terms + 0.1 * (1 - step / 3) * row["loss/pt"], rel=1e-4)
+    # A moving reference is part of the checkpoint: the run goes on as if it had not stopped.
+    unbroken = run(tmp_path / "again", demo_cache, *options, "--steps", "4")
+    finish(command(tmp_path, demo_cache, *FEW, *options, "--checkpoint.every", "1", "--steps", "4"))
+    assert timeless(metrics(folder)) == timeless(metrics(unbroken))
+
+
+def test_responses_of_the_teacher_among_the_students_carry_their_weight(tmp_path: Path, demo_cache: Path) -> None:
+    options = ["--reward", "teacher_logprob", "--steps", "2", "--sampling.teacher_mix", "0.5", "--sampling.mix_by",
+               "response", "--grpo.baseline", "leave_one_out", "--grpo.no_signal", "resample"]  # fmt: skip
+    rows = metrics(run(tmp_path, demo_cache, *options))
+    assert all(0.3 < row["importance/mean"] <= 2.0 for row in rows)  # at most 1 / (1 - alpha)
+    assert all("groups/without_signal" in row for row in rows)
+
+
+def test_the_teachers_likeliest_entries_bound_the_single_step_term_from_below(tmp_path: Path, demo_cache: Path) -> None:
+    def first(*options: str) -> dict[str, float]:
+        name = options[-1] if options else "exact"
+        return metrics(run(tmp_path / name, demo_cache, "--steps", "1", *options))[0]
+
+    exact, most, few = first(), first("--loss.single_step_entries", "64"), first("--loss.single_step_entries", "2")
+    assert 0 < few["loss/single_step"] < most["loss/single_step"] < exact["loss/single_step"]
+    assert few["kl/teacher"] == pytest.approx(exact["kl/teacher"], rel=1e-4)  # the same samples, the same scores
+
+
+def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, demo_cache: Path) -> None:
+    options = ["--steps", "6", "--reference.kl_limit", "0.001", "--actor.learning_rate", "0.01"]
+    folder = run(tmp_path, demo_cache, *options)
+    rows, summary = metrics(folder), json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert len(rows) < 6
+    assert rows[-1]["kl/start"] > 0.001
+    assert all(row["kl/start"] <= 0.001 for row in rows[:-1])
+    again = finish(command(tmp_path, demo_cache, *FEW, *options))
+    assert "finished already" in again.stdout
+    assert metrics(folder) == rows
+
+
+def test_a_recipe_or_a_mixture_that_needs_one_tokenizer_says_so_before_anything_is_built() -> None:
+    from configs.schema import RunConfig, SamplingConfig
+    from training.recipes import check_recipe
+    from training.teacher.mixing import check_mixing
+
+    for recipe in ("gkd", "sampled_ce"):
+        with pytest.raises(ValueError, match=f"recipe = '{recipe}': .* use seqkd, bond, warp or rl"):
+            check_recipe(RunConfig(recipe=recipe), same_tokenizer=False)
+        check_recipe(RunConfig(recipe=recipe), same_tokenizer=True)
+    mixed = RunConfig(sampling=SamplingConfig(teacher_mix=0.2))
+    with pytest.raises(ValueError, match=r"sampling.teacher_mix = 0.2: .* set sampling.mix_by to response"):
+        check_mixing(mixed, same_tokenizer=False)

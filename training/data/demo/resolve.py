@@ -1,0 +1,118 @@
+"""The embedded demo as seen by the trainer: build its parts on first use and put real paths into the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from configs.io.files import locked
+from configs.models import DEMO_STAGE1
+from configs.schema import DEMO, RunConfig
+from inference.server.launch import launcherless_environment
+from training.data.preflight import DEMOS, with_models
+from training.objective import pt_coef
+from training.run.cli import DEMO_CONFIGS, ROOT, fail
+
+STAGE1_SOURCES = (
+    "training/supervised.py",
+    "training/student/actor.py",
+    "training/student/policy.py",
+    "training/data/prompts.py",
+    "configs/demo/sft.yaml",
+)
+"""Files that the student after stage 1 depends on; a change in one builds it anew."""
+STAGE1: dict[str, dict[str, Any]] = {
+    "demo": {},
+    # The tiny teacher says little that is worth learning.
+    "tiny": {"sft.answers": "data", "sft.steps": 160, "sft.learning_rate": 2.0e-3},
+}
+"""What differs from configs/demo/sft.yaml, by size of the demo."""
+MORE = {"sft.steps": 1000, "sft.learning_rate": 2.0e-3}
+"""More of stage 1, in about the time that the demo's stage 2 takes; the tiny demo has no such baseline."""
+
+
+def uses_demo(config: RunConfig, *, stage: int) -> bool:
+    """Whether any part that stage 0, 1 or 2 reads is the embedded demo."""
+    data = config.data
+    if stage == 0:
+        read = [config.student.path, data.text or ""]
+    elif stage == 1:
+        read = [config.student.path, data.heldout]
+        read += [config.teacher.path, data.prompts] if config.sft.answers == "teacher" else [data.warmup]
+    else:
+        read = [config.student.path, config.teacher.path, data.prompts, data.heldout]
+        read += [teacher.path for teacher in config.teachers]
+        read += [data.text or ""] if pt_coef(config) > 0 else []
+        read += [data.warmup] if config.loss.bc_coef > 0 or config.phases.every > 0 else []
+    return DEMO in read or DEMO_STAGE1 in read
+
+
+def resolve_demo(config: RunConfig, *, stage: int) -> RunConfig:
+    """Replace `demo` by paths, building what is not cached yet. In stage 2 the demo's student is the one after stage 1.
+    The demo's open questions go with its held-out ones only, and its baseline with its student.
+
+    Processes that start together build once; the others wait.
+    """
+    if config.eval.beside == DEMO and (config.student.path not in DEMOS or config.demo_size == "tiny"):
+        config = replace(config, eval=replace(config.eval, beside=None))
+    if config.data.heldout != DEMO and config.data.open == DEMO:
+        config = replace(config, data=replace(config.data, open=None))
+    if not uses_demo(config, stage=stage):
+        return config
+    from training.data.demo.models import ensure_demo
+
+    cache = Path(config.cache_dir)
+    built = ensure_demo(cache, size=config.demo_size)
+    models = {"student.path": built.student_base, "teacher.path": built.teacher}
+    if config.student.path == DEMO_STAGE1 or (stage == 2 and config.student.path == DEMO):
+        models["student.path"] = _stage1(config, built.student_base, STAGE1[config.demo_size])
+        if config.eval.beside == DEMO:
+            models["eval.beside"] = _stage1(config, models["student.path"], MORE)
+    files = {
+        "prompts": built.rl,
+        "warmup": built.warmup,
+        "heldout": built.heldout,
+        "open": built.open,
+        "text": built.text,
+    }
+    demo_files: dict[str, Any] = {name: str(path) for name, path in files.items() if getattr(config.data, name) == DEMO}
+    config = replace(config, data=replace(config.data, **demo_files))
+    return with_models(config, lambda key, path: str(models.get(key, built.teacher)) if path in DEMOS else path)
+
+
+def _stage1(config: RunConfig, start: Path, settings: Mapping[str, Any]) -> Path:
+    """The student `start` after stage 1 by configs/demo/sft.yaml and `settings`, made once and kept beside it."""
+    sources = b"".join((ROOT / name).read_bytes() for name in STAGE1_SOURCES)
+    key = hashlib.sha256(sources + json.dumps([start.name, dict(settings)]).encode()).hexdigest()[:12]
+    target = start.parent / f"student-{key}"
+    with locked(start.parent / ".stage1.lock"):
+        if not target.is_dir():
+            more = start.name != "student-base"
+            what = (
+                "as long a time of more of stage 1, to compare stage 2 with"
+                if more
+                else "stage 1, on the teacher's answers"
+            )
+            print(f"demo: {what}", file=sys.stderr, flush=True)
+            given = {
+                "config": DEMO_CONFIGS / "sft.yaml",
+                "cache_dir": config.cache_dir,
+                "demo_size": config.demo_size,
+                "student.path": start,
+                "sft.output": target,
+                "runs_dir": start.parent / "stage1-runs",
+                "name": key,
+                **settings,
+            }
+            flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+            command = [sys.executable, str(ROOT / "training" / "sft.py"), *flags]
+            done = subprocess.run(command, env=launcherless_environment(), check=False)
+            if done.returncode != 0 or not target.is_dir():
+                fail(f"the demo's stage 1 ended with exit code {done.returncode}; its messages are above")
+    return target

@@ -1,0 +1,69 @@
+"""Can the files of a model directory be used? Seen from headers, config.json and the tokenizer; no weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from configs.io.files import read_json
+from inference.model.files import quantization, safetensors_files
+from inference.protocol.fingerprint import load_tokenizer
+
+
+def check_model_files(key: str, directory: Path) -> None:
+    """Raises ValueError, naming the setting `key`, where weights, configuration or tokenizer cannot be used."""
+    try:
+        shapes = _shapes(directory)
+        _check_configuration(directory, shapes)
+        _check_tokenizer(directory)
+    except ValueError as error:
+        raise ValueError(f"{key} = {str(directory)!r}: {error}") from None
+
+
+def _check_configuration(directory: Path, shapes: dict[str, list[int]]) -> None:
+    """The model that config.json describes, built without memory, has tensors of the shapes that are in the files."""
+    config = read_json(directory / "config.json")
+    values = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    layers = values.get("num_hidden_layers", values.get("n_layer", 0))
+    if not isinstance(layers, int) or not 0 <= layers <= len(shapes):
+        raise ValueError(f"config.json says {layers!r} layers, and the weights are {len(shapes)} tensors")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+        quantised = bool(quantization(config))
+    except Exception as error:  # each model's class has its own checks, or none
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"config.json describes no causal language model that transformers builds ({said})") from None
+    for name, parameter in model.named_parameters():
+        if not quantised and shapes.get(name, list(parameter.shape)) != list(parameter.shape):
+            raise ValueError(f"config.json gives {name} the shape {list(parameter.shape)}, and it has {shapes[name]}")
+
+
+def _shapes(directory: Path) -> dict[str, list[int]]:
+    """Shape of each tensor by name."""
+    shapes: dict[str, list[int]] = {}
+    for file in safetensors_files(directory):
+        try:
+            with safe_open(str(file), framework="pt") as content:
+                shapes |= {name: list(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise ValueError(f"{file.name} is damaged ({reason}); copy it anew") from None
+    if not shapes:
+        raise ValueError("no model.safetensors in it, nor an index of its shards; save it with save_pretrained")
+    return shapes
+
+
+def _check_tokenizer(directory: Path) -> None:
+    try:
+        tokenizer = load_tokenizer(directory)
+        count = len(tokenizer)
+        tokenizer("Føroyar")
+    except Exception as error:  # the library raises many kinds; all mean the same to the user
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise ValueError(f"its tokenizer cannot be read ({reason}); save one there with save_pretrained") from None
+    if not count:
+        raise ValueError("no tokenizer in it; save one there with save_pretrained")

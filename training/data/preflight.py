@@ -1,0 +1,215 @@
+"""Checks that read files but load no model: paths, data, tokenizers, lengths. Each is a ValueError with the mend."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from configs.io.files import read_json
+from configs.io.jsonl import iterate_jsonl, read_open_questions, read_questions
+from configs.models import DEMO_STAGE1
+from configs.prompts import Format
+from configs.schema import DEMO, RunConfig, require
+from inference.attention.packing import Group
+from inference.model.backend import check_teacher
+from inference.model.files import model_directory as find_model
+from training.data.model_files import check_model_files
+from training.data.prompts import answer_group, load_prompts
+from training.data.text import text_blocks
+from training.data.validation import check_validation, question_key, set_aside
+from training.distributed import environment_rank
+from training.experience import Corpus, Prompt
+from training.objective import pt_coef
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything read from files before a model is loaded."""
+
+    corpus: Corpus
+    heldout: list[Prompt]
+    """Held-out questions, then the open ones."""
+
+
+def with_models(config: RunConfig, find: Callable[[str, str], str]) -> RunConfig:
+    """The configuration with what `find` (of a key and its path) gives as the path of each model."""
+    beside = config.eval.beside
+    return replace(
+        config,
+        eval=replace(config.eval, beside=None if beside is None else find("eval.beside", beside)),
+        student=replace(config.student, path=find("student.path", config.student.path)),
+        teacher=replace(config.teacher, path=find("teacher.path", config.teacher.path)),
+        teachers=tuple(replace(t, path=find(f"teachers[{i}].path", t.path)) for i, t in enumerate(config.teachers)),
+    )
+
+
+DEMOS = (DEMO, DEMO_STAGE1)
+
+
+def with_model_directories(config: RunConfig) -> RunConfig:
+    """The configuration with each model's path as a local directory that holds a model (`demo` stays `demo`)."""
+    return with_models(config, lambda key, path: path if path in DEMOS else str(model_directory(key, path)))
+
+
+def check_files(config: RunConfig) -> None:
+    """What can be said before the demo is built: JSONL syntax, tensor-parallel size."""
+    if config.teacher.path == DEMO:
+        from training.data.demo.models import RECIPES
+
+        heads = RECIPES[config.demo_size].teacher.heads
+        require(
+            heads % config.teacher.tensor_parallel == 0,
+            "teacher.tensor_parallel",
+            config.teacher.tensor_parallel,
+            f"must divide the {heads} attention heads of the demo's teacher; use 1, 2 or 4",
+        )
+    else:
+        check_teacher(config.teacher)
+    for place, extra in enumerate(config.teachers):
+        if extra.path != DEMO:
+            check_teacher(extra, f"teachers[{place}]")
+    require(
+        not config.student.adapter.four_bit or torch.cuda.is_available(),
+        "student.adapter.four_bit",
+        config.student.adapter.four_bit,
+        "4-bit weights are sampled from on CUDA devices only; set it to False here",
+    )
+    data = config.data
+    questions = {"prompts": data.prompts, "warmup": data.warmup, "heldout": data.heldout, "validation": data.validation}
+    for name, path in questions.items():
+        if path not in (None, DEMO):
+            with _named(f"data.{name}"):
+                read_questions(str(path), answers=False)
+    if data.open not in (None, DEMO):
+        with _named("data.open"):
+            read_open_questions(str(data.open))
+    if data.text not in (None, DEMO):
+        with _named("data.text"):
+            deque(iterate_jsonl(str(data.text), ["text"]), maxlen=0)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the configuration key in front of what a check of its file says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def model_directory(key: str, path: str) -> Path:
+    """The directory of a Hugging Face model with weights that can be read; a hub id is downloaded into the hub's cache
+    first. Raises ValueError."""
+    directory = find_model(key, path)
+    if not (directory / "adapter_config.json").is_file():
+        check_model_files(key, directory)
+    return directory
+
+
+def check_world(config: RunConfig, world: int) -> None:
+    """Every rank needs a prompt for every optimizer step."""
+    least = world * config.actor.updates_per_rollout
+    require(
+        config.prompts_per_step % world == 0 and config.prompts_per_step >= least,
+        "prompts_per_step",
+        config.prompts_per_step,
+        f"must be a multiple of the {world} ranks, and at least {least} (ranks times actor.updates_per_rollout)",
+    )
+
+
+def context_length(model: str | Path) -> int | None:
+    """Longest sequence that the model's config.json allows, or None where it does not say."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    values = values.get("text_config") or values
+    for key in ("max_position_embeddings", "n_positions"):
+        if isinstance(values.get(key), int):
+            return int(values[key])
+    return None
+
+
+def room_for_prompt(config: RunConfig) -> int:
+    """Longest prompt that leaves room for an answer in all models. Raises where there is none."""
+    lengths = [n for n in map(context_length, _all_models(config)) if n is not None]
+    room = min(lengths, default=2**30) - config.sampling.max_new_tokens
+    require(
+        room > 0,
+        "sampling.max_new_tokens",
+        config.sampling.max_new_tokens,
+        f"leaves no room for a prompt in a context of {min(lengths, default=0)} tokens",
+    )
+    return room
+
+
+def _all_models(config: RunConfig) -> list[str]:
+    return [config.student.path, config.teacher.path, *(teacher.path for teacher in config.teachers)]
+
+
+def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] | None = None) -> Inputs:
+    """Prompts, held-out questions, L_PT text and L_BC examples as tokens. All paths are resolved by now. `others`: how
+    the teachers are asked, by key: their chat templates have to take every prompt too."""
+    data, room = config.data, room_for_prompt(config)
+
+    def load(name: str, need_answers: bool) -> list[Prompt]:
+        return load_prompts(f"data.{name}", data, asked, room=room, need_answers=need_answers)
+
+    compared = config.rewards.similarity_weight != 0
+    prompts = load("prompts", compared)
+    heldout = load("heldout", True)
+    open_questions = load("open", False) if data.open is not None else []
+    judged: list[Prompt] = []
+    if config.eval.every > 0 and data.validation is None:
+        judged, prompts = set_aside(prompts, heldout, config)
+    elif config.eval.every > 0:
+        judged = load("validation", config.eval.metric != "reverse_kl")[: config.eval.validation_questions]
+        check_validation(judged, {"data.heldout": heldout, "data.prompts": prompts}, config)
+    _enough("prompts_per_step", config.prompts_per_step, len(prompts), f"prompts in {data.prompts}")
+    text: Sequence[Sequence[Group]] = ()
+    if pt_coef(config) > 0:
+        text = text_blocks(data, asked, config.cache_dir)
+        if len(text) < config.loss.pt_batch and environment_rank() == 0:
+            said = "loss.pt_batch = %d: data.text = %r has %d blocks of data.text_block_tokens; each step takes all"
+            log.warning(said, config.loss.pt_batch, data.text, len(text))
+    cloning = []
+    if config.loss.bc_coef > 0 or config.phases.every > 0:
+        kept_out = {question_key(prompt) for prompt in judged}
+        warmup = [prompt for prompt in load("warmup", True) if question_key(prompt) not in kept_out]
+        cloning = [answer_group(prompt, prompt.answers[0], asked) for prompt in warmup]
+        _enough("loss.pt_batch", config.loss.pt_batch, len(cloning), f"examples in {data.warmup}")
+    every = (*prompts, *heldout, *open_questions, *judged)
+    for key, other in (others or {}).items():
+        for prompt in every if other.chat else ():
+            try:
+                other.rendered(prompt.text)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error} for {prompt.text[:40]!r}") from None
+    tokens = [prompt.tokens for prompt in every]
+    _in_vocabulary(config, tokens + [group.responses[0] for group in cloning])
+    most = config.eval.questions or None
+    return Inputs(Corpus(prompts, text, cloning, judged), [*heldout[:most], *open_questions[:most]])
+
+
+def _in_vocabulary(config: RunConfig, tokens: Sequence[Sequence[int]]) -> None:
+    """Every token has a row in the student's embedding: a tokenizer may have grown without its model."""
+    rows = AutoConfig.from_pretrained(config.student.path).get_text_config().vocab_size
+    highest = max((max(one, default=0) for one in tokens), default=0)
+    require(
+        highest < rows, "student.path", config.student.path,
+        f"its tokenizer gives token {highest}, and the model has {rows} rows; resize its embedding "
+        "(model.resize_token_embeddings), or take the tokenizer that it was trained with",
+    )  # fmt: skip
+
+
+def _enough(key: str, wanted: int, count: int, what: str) -> None:
+    require(wanted <= count, key, wanted, f"is more than the {count} {what}")

@@ -1,0 +1,147 @@
+"""Where a run's numbers are shown besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow (`report_to`).
+
+A board is not the run: one that fails is warned of, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from configs.io.files import read_json, write_atomically
+from configs.schema import require
+
+log = logging.getLogger(__name__)
+IDS = "boards.json"
+"""The run's names on the boards' side, so that a resumed run goes on in the same curve."""
+
+
+class Board(Protocol):
+    """One of them, open."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """The numbers of a step."""
+        ...
+
+    def close(self) -> None:
+        """The run has finished."""
+        ...
+
+
+class TensorBoard:
+    """Events in FOLDER/tensorboard."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of the project WANDB_PROJECT (grpo-kd); WANDB_MODE=offline keeps it in FOLDER/wandb for `wandb sync`."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        import wandb
+
+        name = _known(folder, "wandb") or uuid.uuid4().hex[:8]
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "grpo-kd"),
+            name=folder.name,
+            dir=folder,
+            id=name,
+            resume="allow",
+            config=yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+        )
+        _remember(folder, "wandb", name)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of the experiment MLFLOW_EXPERIMENT_NAME (grpo-kd) where MLFLOW_TRACKING_URI says."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "grpo-kd"))
+        known = _known(folder, "mlflow")
+        run = mlflow.start_run(run_id=known, run_name=None if known else folder.name)
+        if known is None:
+            mlflow.log_artifact(str(folder / "config.yaml"))
+        _remember(folder, "mlflow", run.info.run_id)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+BOARDS: dict[str, Callable[[Path, int], Board]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+"""A name in report_to -> what opens it: of the run's folder, and the first step that it shows."""
+
+
+def board_names(report_to: str) -> list[str]:
+    """The names in `report_to`. Raises ValueError for an unknown one, and for one whose package is missing."""
+    names = [] if report_to == "none" else [name.strip() for name in report_to.split(",")]
+    for name in names:
+        require(name in BOARDS, "report_to", report_to, f"use {', '.join(BOARDS)} with commas between, or none")
+        found = importlib.util.find_spec(name) is not None
+        require(found, "report_to", report_to, f"the package {name} is not installed; pip install {name}")
+    return names
+
+
+class Boards:
+    """The boards of one run; each is opened when there is something to show."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._folder, self._names = folder, list(names)
+        self._open: dict[str, Board] = {}
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Show a step's numbers on each."""
+        for name in list(self._names):
+            try:
+                if name not in self._open:
+                    self._open[name] = BOARDS[name](self._folder, step)
+                self._open[name].log(values, step)
+            except Exception as error:  # of a disk, a network, somebody's server; metrics.jsonl has the same numbers
+                log.warning("report_to: %s does not take step %d (%s)", name, step, " ".join(str(error).split())[:200])
+                if self._open.pop(name, None) is None:  # not even opened: each try might wait for a network
+                    self._names.remove(name)
+
+    def close(self) -> None:
+        """The run has finished."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def _known(folder: Path, board: str) -> str | None:
+    file = folder / IDS
+    return str(found) if file.is_file() and (found := read_json(file).get(board)) else None
+
+
+def _remember(folder: Path, board: str, name: str) -> None:
+    known: dict[str, Any] = read_json(folder / IDS) if (folder / IDS).is_file() else {}
+    write_atomically(folder / IDS, json.dumps(known | {board: name}))

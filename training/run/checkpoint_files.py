@@ -1,0 +1,174 @@
+"""Files of a checkpoint: written with a checksum and forced to disk, listed in a manifest, checked against it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from configs.io.files import read_json, write_atomically
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+"""Of what a checkpoint consists; counted up when that changes. 2 is the first with its number in the manifest; files of
+format 1 are the same, and are read."""
+_CHUNK = 1 << 24
+"""Bytes read at a time while checking."""
+
+
+class UnknownFormat(ValueError):
+    """A checkpoint of a later version of this program."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file has to be."""
+
+    size: int
+    """Bytes."""
+    xxh3: str
+    """xxHash XXH3 of its content, 128 bits in hex. It finds damage, not malice, at memory speed."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole checkpoint consists of."""
+
+    step: int
+    """Steps that are done."""
+    world_size: int
+    """Trainer ranks that wrote it."""
+    zero_stages: Mapping[str, int]
+    """ZeRO stage of each engine, by the name of its folder."""
+    versions: Mapping[str, str]
+    """Versions of the libraries that wrote it."""
+    files: Mapping[str, Written]
+    """Every file, by its path below the checkpoint."""
+    format: int = FORMAT
+
+    def save(self, directory: Path) -> None:
+        """Write it into the checkpoint, as the last of its files."""
+        write_atomically(directory / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Raises OSError or ValueError where it is missing or cannot be understood, UnknownFormat where too new."""
+        try:
+            values = read_json(directory / MANIFEST)
+            if (format := values.get("format", 1)) > FORMAT:
+                raise UnknownFormat(
+                    f"{directory} is a checkpoint of format {format}, and this version reads {FORMAT} and older: go on "
+                    "with the version that wrote it, or choose another --name"
+                )
+            return cls(**{**values, "files": {k: Written(**v) for k, v in values["files"].items()}, "format": format})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{MANIFEST}: {error}") from None
+
+
+class _HashedFile:
+    """A file for torch.save: hashes what passes, and keeps the first error, which torch replaces by one of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self.error: OSError | None = None
+        self._hash, self._out = xxhash.xxh3_128(), path.open("wb", buffering=0)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self.size += len(view)
+        try:
+            done = 0
+            while done < len(view):
+                done += self._out.write(view[done:])
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def finish(self) -> Written:
+        os.fsync(self._out.fileno())
+        return Written(self.size, self._hash.hexdigest())
+
+    def close(self) -> None:
+        self._out.close()
+
+
+def write_state(path: Path, state: Any) -> Written:
+    """Write bytes as they are and everything else by torch.save, and force it to disk. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out = _HashedFile(path)
+    checked = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)  # the zip archive's own checksum halves the speed
+        if isinstance(state, bytes):
+            out.write(state)
+        else:
+            torch.save(state, out)  # type: ignore[arg-type]
+        return out.finish()
+    except RuntimeError as error:
+        raise (out.error or error) from None
+    finally:
+        torch.serialization.set_crc32_options(checked)
+        out.close()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def wrong_size(directory: Path, files: Mapping[str, Written]) -> str | None:
+    """The first file that is missing or of another size, in words; None where all are there. Reads no file."""
+    for name, expected in files.items():
+        try:
+            size = (directory / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != expected.size:
+            return f"{name} has {size} bytes in place of {expected.size}"
+    return None
+
+
+def wrong_content(directory: Path, names: Iterable[str], files: Mapping[str, Written]) -> str | None:
+    """The first of these files whose content is not what was written, in words; None where all are as they were."""
+    for name in names:
+        digest = xxhash.xxh3_128()
+        try:
+            with (directory / name).open("rb", buffering=0) as file:
+                while block := file.read(_CHUNK):
+                    digest.update(block)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if digest.hexdigest() != files[name].xxh3:
+            return f"{name} is damaged (its checksum differs)"
+    return None
+
+
+def not_data(directory: Path, names: Iterable[str]) -> str | None:
+    """The first of these files of torch.save that names something other than data, in words; None where there is none.
+
+    Nothing is loaded. What counts as data is torch's list and what training/student/deepspeed_engine.py adds to it.
+    """
+    for name in names:
+        if name.endswith(".pt"):
+            try:
+                found = torch.serialization.get_unsafe_globals_in_checkpoint(directory / name)
+            except Exception as error:  # a pickle can be broken in many ways
+                return f"{name} is no file of torch.save ({' '.join(str(error).split())[:100]})"
+            if found:
+                return f"{name} names {', '.join(sorted(found)[:3])}: no data, so reading it could run a program"
+    return None

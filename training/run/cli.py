@@ -1,0 +1,121 @@
+"""From the command line to a RunConfig: defaults < YAML < flags; unknown keys and bad values end with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import jsonargparse
+import yaml
+
+from configs.schema import RunConfig, validate
+from training.distributed import environment_rank
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO_CONFIGS = ROOT / "configs" / "demo"
+COMMON = {
+    *("config", "algo", "reward", "recipe", "name", "steps", "prompts_per_step", "seed", "student.path"),
+    *("student.dtype", "student.adapter.rank", "teacher.path", "teacher.dtype", "teacher.tensor_parallel"),
+    *("teacher.address", "data.prompts", "data.warmup", "data.heldout", "data.text", "sampling.group_size"),
+    *("sampling.max_new_tokens", "actor.learning_rate", "actor.zero_stage", "actor.micro_batch_tokens", "loss.kl_coef"),
+    *("sft.steps", "sft.learning_rate", "eval.every", "checkpoint.every"),
+}
+"""Settings that people change: those on the page of --help."""
+MORE = "--help all: every setting. --print_config > my.yaml: all of them with comments, a file to start from."
+
+
+def fail(message: str) -> NoReturn:
+    """End with exit code 2 and one readable message, from one rank only."""
+    if environment_rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one message without the usage page."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        fail(" ".join(message.split()) + " (--help all lists every key)")
+
+    def print_page(self, *, everything: bool, epilog: str) -> NoReturn:
+        """The help on the settings that people change, or on every one."""
+        if not everything:
+            for action in self._actions:
+                if action.dest not in COMMON:
+                    action.help = argparse.SUPPRESS
+            groups = self._action_groups
+            self._action_groups = [g for g in groups if any(a.help != argparse.SUPPRESS for a in g._group_actions)]
+        self.usage, self.epilog = "%(prog)s [--config FILE] [--KEY VALUE ...]", epilog
+        self.print_help()
+        raise SystemExit(0)
+
+
+def make_parser(description: str) -> _Parser:
+    """A parser for every field of RunConfig, with `--config FILE` and dotted overrides."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(description=description, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def parse(
+    argv: Sequence[str],
+    description: str,
+    default_config: Callable[[RunConfig], Path],
+    tools: Mapping[str, str] | None = None,
+) -> RunConfig:
+    """Read `argv`. Without `--config`, `default_config` names the YAML for the algorithm and reward asked for.
+
+    `tools`: flags that do something else in place of the run, with their help; which of them were asked for is the
+    caller's to see in `argv`.
+    """
+    parser = make_parser(description)
+    if (flag := next((a for a in argv if a in ("-h", "--help")), None)) is not None:
+        beside = [f"{name}: {text}" for name, text in (tools or {}).items()]
+        parser.print_page(everything=argv[argv.index(flag) + 1 :][:1] == ["all"], epilog=" ".join([MORE, *beside]))
+    # Neither the launcher's own flag nor those of the tools are settings.
+    arguments = [a for a in argv if not a.startswith("--local_rank") and a not in (tools or {})]
+    arguments = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
+    if not any(a == "--config" or a.startswith("--config=") for a in arguments):
+        asked = instantiate(parser, arguments)
+        arguments = ["--config", str(default_config(asked)), *arguments]
+    return instantiate(parser, arguments)
+
+
+def parse_supervised(argv: Sequence[str], description: str, name: str) -> RunConfig:
+    """Read and check the arguments of stage 0 or 1, whose YAML is configs/demo/sft.yaml without `--config`; the run is
+    called `name` unless `--name` says otherwise."""
+    config = parse(argv, description, lambda _: DEMO_CONFIGS / "sft.yaml")
+    try:
+        validate(config)
+    except ValueError as error:
+        fail(str(error))
+    return replace(config, name=config.name or name)
+
+
+def instantiate(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> RunConfig:
+    """Parse and build the frozen dataclasses."""
+    values = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    fields = {k: v for k, v in vars(values).items() if k in RunConfig.__dataclass_fields__}
+    return RunConfig(**fields)
+
+
+def demo_config(config: RunConfig) -> Path:
+    """The demo's YAML for the pair of algorithm and reward; the default pair's for a pair that has none."""
+    file = DEMO_CONFIGS / f"{config.algo}_{config.reward}.yaml"
+    return file if file.is_file() else DEMO_CONFIGS / "grpo_minillm.yaml"
+
+
+def load_config(path: Path) -> RunConfig:
+    """A RunConfig from a YAML file alone."""
+    return instantiate(make_parser("load"), ["--config", str(path)])
+
+
+def dump_config(values: dict[str, object]) -> str:
+    """YAML text of a resolved configuration."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

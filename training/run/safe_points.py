@@ -1,0 +1,109 @@
+"""Where a step can be left: between phases and between passes, as long as it has changed nothing.
+
+A step of a large model takes minutes, a scheduler's warning often no more. A step that is left before its first
+optimizer step is as if it had never begun: what it samples is a function of (seed, step, prompt), so that the resumed
+run takes it again exactly.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+
+from training import distributed
+from training.run.stopping import StopRequest
+
+LONGER = 1.25
+"""A step or a checkpoint may take this many times what the longest so far took."""
+
+
+def nothing() -> None:
+    """Where nobody has to be asked."""
+
+
+class StepAbandoned(Exception):
+    """All ranks have left the step that they were in, which has changed nothing."""
+
+
+class TimeLimit:
+    """The end of this start's time, and whether there is still enough of it.
+
+    Kept free: a twentieth of the whole time, at most a minute, for leaving and for a first checkpoint whose time is not
+    known yet; on top of it what the last checkpoint took.
+    """
+
+    def __init__(self, limit_s: float | None, environment: Mapping[str, str] = os.environ) -> None:
+        """`limit_s`: seconds from now. The end of the SLURM job counts as well, where SLURM says it; the earlier one
+        is taken."""
+        now = time.time()
+        ends = [now + limit_s] if limit_s is not None else []
+        if environment.get("SLURM_JOB_END_TIME", "").isdigit():
+            ends.append(float(environment["SLURM_JOB_END_TIME"]))
+        self._end = min(ends, default=None)
+        self._margin_s = 0.0 if self._end is None else min(60.0, max(self._end - now, 0.0) / 20)
+        self._step_s = self._checkpoint_s = 0.0
+
+    def took_step(self, seconds: float) -> None:
+        """A whole step took so long."""
+        self._step_s = max(self._step_s, seconds)
+
+    def took_checkpoint(self, seconds: float) -> None:
+        """The last checkpoint took so long."""
+        self._checkpoint_s = seconds
+
+    def is_over(self, *, next_step: bool) -> bool:
+        """Whether it is time for the last checkpoint; with `next_step`, whether one more step would be too much."""
+        if self._end is None:
+            return False
+        needed_s = self._margin_s + LONGER * (self._checkpoint_s + (self._step_s if next_step else 0.0))
+        return time.time() + needed_s > self._end
+
+
+class SafePoints:
+    """Asked by all ranks at the same places of a step."""
+
+    def __init__(self, stop: StopRequest, limit: TimeLimit, entered: Callable[[str, int], None], step: int) -> None:
+        """`step` steps are done. `entered` is told of each phase that begins, and of the step (Watchdog.enter)."""
+        self.limit = limit
+        self._stop, self._entered = stop, entered
+        self._step, self._open = step, False
+        self.advanced = False
+        """Whether this start has finished a step."""
+        self.reason = ""
+        """Why the ranks are leaving; empty while they are not."""
+
+    def begin(self, step: int) -> None:
+        """A step begins (from 0)."""
+        self._step, self._open = step, True
+
+    def close(self) -> None:
+        """The step is about to change the models: it has to be finished now."""
+        self._open = False
+
+    def enter(self, phase: str) -> None:
+        """A phase begins that is not left."""
+        self._entered(phase, self._step)
+
+    def phase(self, name: str) -> None:
+        """A phase begins. Collective. Raises StepAbandoned."""
+        self.enter(name)
+        self.check()
+
+    def check(self) -> None:
+        """Raises StepAbandoned on every rank where one of them was asked to stop. Collective."""
+        if self._open and self._leaving(next_step=False):
+            raise StepAbandoned(self.reason)
+
+    def after_step(self, seconds: float) -> bool:
+        """Whether to stop before the next step; this one took `seconds`. Collective."""
+        self.advanced = True
+        self.limit.took_step(seconds)
+        return self._leaving(next_step=True)
+
+    def _leaving(self, *, next_step: bool) -> bool:
+        over = self.limit.is_over(next_step=next_step)
+        if not distributed.any_rank(self._stop.requested or over):
+            return False
+        self.reason = self._stop.reason or ("time limit" if over else "another rank was asked to stop")
+        return True

@@ -1,0 +1,174 @@
+"""One start of a run from outside: what watches it, which exit code each way to end has, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from configs.io.claims import release
+from configs.io.files import read_json, write_atomically
+from configs.schema import RunConfig
+from inference.client import TeacherLost, TeacherRefused
+from inference.server.launch import TeacherDied
+from training import distributed
+from training.run.memory import OutOfMemory, OutOfMemoryAlone, is_out_of_memory
+from training.run.safe_points import SafePoints, TimeLimit
+from training.run.starts import Starts
+from training.run.stopping import REQUEUE, RunFailed, StopRequest
+from training.run.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "Socket Timeout", "Connection refused", "remote process")
+"""What gloo's and NCCL's errors say when the other end of a collective has gone."""
+FAILED, MISTAKE = 1, 2
+"""Exit code of a run that a new start would not mend."""
+TOKEN_BUDGET = "token_budget.json"
+"""In the run's folder, where a start has ended to go on with half the budget."""
+ADVICE = {
+    "sample": "lower sampling.group_size, sampling.max_new_tokens or prompts_per_step, or take more ranks",
+    "evaluation": "lower eval.batch",
+}
+"""What to lower, by the phase that ran out; elsewhere GENERAL."""
+GENERAL = (
+    "lower actor.micro_batch_tokens (a group is never cut: then sampling.group_size or sampling.max_new_tokens), set "
+    "student.gradient_checkpointing, raise actor.zero_stage, set actor.offload, or take more ranks; "
+    "`python training/main.py --plan` says what a run needs"
+)
+
+
+class Supervisor:
+    """Methods are called by every rank; rank 0 writes starts.jsonl."""
+
+    def __init__(self, config: RunConfig, folder: Path, stop: StopRequest) -> None:
+        self._config, self._folder, self._stop = config, folder, stop
+        self._limit = TimeLimit(config.time_limit_s)
+        self.starts = Starts(folder)
+        self._watchdog: Watchdog | None = None
+        self.points: SafePoints
+        """Set by `watch`."""
+
+    def watch(self, from_step: int) -> SafePoints:
+        """The models are loaded, `from_step` steps are done; watch from now on."""
+        if distributed.is_main():
+            self.starts.begin(from_step, distributed.world_size())
+        self._watchdog = Watchdog(self._config.stuck_timeout_s, self._give_up)
+        self.points = SafePoints(self._stop, self._limit, self._watchdog.enter, from_step)
+        return self.points
+
+    def stopped(self, step: int) -> int:
+        """The loop has left with a checkpoint of `step` steps; returns the exit code.
+
+        A start whose time did not suffice for one step would be followed by others like it.
+        """
+        timed_out = self.points.reason == "time limit" and not self.points.advanced
+        code = FAILED if timed_out else self._stop.exit_code
+        if timed_out:
+            log.error("the time limit came before the end of the first step: give the job more time")
+        elif distributed.is_main():
+            log.info("stopped after step %d (%s)", step, self.points.reason)
+        self.starts.end(self.points.reason, code, step)
+        return code
+
+    def failed(self, step: int) -> int:
+        """The loop has given up with a checkpoint of `step` steps and has said why; returns the exit code."""
+        self.starts.end("too many updates in a row had a non-finite loss or score", FAILED, step)
+        return FAILED
+
+    def run(self, work: Callable[[], int]) -> int:
+        """Exit code of `work`, however it ends; a mistake in the input (SystemExit) goes through. The folder is free
+        then."""
+        try:
+            return self._ended(work)
+        finally:
+            release(self._folder)
+
+    def _ended(self, work: Callable[[], int]) -> int:
+        try:
+            return work()
+        except SystemExit as error:
+            self.starts.end(self._stop.reason or "ended", int(error.code or 0))
+            raise
+        except TeacherLost as error:
+            reason, code = f"{error}; run the same command again to go on from the last checkpoint", REQUEUE
+        except TeacherDied as error:
+            reason, code = str(error), MISTAKE if error.mistake else FAILED
+        except (RunFailed, TeacherRefused) as error:
+            reason, code = str(error), FAILED
+        except OutOfMemoryAlone as error:
+            reason, code = self._start_with_less(error)
+        except Exception as error:
+            if isinstance(error, OutOfMemory) or is_out_of_memory(error):
+                reason, code = self._out_of_memory(error), FAILED
+            elif any(words in str(error) for words in LOST_PEER) and self._watchdog is not None:
+                reason, code = self._peer_lost(error)
+            else:
+                log.exception("the run has failed")
+                reason, code = f"{type(error).__name__}: {error}", FAILED
+        log.error("%s", reason)
+        self.starts.end(reason, code)
+        return code
+
+    def _out_of_memory(self, error: Exception) -> str:
+        phase = "start" if self._watchdog is None else self._watchdog.place.phase
+        said = " ".join(str(error).split())[:200]
+        return f"rank {distributed.rank()}: out of memory in phase {phase} ({said}); {advice(phase)}"
+
+    def _start_with_less(self, error: OutOfMemoryAlone) -> tuple[str, int]:
+        reason = self._out_of_memory(error)
+        if not lower(self._config, self._folder):
+            return reason, FAILED
+        tokens = self._config.actor.micro_batch_tokens // 2
+        return f"{reason}; the next start goes on from the last checkpoint with {tokens} tokens in a pass", REQUEUE
+
+    def _peer_lost(self, error: Exception) -> tuple[str, int]:
+        assert self._watchdog is not None
+        place = self._watchdog.place
+        who = self._watchdog.missing()
+        first = " ".join(str(error).split())[:200]
+        reason = f"rank {distributed.rank()} lost its connection in phase {place.phase} of step {place.step + 1}: {who}"
+        return f"{reason} ({first}); {self._goes_on()}", self._again()
+
+    def _give_up(self, reason: str) -> None:
+        """End this process from the watchdog's thread; the main thread is in a collective that never ends."""
+        code = self._again()
+        log.error("rank %d is %s; %s", distributed.rank(), reason, self._goes_on())
+        self.starts.end(reason, code)
+        release(self._folder)
+        sys.stderr.flush()
+        os._exit(code)
+
+    def _again(self) -> int:
+        """A new start is worth it where this one got on; else it would meet the same."""
+        return REQUEUE if self.points.advanced else FAILED
+
+    def _goes_on(self) -> str:
+        return "the same command goes on from the last checkpoint"
+
+
+def advice(phase: str) -> str:
+    """What to change where a phase ran out of memory although the token budget was halved."""
+    return ADVICE.get(phase, GENERAL)
+
+
+def lowered(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration with the token budget that an earlier start of this run has halved."""
+    path = folder / TOKEN_BUDGET
+    if not path.is_file():
+        return config
+    tokens = int(read_json(path)["micro_batch_tokens"])
+    return replace(config, actor=replace(config.actor, micro_batch_tokens=min(config.actor.micro_batch_tokens, tokens)))
+
+
+def lower(config: RunConfig, folder: Path) -> bool:
+    """Halve the token budget for the next start of this run; False where that was done before."""
+    if (folder / TOKEN_BUDGET).is_file():
+        return False
+    write_atomically(
+        folder / TOKEN_BUDGET, json.dumps({"micro_batch_tokens": max(config.actor.micro_batch_tokens // 2, 1)})
+    )
+    return True

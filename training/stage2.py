@@ -1,0 +1,425 @@
+"""A run of stage 2 from a checked configuration to its summary: set up, evaluate, train, evaluate, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from configs.io.results import Result, find_result
+from configs.schema import RunConfig, TeacherConfig
+from inference.client import TeacherClient, TeacherLost
+from inference.protocol.fingerprint import tokenizer_fingerprint
+from inference.server.launch import SECRET, start_local_teacher
+from training import distributed
+from training.algorithms import ALGORITHMS, check_choices
+from training.collect import Models, Run
+from training.data.demo.resolve import resolve_demo
+from training.data.overlap import data_warnings
+from training.data.preflight import Inputs, check_files, check_world, load_inputs, with_model_directories
+from training.evaluation import evaluate_student, evaluate_teacher, validation_summary
+from training.experience import Prompt
+from training.loop import save_checkpoint, saved_parts, train
+from training.losses import Head
+from training.objective import single_step_coef
+from training.recipes import RECIPES, check_recipe
+from training.run.boards import board_names
+from training.run.card import push, write_card
+from training.run.checkpoints import Checkpoints
+from training.run.cli import ROOT, fail
+from training.run.resuming import NoWholeCheckpoint, check_settings, load_best, open_run
+from training.run.run_folder import Progress, RunFolder, comparison_table
+from training.run.safe_points import SafePoints, TimeLimit
+from training.run.stopping import StopRequest, watch_launcher
+from training.run.supervisor import Supervisor, lowered
+from training.student.actor import Actor
+from training.student.critic import Critic
+from training.student.deepspeed_engine import start_distributed
+from training.student.export import export, interpolate
+from training.student.reference import FrozenCopy, Reference, make_reference
+from training.student.sampling_check import check_sampling
+from training.teacher.bilingual import Bilingual, Translator
+from training.teacher.check import teacher_check, warning
+from training.teacher.facts import TeacherFacts, check_tokenizers, teacher_facts
+from training.teacher.link import TeacherLink
+from training.teacher.mixing import check_mixing
+from training.teacher.reward_parts import check_extra_rewards
+
+log = logging.getLogger(__name__)
+ROWS = {"student before": "eval_before", "student after": "eval_after", "teacher": "teacher_eval"}
+"""Rows of the table that a run ends with, and where summary.json has them."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run needs besides its models."""
+
+    config: RunConfig
+    inputs: Inputs
+    facts: TeacherFacts
+    folder: RunFolder
+    stop: StopRequest
+
+
+def run(config: RunConfig) -> int:
+    """Run stage 2; returns the exit code."""
+    stop = StopRequest()
+    watch_launcher()
+    quiet_logging()
+    try:
+        boards = board_names(config.report_to)
+        config, facts, inputs = prepare(config)
+        folder = RunFolder(Path(config.runs_dir) / config.run_name, boards)
+        check_settings(folder, config)
+        config = lowered(config, folder.path)
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    if distributed.environment_rank() == 0:
+        for line in data_warnings(config, inputs.heldout):
+            log.warning("%s", line)
+    if already_finished(folder, config):
+        return 0
+    supervisor = Supervisor(config, folder.path, stop)
+    setup = Setup(config, inputs, facts, folder, stop)
+    with ExitStack() as stack:
+        return supervisor.run(lambda: _run(setup, supervisor, stack))
+
+
+def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
+    """Everything up to the first model: the demo built, all paths resolved, files checked and read.
+
+    Raises ValueError for a mistake in the input.
+    """
+    distributed.check_port()
+    check_choices(config)
+    config = with_model_directories(config)
+    check_extra_rewards(config)
+    check_files(config)
+    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    set_threads(config)
+    config = resolve_demo(config, stage=2)
+    facts = teacher_facts(config, config.teacher)
+    single_step_coef(config, facts.same_tokenizer)
+    check_recipe(config, facts.same_tokenizer)
+    check_mixing(config, facts.same_tokenizer)
+    check_tokenizers(config, "teacher.path", facts)
+    formats = {"teacher.path": facts.teacher}
+    for place, extra in enumerate(config.teachers):
+        key, further = f"teachers[{place}].path", teacher_facts(config, extra, f"teachers[{place}]")
+        check_tokenizers(config, key, further)
+        formats[key] = further.teacher
+    return config, facts, load_inputs(config, facts.student, formats)
+
+
+@contextmanager
+def opened(config: RunConfig) -> Iterator[Run]:
+    """A run's teacher, models and data without its loop, for a notebook (docs/python.md).
+
+    The teacher's server ends with the block, and nothing else is left. Raises ValueError for a mistake in the input.
+    """
+    config, facts, inputs = prepare(config)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        stop = StopRequest(listen=False)
+        yield without_loop(Setup(config, inputs, facts, RunFolder(Path(folder)), stop), stack)
+
+
+def without_loop(setup: Setup, stack: ExitStack) -> Run:
+    """The run, whose steps somebody else takes: nobody watches how far it is. Collective."""
+    start_distributed()
+    return Run(
+        config=setup.config,
+        models=start_models(setup, stack),
+        corpus=setup.inputs.corpus,
+        folder=setup.folder,
+        checkpoints=Checkpoints(setup.folder.checkpoints, setup.config.checkpoint),
+        points=SafePoints(setup.stop, TimeLimit(None), lambda phase, step: None, 0),
+    )
+
+
+def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
+    """Start everything, run the loop, evaluate, write the summary."""
+    config, folder = setup.config, setup.folder
+    start_distributed()
+    try:
+        opened = open_run(folder, config, {"student": config.actor.zero_stage, "critic": config.critic.zero_stage})
+    except ValueError as error:
+        fail(str(error))
+    models = start_models(setup, stack)
+    progress = opened.load(saved_parts(models), Progress(kl_coef=config.ppo.kl_penalty))
+    run = Run(config, models, setup.inputs.corpus, folder, opened.checkpoints, supervisor.watch(progress.step))
+    run.points.enter("evaluation")
+    heldout = setup.inputs.heldout
+    before = _evaluation_once(run, "before", lambda: evaluate_student(run, heldout, config.student.path))
+    _check_teacher(run, heldout)
+    setup.stop.defer()
+    try:
+        status = train(run, progress)
+    except TeacherLost:
+        # Lost in a validation: the step is done again from its checkpoint.
+        if not progress.validation_due(config.eval.every):
+            save_checkpoint(run, progress)
+        with run.checkpoints.tolerated():
+            run.checkpoints.wait()
+        raise
+    setup.stop.undefer()
+    if status != "finished":
+        code = supervisor.stopped(progress.step) if status == "stopped" else supervisor.failed(progress.step)
+        _write_summary(run, progress, {"status": status, "starts": supervisor.starts.listed(), "eval_before": before})
+        return code
+    run.points.enter("evaluation")
+    exported = _restore_best(run, progress)
+    if RECIPES[config.recipe].interpolate:
+        interpolate(models.actor, config.student.path, config.distill.warp_rate)
+    export(models.actor, folder.export)
+    after = evaluate_student(run, heldout, str(folder.export))
+    if distributed.is_main():
+        after.write(folder.evaluation("after"))
+    # One rank asks the teacher for answers; the others wait at the next collective.
+    teacher = _evaluation_once(
+        run,
+        "teacher",
+        lambda: evaluate_teacher(models.teacher, heldout, config) if distributed.is_main() else None,
+    )
+    distributed.barrier()
+    evaluations = {"eval_before": before, "eval_after": after.numbers, "teacher_eval": teacher}
+    if (other := config.eval.beside) is not None:
+        interpolate(models.actor, other, 0.0)
+        evaluations["eval_beside"] = _evaluation_once(run, "beside", lambda: evaluate_student(run, heldout, other))
+    supervisor.starts.end(status, 0, progress.step)
+    outcome = {"status": status, "starts": supervisor.starts.listed(), **evaluations}
+    _write_summary(run, progress, outcome | validation_summary(config, progress, exported))
+    if distributed.is_main():
+        folder.boards.log({f"eval/{name}": value for name, value in after.numbers.items()}, progress.step)
+        folder.boards.close()
+        _report(folder)
+        _print_table(folder, evaluations)
+        how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
+        scores = {name: evaluations[key] for name, key in ROWS.items()}
+        data = [config.data.prompts, config.data.text]
+        write_card(folder.export, config, f"{how} from a teacher, {progress.step} steps", scores, data)
+        if config.export.push_to_hub is not None:
+            push(folder.export, config.export.push_to_hub)
+    return 0
+
+
+def _restore_best(run: Run, progress: Progress) -> int:
+    """The best student in place of the last one, where eval.export asks for it; the step of the one that stays."""
+    if run.config.eval.export == "last" or progress.best_step == 0:
+        return progress.step
+    try:
+        return load_best(run.checkpoints, {"student": saved_parts(run.models)["student"]})
+    except NoWholeCheckpoint as error:  # damaged, or there was no room for it
+        log.warning("%s; the last student is exported", error)
+        return progress.step
+
+
+def start_models(setup: Setup, stack: ExitStack) -> Models:
+    """The teacher first (it starts beside us), then the student and who else takes part."""
+    config, facts = setup.config, setup.facts
+    place = find_teacher(config.teacher, setup.folder.path / "teacher", stack)
+    beside = [find_teacher(t, setup.folder.path / f"teacher-{t.name}", stack) for t in config.teachers]
+    torch.manual_seed(config.seed)
+    total = config.steps * config.actor.updates_per_rollout
+    actor = Actor(
+        config,
+        config.student.path,
+        total_steps=total,
+        learning_rate=config.actor.learning_rate,
+        teacher_output_VD=facts.output_layer(torch.float32) if facts.same_tokenizer else None,
+    )
+    actor.end_tokens = tuple(sorted({*actor.end_tokens, *facts.exchanged}))
+    if facts.same_tokenizer:
+        actor.policy.limit(facts.columns)
+    if distributed.is_main():
+        for line in facts.described(setup.inputs.corpus.prompts[0].asked, actor.policy.columns):
+            log.info("%s", line)
+    if actor.teacher_head is not None:
+        actor.teacher_head = replace(actor.teacher_head, softcap=facts.softcap)
+    check_sampling(actor, setup.inputs.corpus.prompts[:4], config)
+    reference, start = _references(config, actor)
+    needs_critic = ALGORITHMS[config.algo].needs_critic and RECIPES[config.recipe].advantages is None
+    critic = None
+    if needs_critic:
+        critic = Critic(config, Path(config.student.path), total_steps=total, grouped=actor.policy.grouped)
+    link = connect(config.teacher, place, facts, stack, actor.teacher_head)
+    if facts.same_tokenizer:
+        _check_answers(config, link)
+    others = [
+        connect(extra, where, teacher_facts(config, extra), stack)
+        for extra, where in zip(config.teachers, beside, strict=True)
+    ]
+    bilingual = None
+    if config.rewards.bilingual_weight != 0:
+        translate = Translator(config.rewards.bilingual, actor.engine.device)
+        bilingual = Bilingual(config.rewards.bilingual, translate, link)
+    return Models(actor, reference, critic, link, start, others, bilingual)
+
+
+def connect(
+    teacher: TeacherConfig,
+    place: tuple[str, str],
+    facts: TeacherFacts,
+    stack: ExitStack,
+    head: Head | None = None,
+) -> TeacherLink:
+    """This rank's session with the server at `place` (address, secret)."""
+    client = TeacherClient(
+        place[0],
+        secret=place[1],
+        tokenizer_fingerprint=tokenizer_fingerprint(facts.path) if facts.same_tokenizer else None,
+        timeout_s=teacher.timeout_s,
+        prefer=distributed.rank(),
+    )
+    link = TeacherLink(client, facts, head)
+    stack.callback(link.close)
+    return link
+
+
+def _check_answers(config: RunConfig, link: TeacherLink) -> None:
+    """A teacher whose backend does not give what this run asks of it is a mistake in the input."""
+    kinds = link.info.kinds
+    whole = single_step_coef(config, True) > 0 and config.loss.single_step_entries == 0
+    if "hidden" not in kinds:
+        if whole or not RECIPES[config.recipe].policy_gradient:
+            fail(
+                f"teacher.path = {config.teacher.path!r}: its logits are no product of its output layer and hidden "
+                "states, so its whole distribution cannot be had; set loss.single_step_entries to 64 (recipe rl), or "
+                "loss.single_step_coef to 0"
+            )
+        link.leave_distribution()
+    if config.sampling.teacher_mix > 0 and config.sampling.mix_by == "token" and "open" not in kinds:
+        fail(
+            f"sampling.mix_by = {config.sampling.mix_by!r}: the teacher's backend cannot answer token by token; use "
+            "response, or teacher.backend megatron"
+        )
+
+
+def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Reference | None]:
+    """What the KL term is measured against, and what the limit is; one and the same where it stays the start."""
+    limited = config.reference.kl_limit is not None
+    penalised = ALGORITHMS[config.algo].needs_reference(config)
+    wanted = RECIPES[config.recipe].policy_gradient and (penalised or config.loss.kl_coef > 0)
+    fixed = config.reference.update == "fixed"
+    reference = make_reference(config, actor) if wanted or (limited and fixed) else None
+    if not limited:
+        return reference, None
+    if fixed:
+        return reference, reference
+    return reference, FrozenCopy(config, config.student.path, actor.engine.device, update="fixed", way=actor.policy.way)
+
+
+def find_teacher(teacher: TeacherConfig, work_dir: Path, stack: ExitStack) -> tuple[str, str]:
+    """Address and secret for every rank; a server that is started here is rank 0's. Collective."""
+    if teacher.address is not None:
+        return find_or_start(teacher, work_dir, stack)
+    found = find_or_start(teacher, work_dir, stack) if distributed.is_main() else ("", "")
+    address, secret, *_ = distributed.gather_strings(found)
+    return address, secret
+
+
+def find_or_start(teacher: TeacherConfig, work_dir: Path, stack: ExitStack) -> tuple[str, str]:
+    """Address and secret: a running server's, or those of one that this process starts and takes down with `stack`. Its
+    log is in `work_dir`."""
+    if teacher.address is not None:
+        return teacher.address, os.environ.get(SECRET, "")
+    local = start_local_teacher(teacher, Path(teacher.path), work_dir)
+    stack.callback(local.stop)
+    return local.address, local.secret
+
+
+def _evaluation_once(run: Run, name: str, evaluate: Callable[[], Result | None]) -> dict[str, float]:
+    """Evaluate, or read what an earlier start of this run wrote. Collective; scores count on rank 0."""
+    file = run.folder.evaluation(name)
+    saved = find_result(file)
+    distributed.barrier()
+    found = saved or evaluate()
+    if found is None:
+        return {}
+    if saved is None and distributed.is_main():
+        found.write(file)
+    return found.numbers
+
+
+def _check_teacher(run: Run, heldout: Sequence[Prompt]) -> None:
+    """Minimal pairs, once a run, where the configuration asks for them. Collective."""
+    file = run.folder.evaluation("minimal_pairs")
+    saved = file.is_file()
+    distributed.barrier()
+    if run.config.eval.minimal_pairs == 0 or saved:
+        return
+    found = teacher_check(run.models.actor, run.models.teacher, run.config, heldout)
+    if distributed.is_main():
+        found.write(file)
+        if (line := warning(found)) is not None:
+            log.warning("%s", line)
+
+
+def _write_summary(run: Run, progress: Progress, outcome: Mapping[str, Any]) -> None:
+    """summary.json: how far the run came, and its `outcome`. Rank 0 writes."""
+    if not distributed.is_main():
+        return
+    summary = {
+        "algo": run.config.algo,
+        "reward": run.config.reward,
+        "steps": progress.step,
+        "seconds": {k: round(v, 3) for k, v in progress.seconds.items()},
+        "tokens": progress.tokens,
+        "skipped_updates": progress.skipped_updates,
+        "kl_limit_reached": progress.kl_limit_reached,
+        **outcome,
+    }
+    run.folder.write_json("summary.json", summary)
+
+
+def already_finished(folder: RunFolder, config: RunConfig) -> bool:
+    """Show the table of a run that has nothing left to do."""
+    summary = folder.read_json("summary.json")
+    if summary is None or summary["status"] != "finished":
+        return False
+    over = summary.get("kl_limit_reached") or (summary.get("validation") or {}).get("stopped_early")
+    if summary["steps"] < config.steps and not over:
+        return False
+    if distributed.environment_rank() == 0:
+        _print_table(folder, summary)
+        print("The run was finished already; choose another --name to run it anew.", flush=True)
+    return True
+
+
+def _print_table(folder: RunFolder, evaluations: Mapping[str, Any]) -> None:
+    """Student before, student after, teacher."""
+    rows = ROWS | ({"student beside": "eval_beside"} if "eval_beside" in evaluations else {})
+    print(f"\n{folder.path.name}: held-out questions; F1 and exact match in percent, reverse KL in nats a token\n")
+    print(comparison_table([(name, evaluations[key]) for name, key in rows.items()]))
+    print(f"\n{folder.path}/report.html", flush=True)
+
+
+def _report(folder: RunFolder) -> None:
+    """The page is made from the run folder alone, by a process of its own; a broken page does not fail the run."""
+    command = [sys.executable, str(ROOT / "eval" / "report.py"), "--run", str(folder.path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        log.warning("report.html was not made: %s", done.stderr.strip().splitlines()[-1:])
+
+
+def set_threads(config: RunConfig) -> None:
+    """Share the cores among this machine's trainer ranks."""
+    local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1)
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // max(local, 1)))
+
+
+def quiet_logging() -> None:
+    """Our own messages in one line each; libraries only when something is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
+    logging.getLogger("training").setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,369 @@
+"""The actor: the student under DeepSpeed's hybrid engine. It samples and it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from configs.prompts import Format
+from configs.schema import RunConfig, SamplingConfig
+from inference.attention.packing import PackedRow, pack
+from rewards.lpt_reward import lpt_loss
+from training import distributed
+from training.data.order import random_stream
+from training.data.prompts import format_of
+from training.experience import Prompt, Rollout, Scored
+from training.losses import (
+    OutputLayer,
+    PolicyTokens,
+    ReverseKL,
+    TailReverseKL,
+    TokenTerm,
+    WholeDistribution,
+    kl_loss,
+    policy_loss,
+    token_weights,
+)
+from training.objective import TERMS, LossWeights, UpdateInput, counts_of
+from training.recipes import RECIPES
+from training.run.memory import TokenBudget
+from training.run.safe_points import nothing
+from training.student.adapters import adapter_off, plain_parameters
+from training.student.deepspeed_engine import Engine, Job, Optimisation
+from training.student.loading import load_policy
+from training.student.passes import Passes, each_token, in_step
+from training.student.policy import Policy
+from training.student.sampling import Drawing, Mixture, sample
+
+
+class Actor:
+    """Samples from the student, trains it, saves it. Methods marked collective are called by all ranks together."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        path: str | Path,
+        *,
+        total_steps: int,
+        learning_rate: float,
+        teacher_output_VD: torch.Tensor | None = None,
+    ) -> None:
+        self._config, self.path, self.dtype = config, Path(path), config.student.dtype
+        self.asked = format_of("student", replace(config.student, path=str(path)), config.data)
+        """How the student is asked."""
+        self.tokenizer = self.asked.tokenizer
+        student = config.student
+        policy = load_policy(
+            path, student.dtype, gradient_checkpointing=student.gradient_checkpointing, adapter=student.adapter
+        )
+        self.budget = TokenBudget(config.actor.micro_batch_tokens)
+        self.end_tokens = end_tokens(policy, self.asked)
+        """Whatever ends a response."""
+        if config.actor.zero_stage == 3:
+            policy.agree = lambda chunks: int(distributed.max_over_ranks(chunks))
+        self.engine = Engine(
+            policy,
+            config.actor,
+            Optimisation(
+                learning_rate, total_steps, zero_stage=config.actor.zero_stage, dtype=student.dtype, samples=True
+            ),
+        )
+        self.engine.module.eval()
+        self.on_step: Callable[[int], None] = lambda _: distributed.beat()
+        """Called after each decoding step."""
+        self.teacher_head: OutputLayer | None = None
+        """What makes the teacher's logits of its hidden states, for the student's vocabulary and on its device."""
+        if teacher_output_VD is not None:
+            policy.limit(len(teacher_output_VD))
+            shared_VD, device = teacher_output_VD[: policy.columns], self.engine.device
+            unknown_V = None if policy.unknown_V is None else policy.unknown_V[: len(shared_VD)].to(device)
+            self.teacher_head = OutputLayer(shared_VD.to(device), unknown_V)
+
+    @property
+    def policy(self) -> Policy:
+        """The student as a module."""
+        module = self.engine.module
+        assert isinstance(module, Policy)
+        return module
+
+    @property
+    def passes(self) -> Passes:
+        """How packed rows reach the student."""
+        return Passes(self.budget, self.engine.device, collective=self.engine.zero_stage == 3)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int,
+        sampling: SamplingConfig | None = None,
+        greedy: bool = False,
+        mixture: Mixture | None = None,
+    ) -> Rollout:
+        """Answer this rank's prompts; seeds are (config.seed, step, prompt index). Collective under ZeRO 3."""
+        sampling = sampling or self._config.sampling
+        with self.engine.whole():
+            drawing = Drawing(
+                end_tokens=self.end_tokens,
+                generators=None if greedy else [random_stream(self._config.seed, step, p.index) for p in prompts],
+                any_rank=distributed.any_rank if self.engine.zero_stage == 3 else bool,
+                on_step=self.on_step,
+                mixture=mixture,
+            )
+            samples = sample(self.policy, [p.tokens for p in prompts], sampling, drawing)
+        return Rollout(
+            prompts_N=list(prompts),
+            group_size=sampling.group_size,
+            responses_B=samples.responses_B,
+            finished_B=samples.finished_B,
+            texts_B=self.texts(samples.responses_B),
+            behavior_logprobs_S=samples.full_logprobs_S,
+            sampled_logprobs_S=samples.drawn_logprobs_S,
+        )
+
+    def texts(self, responses: Sequence[tuple[int, ...]]) -> list[str]:
+        """Response texts, special symbols removed, stripped."""
+        return [
+            text.strip() for text in self.tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
+        ]
+
+    def logprobs(
+        self, rollout: Rollout, *, start_of_run: bool = False, temperature: float | None = None
+    ) -> torch.Tensor:
+        """log pi of the response tokens by the training forward, float32 [S], at the sampling temperature.
+
+        `start_of_run`: with the adapter switched off. Collective.
+        """
+        scale = self._config.sampling.temperature if temperature is None else temperature
+        with adapter_off(self.policy.model) if start_of_run else nullcontext():
+            return each_token(self.passes, rollout.groups(), lambda row: self.policy(row, temperature=scale).logprobs_S)
+
+    def teacher_kl(self, rollout: Rollout, teacher_hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Exact KL(student || teacher) before each response token, nats, float32 [S]. Temperature 1. Collective."""
+
+        def one(row: PackedRow) -> torch.Tensor:
+            terms = {"kl": ReverseKL(self._teacher(teacher_hidden_SD, row))}
+            return self.policy(row, terms=terms).terms["kl"]
+
+        return each_token(self.passes, rollout.groups(), one)
+
+    def _teacher(self, hidden_SD: torch.Tensor, row: PackedRow) -> WholeDistribution:
+        """The teacher's distribution before the row's response tokens."""
+        assert self.teacher_head is not None
+        return WholeDistribution(hidden_SD[row.place_S].to(self.engine.device), self.teacher_head)
+
+    def update(
+        self,
+        batches: Sequence[UpdateInput],
+        step: int,
+        *,
+        shares: bool = False,
+        between: Callable[[], None] = nothing,
+    ) -> dict[str, float]:
+        """One optimizer step for each mini-batch. Metrics are over all ranks. Collective.
+
+        `shares`: measure each term's gradient on the first mini-batch as well.
+        `between` is called before each pass of the first mini-batch, and may raise: nothing has changed then.
+        """
+        merged: dict[str, float] = {}
+        for i, batch in enumerate(batches):
+            plan = _Update(batch, distributed.sum_metrics(counts_of(batch)), step * len(batches) + i)
+
+            def take(tokens: int, plan: _Update = plan, first: bool = i == 0) -> dict[str, float]:
+                measured = self._gradient_shares(plan, tokens) if shares and first else {}
+                log = MetricSums()
+                norm, rate, applied = self.engine.update(
+                    self._jobs(plan, tokens, log),
+                    plan.step,
+                    between=between if first else nothing,
+                )
+                return {
+                    **log.over_ranks(),
+                    **measured,
+                    "grad_norm": norm,
+                    "learning_rate": rate,
+                    "skipped": float(not applied),
+                }
+
+            for key, value in self.budget.spend(take).items():
+                if key.startswith("mismatch/") and i > 0:
+                    continue  # after the first optimizer step the policy is meant to differ
+                merged[key] = merged.get(key, 0.0) + value
+        whole = ("mismatch/", "skipped", "gradient/")
+        return {k: v if k.startswith(whole) else v / len(batches) for k, v in merged.items()}
+
+    def _jobs(self, plan: _Update, tokens: int, log: MetricSums) -> list[Job]:
+        """One job a packed row of at most `tokens`."""
+        batch, weights = plan.batch, plan.batch.weights
+        jobs: list[Job] = []
+        if batch.experience is not None and max(weights.policy, weights.kl, weights.single_step) > 0:
+            for i, (row, used) in enumerate(in_step(pack(batch.experience.rollout.groups(), tokens))):
+                seed = self._config.seed * 1_000_003 + plan.step * 1_009 + i
+                jobs.append(partial(self._policy_terms, plan, row, used, seed, log))
+        for name, groups, coef in (("pt", batch.text, weights.pt), ("bc", batch.cloning, weights.bc)):
+            if plan.counts[name] > 0 and coef > 0:
+                jobs += [
+                    partial(self._language_model_term, plan, row, used, name, log)
+                    for row, used in in_step(pack(groups, tokens))
+                ]
+        return jobs
+
+    def _gradient_shares(self, plan: _Update, tokens: int) -> dict[str, float]:
+        """Norm of each weighted term's gradient by itself, and its share of their sum. Collective; not under ZeRO 3."""
+        norms = self.engine.gradient_norms(lambda: self._jobs(plan, tokens, MetricSums()), list(TERMS))
+        total = max(sum(norms.values()), 1e-30)
+        shares = {f"gradient/{name}_share": norm / total for name, norm in norms.items()}
+        return {**{f"gradient/{name}": norm for name, norm in norms.items()}, **shares}
+
+    def _distribution_terms(
+        self, scored: Scored, row: PackedRow, weights: LossWeights, seed: int
+    ) -> dict[str, TokenTerm]:
+        """What the forward pass has to say of whole distributions."""
+        terms: dict[str, TokenTerm] = {}
+        teacher, device = scored.teacher, self.engine.device
+        if weights.single_step > 0 and teacher.top_ids_SK is not None and teacher.top_logprobs_SK is not None:
+            terms["single_step"] = TailReverseKL(
+                teacher.top_ids_SK[row.place_S].to(device), teacher.top_logprobs_SK[row.place_S].to(device)
+            )
+        elif weights.single_step > 0 and teacher.hidden_SD is not None:
+            divergence = RECIPES[self._config.recipe].divergence
+            terms["single_step"] = divergence(self._teacher(teacher.hidden_SD, row), self._config, seed)
+        if weights.kl > 0 and scored.reference is not None:
+            reference = scored.reference
+            hidden_SD = reference.hidden_SD[row.place_S].to(device)
+            terms["kl"] = ReverseKL(WholeDistribution(hidden_SD, reference.head))
+        return terms
+
+    def _policy_terms(
+        self, plan: _Update, row: PackedRow, used: float, seed: int, log: MetricSums
+    ) -> dict[str, torch.Tensor]:
+        """The weighted terms of one packed row of sampled responses; token weights hold the global denominators."""
+        experience, weights = plan.batch.experience, plan.batch.weights
+        assert experience is not None
+        scored, rollout, config = experience.scored, experience.rollout, self._config.loss
+
+        def of_row(values_S: torch.Tensor) -> torch.Tensor:
+            return values_S[row.place_S].to(self.engine.device)
+
+        terms = self._distribution_terms(scored, row, weights, seed)
+        out = self.engine.engine(row.to(self.engine.device), temperature=self._config.sampling.temperature, terms=terms)
+        token_S = of_row(self._token_weights(plan, rollout.lengths_B)) * used
+        importance_S = None if scored.importance_S is None else of_row(scored.importance_S)
+        behavior_S = of_row(rollout.behavior_logprobs_S)
+        old_S = behavior_S if scored.policy_logprobs_S is None else of_row(scored.policy_logprobs_S)
+        tokens = PolicyTokens(
+            policy_logprobs_S=out.logprobs_S,
+            old_logprobs_S=old_S,
+            advantages_S=of_row(experience.advantages_S),
+            weights_S=token_S,
+            response_S=row.response_S.to(self.engine.device),
+            importance_S=importance_S,
+        )
+        loss, clipped_S = policy_loss(tokens, config)
+        parts = {"policy": loss}
+        if importance_S is not None:
+            token_S = token_S * importance_S
+        mean = used / max(plan.counts["tokens"], 1.0)
+        if scored.reference_logprobs_S is not None:
+            reference_S = of_row(scored.reference_logprobs_S)
+            with torch.no_grad():
+                k3 = torch.exp(reference_S - out.logprobs_S) - 1 + out.logprobs_S - reference_S
+                k3 = k3 if importance_S is None else k3 * importance_S
+                log.add("kl/reference", k3.sum() * mean)
+            if weights.kl > 0 and "kl" not in terms:
+                parts["kl"] = kl_loss(out.logprobs_S, reference_S, token_S, estimator=config.kl_estimator)
+        for name in terms:  # a mean over all tokens, whatever the aggregation of the policy term
+            value_S = out.terms[name] if importance_S is None else out.terms[name] * importance_S
+            parts[name] = value_S.sum() * mean
+        with torch.no_grad():
+            gap_S = (out.logprobs_S - behavior_S).abs()
+            log.add("entropy", out.entropy_S.sum() * mean)
+            log.add("clip_share", clipped_S.sum() * mean)
+            log.add("mismatch/mean", gap_S.sum() * mean)
+            if used and len(gap_S):
+                log.largest("mismatch/max", gap_S.max())
+        weighted = {name: value * getattr(weights, name) for name, value in parts.items()}
+        for name, value in parts.items():
+            log.add(f"loss/{name}", value.detach())
+        log.add("loss/total", torch.stack([v.detach().double() for v in weighted.values()]).sum())
+        return weighted
+
+    def _token_weights(self, plan: _Update, lengths_B: torch.Tensor) -> torch.Tensor:
+        """float32 [S] weight of each response token in L_policy and L_KL."""
+        return token_weights(
+            lengths_B,
+            self._config.loss.aggregation,
+            tokens=plan.counts["tokens"],
+            responses=plan.counts["responses"],
+            constant=float(self._config.sampling.max_new_tokens),
+        )
+
+    def _language_model_term(
+        self, plan: _Update, row: PackedRow, used: float, name: str, log: MetricSums
+    ) -> dict[str, torch.Tensor]:
+        """Weighted cross-entropy of the row's response tokens: L_PT or L_BC."""
+        out = self.engine.engine(row.to(self.engine.device))
+        loss = lpt_loss(out.logprobs_S, plan.counts[name])
+        weight = used * getattr(plan.batch.weights, name)
+        log.add(f"loss/{name}", loss.detach() * used)
+        log.add("loss/total", loss.detach() * weight)
+        return {name: loss * weight}
+
+    def plain_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of every parameter as Hugging Face has it, adapters merged. Collective under ZeRO 3."""
+        return plain_parameters(self.policy.model, self.engine.gathered)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One optimizer step: what it learns from and the denominators of its terms over all ranks."""
+
+    batch: UpdateInput
+    counts: dict[str, float]
+    step: int
+    """Number of the optimizer step."""
+
+
+@dataclass
+class MetricSums:
+    """Sums over the packed rows of one optimizer step, for the log; on the device until `over_ranks` waits for it."""
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    most: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """Add a scalar to the sum called `name`."""
+        value = value.detach().double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def largest(self, name: str, value: torch.Tensor) -> None:
+        """Keep the largest of a name's scalars."""
+        value = value.detach().double()
+        self.most[name] = torch.maximum(self.most[name], value) if name in self.most else value
+
+    def over_ranks(self) -> dict[str, float]:
+        """All of them over all ranks, in one transfer. Collective."""
+        stacked = torch.stack([*self.sums.values(), *self.most.values()]).tolist() if self.sums else []
+        numbers = dict(zip([*self.sums, *self.most], stacked, strict=True))
+        most = numbers.pop("mismatch/max", 0.0)
+        metrics = distributed.sum_metrics(numbers)
+        if "mismatch/mean" in metrics:
+            metrics["mismatch/max"] = distributed.max_over_ranks(most)
+        return metrics
+
+
+def end_list(generation: GenerationConfig) -> list[int]:
+    """The end symbols of a generation config."""
+    named = generation.eos_token_id
+    return named if isinstance(named, list) else [] if named is None else [named]
+
+
+def end_tokens(policy: Policy, asked: Format) -> tuple[int, ...]:
+    """Every end symbol of the model's generation config, of its tokenizer and of its chat template."""
+    return tuple(sorted({*end_list(policy.model.generation_config), asked.end, asked.end_of_text}))

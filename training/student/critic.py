@@ -1,0 +1,122 @@
+"""The critic of PPO: a value for the state before each response token. A second DeepSpeed engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import RunConfig
+from inference.attention.packing import PackedRow, pack
+from training import distributed
+from training.experience import Experience, Rollout
+from training.losses import value_loss
+from training.run.memory import TokenBudget
+from training.run.safe_points import nothing
+from training.student.deepspeed_engine import Engine, Optimisation
+from training.student.loading import load_policy
+from training.student.passes import Passes, each_token, in_step
+from training.student.policy import Way, backbone, response_states
+
+
+class ValueModel(nn.Module):
+    """A language model's backbone with one number a token in place of its output layer."""
+
+    def __init__(self, backbone: nn.Module, hidden_size: int, *, grouped: bool = True) -> None:
+        super().__init__()
+        self._grouped = grouped
+        self.backbone = backbone
+        # Zero start: the first advantages are the rewards themselves, not noise.
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration; DeepSpeed looks for it here."""
+        return self.backbone.config
+
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        """Values float32 [S]: V(prompt, tokens before t) for each response token t of the row."""
+        return self.head(response_states(self.backbone, row, grouped=self._grouped)).float()[:, 0]
+
+
+class Critic:
+    """Values of a rollout, and their training."""
+
+    def __init__(self, config: RunConfig, student_path: Path, *, total_steps: int, grouped: bool = True) -> None:
+        """`grouped`: whether the actor's model shares prompts; where it does not, this one does not either."""
+        self._config = config
+        self.budget = TokenBudget(config.actor.micro_batch_tokens)
+        policy = load_policy(
+            student_path,
+            config.student.dtype,
+            gradient_checkpointing=config.student.gradient_checkpointing,
+        )
+        if not grouped:
+            policy.run(Way.PLAIN)
+        hidden_size = policy.config.get_text_config().hidden_size
+        self.engine = Engine(
+            ValueModel(backbone(policy.model), hidden_size, grouped=policy.grouped).to(policy.model.dtype),
+            config.actor,
+            Optimisation(config.critic.learning_rate, total_steps, config.critic.zero_stage, config.student.dtype),
+        )
+
+    def values(self, rollout: Rollout) -> torch.Tensor:
+        """Values before each response token, float32 [S]. Collective."""
+        passes = Passes(self.budget, self.engine.device, collective=self.engine.zero_stage == 3)
+        return each_token(passes, rollout.groups(), self.engine.module)
+
+    def update(
+        self, experiences: Sequence[Experience], step: int, *, between: Callable[[], None] = nothing
+    ) -> dict[str, float]:
+        """One optimizer step a mini-batch on the clipped value loss; returns metrics over all ranks. Collective.
+
+        `between`: see `Actor.update`.
+        """
+        loss_sum, norm = 0.0, 0.0
+        for i, experience in enumerate(experiences):
+            tokens = float(distributed.sum_over_ranks(experience.rollout.lengths_B.sum()))
+            if tokens == 0:
+                continue
+
+            def take(
+                most: int, number: int = i, experience: Experience = experience, tokens: float = tokens
+            ) -> tuple[float, float]:
+                losses: list[torch.Tensor] = []
+                jobs = [
+                    partial(self._loss, experience, row, used / tokens, losses)
+                    for row, used in in_step(pack(experience.rollout.groups(), most))
+                ]
+                norm, _, _ = self.engine.update(
+                    jobs, step * len(experiences) + number, between=between if number == 0 else nothing
+                )
+                return sum(float(x) for x in losses), norm
+
+            loss, norm = self.budget.spend(take)
+            loss_sum += loss
+        total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
+        return {**total, "critic/grad_norm": norm}
+
+    def _loss(
+        self, experience: Experience, row: PackedRow, weight: float, losses: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The value loss of one packed row, each token weighted alike; also appended to `losses`, for the log."""
+        values_S, targets_S = experience.scored.values_S, experience.value_targets_S
+        assert values_S is not None
+        assert targets_S is not None
+        device = self.engine.device
+        new_S = self.engine.engine(row.to(device))
+        loss = value_loss(
+            new_S,
+            values_S[row.place_S].to(device),
+            targets_S[row.place_S].to(device),
+            torch.full_like(new_S, weight),
+            clip=self._config.ppo.value_clip,
+        )
+        losses.append(loss.detach())
+        return {"value": loss}

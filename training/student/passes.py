@@ -1,0 +1,52 @@
+"""Forward passes over a batch: packed, within a token budget, in step with the other ranks, given back flat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from inference.attention.packing import Group, PackedRow, in_batch_order, pack, pack_row
+from training import distributed
+from training.run.memory import TokenBudget, agreed
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How packed rows reach one model."""
+
+    budget: TokenBudget
+    """Packed tokens of a pass."""
+    device: torch.device
+    """Where the model is."""
+    collective: bool = False
+    """Every pass is a collective (ZeRO 3)."""
+
+
+def each_token(passes: Passes, groups: Sequence[Group], one: Callable[[PackedRow], torch.Tensor]) -> torch.Tensor:
+    """What `one` says of each response token: [S, ...] in batch order, on the CPU, without a gradient.
+
+    `one` is given packed rows on the model's device and returns [S, ...] for the row's tokens. Where memory runs out
+    the rows are packed again with half of the tokens. Collective.
+    """
+
+    def work(max_tokens: int) -> torch.Tensor:
+        rows = [row for row, _ in in_step(pack(groups, max_tokens))]
+        values = agreed(lambda: [one(row.to(passes.device)).cpu() for row in rows], exchanging=passes.collective)
+        return in_batch_order(rows, values)
+
+    with torch.no_grad():
+        return passes.budget.spend(work)
+
+
+def in_step(rows: Sequence[PackedRow]) -> list[tuple[PackedRow, float]]:
+    """The rows with weight 1, then as many of weight 0 as the rank with most rows has more. Collective.
+
+    Under ZeRO 3 every pass is a collective: ranks with unequal numbers of passes would wait for each other for ever.
+    A spare row is one prompt token without a response: it costs next to nothing, and it reads no tensor of the batch,
+    of which a rank may have none (all its groups dropped).
+    """
+    missing = int(distributed.max_over_ranks(len(rows))) - len(rows)
+    spare = pack_row([Group(prompt=(0,), responses=())])
+    return [(row, 1.0) for row in rows] + [(spare, 0.0)] * missing

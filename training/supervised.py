@@ -1,0 +1,337 @@
+"""Stages 0 and 1: before it learns by reinforcement, the student learns from raw text and from answers.
+
+Both begin alike (`run_stage`) and take the same steps (`train`) in the same engine as stage 2; steps, batch (over all
+ranks), learning rate and output are those of `sft` in the configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from configs.io.claims import release
+from configs.io.files import fingerprint, locked, read_json, write_atomically
+from configs.io.results import Result, Value, find_result, versions
+from configs.prompts import Format
+from configs.schema import RunConfig, require
+from inference.attention.packing import Group
+from training import distributed
+from training.data.demo.resolve import resolve_demo
+from training.data.order import positions_of_step, share_of_rank
+from training.data.overlap import data_warnings
+from training.data.preflight import check_files, room_for_prompt, with_model_directories
+from training.data.prompts import answer_group, format_of, load_prompts
+from training.data.text import TextBlocks, flat, text_blocks
+from training.evaluation import evaluate
+from training.experience import Prompt
+from training.objective import SUPERVISED, LossWeights, UpdateInput
+from training.run.boards import board_names
+from training.run.card import Scores, push, write_card
+from training.run.checkpoints import CheckpointFailed
+from training.run.cli import fail
+from training.run.clock import Clock
+from training.run.resuming import OpenRun, check_settings, open_run
+from training.run.run_folder import RunFolder
+from training.run.stopping import StopRequest, watch_launcher
+from training.stage2 import connect, find_teacher, quiet_logging, set_threads
+from training.student.actor import Actor
+from training.student.deepspeed_engine import start_distributed
+from training.student.export import export
+from training.student.passes import each_token
+from training.teacher.facts import TeacherFacts, teacher_facts
+from training.teacher.link import TeacherLink
+
+Inputs = TypeVar("Inputs")
+Item = TypeVar("Item")
+log = logging.getLogger(__name__)
+HELD_OUT_EVERY = 20
+"""Blocks of raw text of which one is held out."""
+
+
+class Stopped(Exception):
+    """A signal has ended the stage, with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that has begun."""
+
+    number: int
+    config: RunConfig
+    """All paths are resolved."""
+    asked: Format
+    run: OpenRun
+    stop: StopRequest
+
+    def new_actor(self, teacher: TeacherFacts | None = None) -> Actor:
+        """The student as the stage begins; with a teacher it can be compared with its whole distribution."""
+        torch.manual_seed(self.config.seed)
+        sft, path = self.config.sft, self.config.student.path
+        output_VD = teacher.output_layer(torch.float32) if teacher and teacher.same_tokenizer else None
+        actor = Actor(
+            self.config, path, total_steps=sft.steps, learning_rate=sft.learning_rate, teacher_output_VD=output_VD
+        )
+        if actor.teacher_head is not None and teacher is not None:
+            actor.teacher_head = replace(actor.teacher_head, softcap=teacher.softcap)
+        return actor
+
+    def finish(self, results: Mapping[str, Any], how: str, scores: Scores, data: str | None) -> None:
+        """Write summary.json and the export's card, and upload it where that is asked for."""
+        if distributed.is_main():
+            self.run.folder.write_json(
+                "summary.json", {"status": "finished", "steps": self.config.sft.steps, **results}
+            )
+            self.run.folder.boards.close()
+            export = Path(self.config.sft.output) if self.config.sft.output else self.run.folder.export
+            write_card(export, self.config, f"{how}, {self.config.sft.steps} steps", scores, [data])
+            if self.config.export.push_to_hub is not None:
+                push(export, self.config.export.push_to_hub)
+
+
+def run_stage(
+    number: int,
+    config: RunConfig,
+    read: Callable[[RunConfig, Format], Inputs],
+    learn: Callable[[Stage, Inputs], str],
+) -> int:
+    """Stage 0 or 1, from a checked configuration to its summary; returns the exit code.
+
+    `read` gets the configuration with all paths resolved and how the student is asked, and gives what is learnt from
+    (ValueError: a mistake in the input). `learn` trains, and returns the line that the stage ends with.
+    """
+    stop = StopRequest()
+    watch_launcher()
+    quiet_logging()
+    try:
+        distributed.check_port()
+        boards = board_names(config.report_to)
+        config = with_model_directories(config)
+        check_files(config)
+        set_threads(config)
+        config = resolve_demo(config, stage=number)
+        asked = format_of("student", config.student, config.data)
+        inputs = read(config, asked)
+        folder = RunFolder(Path(config.runs_dir) / config.run_name, boards)
+        check_settings(folder, config)
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    start_distributed()
+    try:
+        try:
+            run = open_run(folder, config, {"student": config.actor.zero_stage})
+        except ValueError as error:
+            fail(str(error))
+        line = learn(Stage(number, config, asked, run, stop), inputs)
+    except Stopped:
+        return stop.exit_code
+    except CheckpointFailed as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        release(folder.path)
+    if distributed.is_main():
+        print(f"stage {number}: {line}", flush=True)
+    return 0
+
+
+def train(
+    stage: Stage, actor: Actor, items: Sequence[Item], learnt: Callable[[list[Item]], UpdateInput], term: str
+) -> dict[str, float]:
+    """sft.steps optimizer steps on this rank's share of `items`, from the newest checkpoint on, logged by step, and the
+    export; the steps' seconds. Raises Stopped behind a last checkpoint where that is asked for. Collective.
+
+    `learnt` makes the update of a step's items; `term` is the loss that the bar shows.
+    """
+    config, run, parts = stage.config, stage.run, {"student": actor.engine}
+    progress = run.load(parts)
+    bar = tqdm(
+        range(progress.step, config.sft.steps),
+        total=config.sft.steps,
+        initial=progress.step,
+        desc=f"stage {stage.number}",
+        unit="step",
+        disable=not distributed.is_main(),
+    )
+    stage.stop.defer()
+    stopping = False
+    for step in bar:
+        chosen = positions_of_step(step, config.sft.batch, len(items), config.seed)
+        mine = [items[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
+        clock = Clock()
+        metrics = actor.update([learnt(mine)], step) | clock.finish()
+        progress.seconds["total"] = progress.seconds.get("total", 0.0) + metrics["seconds/total"]
+        progress.step, progress.skipped_updates = step + 1, progress.skipped_updates + int(metrics["skipped"] > 0)
+        if distributed.is_main():
+            run.folder.append_metrics({"step": progress.step, **metrics})
+            bar.set_postfix(loss=f"{metrics[f'loss/{term}']:.3f}", refresh=False)
+        ended, stopping = progress.step == config.sft.steps, distributed.any_rank(stage.stop.requested)
+        if progress.step % config.checkpoint.every == 0 or ended or stopping:
+            with run.checkpoints.tolerated():
+                distributed.together(run.folder.finish_lines, OSError)
+                run.checkpoints.save(parts, progress)
+        if stopping:
+            break
+    with run.checkpoints.tolerated():
+        run.checkpoints.wait()
+    stage.stop.undefer()
+    if progress.step < config.sft.steps:
+        raise Stopped
+    export(actor, Path(config.sft.output) if config.sft.output else run.folder.export)
+    return progress.seconds
+
+
+# --- stage 0: raw text ---------------------------------------------------------------------------------------------
+
+
+def read_text(config: RunConfig, asked: Format) -> tuple[TextBlocks, TextBlocks]:
+    """(blocks to learn from, every twentieth, which is held out). Raises ValueError where there are too few."""
+    blocks = text_blocks(config.data, asked, config.cache_dir)
+    every = np.arange(1, len(blocks) + 1) % HELD_OUT_EVERY == 0
+    text, held = blocks.picked(~every), blocks.picked(every)
+    least = f"gives {len(blocks)} blocks; {HELD_OUT_EVERY} are needed at least"
+    require(len(held) > 0, "data.text", config.data.text, least)
+    require(config.sft.batch <= len(text), "sft.batch", config.sft.batch, f"is more than {len(text)} blocks of text")
+    return text, held
+
+
+def learn_text(stage: Stage, inputs: tuple[TextBlocks, TextBlocks]) -> str:
+    """L_PT alone; bits a byte of the held-out blocks are measured before and after. Collective."""
+    (text, held), file = inputs, stage.run.folder.evaluation("before")
+    actor = stage.new_actor()
+    saved = find_result(file)
+    distributed.barrier()
+    measured = saved or Result(
+        measure="bits_per_byte",
+        model=stage.config.student.path,
+        data={"path": stage.config.data.text, "rows": len(held)},
+        settings={"text_block_tokens": stage.config.data.text_block_tokens},
+        versions=versions("torch", "transformers"),
+        values={"bits_per_byte": Value(bits_per_byte(actor, held))},
+    )
+    if saved is None and distributed.is_main():
+        measured.write(file)
+    before = measured.values["bits_per_byte"].value
+    seconds = train(stage, actor, text, lambda mine: UpdateInput(None, flat(mine), [], LossWeights(pt=1.0)), "pt")
+    after = bits_per_byte(actor, held)
+    stage.finish(
+        {
+            "seconds": seconds,
+            "bits_per_byte_before": before,
+            "bits_per_byte_after": after,
+            "held_out_blocks": len(held),
+            "data": stage.config.data.text,
+        },
+        "continued pre-training on raw text",
+        {"before": {"bits_per_byte": before}, "after": {"bits_per_byte": after}},
+        stage.config.data.text,
+    )
+    return f"held-out bits a byte {before:.4f} before, {after:.4f} after"
+
+
+def bits_per_byte(actor: Actor, blocks: TextBlocks) -> float:
+    """Bits that the student needs for a byte of the blocks' text behind each one's first token; the end symbols cost
+    bits and are no bytes. Collective."""
+    mine = flat(share_of_rank(blocks, distributed.rank(), distributed.world_size()))
+    nats = -float(each_token(actor.passes, mine, lambda row: actor.policy(row).logprobs_S).double().sum())
+    texts = actor.tokenizer.batch_decode([list(b.responses[0]) for b in mine], skip_special_tokens=True)
+    total = distributed.sum_metrics({"nats": nats, "bytes": float(sum(len(text.encode()) for text in texts))})
+    return total["nats"] / math.log(2) / max(total["bytes"], 1.0)
+
+
+# --- stage 1: answers ----------------------------------------------------------------------------------------------
+
+
+def read_questions(config: RunConfig, asked: Format) -> tuple[list[Prompt], list[Prompt]]:
+    """(questions to learn the answers of, held-out ones). Raises ValueError where a batch cannot be had."""
+    room, data, own = room_for_prompt(config), config.data, config.sft.answers == "data"
+    key = "data.warmup" if own else "data.prompts"
+    prompts = load_prompts(key, data, asked, room=room, need_answers=own)
+    heldout = load_prompts("data.heldout", data, asked, room=room, need_answers=True)
+    if data.open is not None:
+        heldout += load_prompts("data.open", data, asked, room=room, need_answers=False)
+    require(config.sft.batch <= len(prompts), "sft.batch", config.sft.batch, f"is more than {len(prompts)} examples")
+    if distributed.environment_rank() == 0:
+        for line in data_warnings(config, heldout, stage=1):
+            log.warning("%s", line)
+    return prompts, heldout
+
+
+def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]]) -> str:
+    """L_BC alone, on the data's answers or the teacher's; greedy answers to the held-out questions are scored.
+    Collective."""
+    (prompts, heldout), config, asked = inputs, stage.config, stage.asked
+    facts = teacher_facts(config, config.teacher) if config.sft.answers == "teacher" else None
+    with ExitStack() as stack:
+        link = None if facts is None else ask_teacher(stage, facts, stack)
+        if link is None:
+            answers_N = [[(prompt.answers[0], True)] for prompt in prompts]
+        else:
+            answers_N = teacher_answers(config, link, prompts)
+        examples = cloned(prompts, answers_N, asked)
+        actor = stage.new_actor(facts)
+        seconds = train(stage, actor, examples, lambda mine: UpdateInput(None, [], mine, SUPERVISED), "bc")
+        after = evaluate(actor, link, heldout, config, str(stage.run.folder.export))
+    if distributed.is_main():
+        after.write(stage.run.folder.evaluation("after"))
+    whose = "the data's answers" if link is None else "the teacher's answers"
+    learnt = config.data.warmup if link is None else config.data.prompts
+    scores = {"student after": after.numbers}
+    stage.finish({"seconds": seconds, "eval_after": after.numbers}, f"supervised learning from {whose}", scores, learnt)
+    found = after.numbers
+    open_ones = f", right open answers {found['open_right']:.1f} %" if "open_right" in found else ""
+    return f"held-out F1 {found['f1']:.1f}, exact match {found['exact_match']:.1f}{open_ones}"
+
+
+def cloned(prompts: Sequence[Prompt], answers_N: Sequence[Sequence[tuple[str, bool]]], asked: Format) -> list[Group]:
+    """Each prompt with each of its answers (text, whether it has ended) that is not empty."""
+    answers = [(prompt, *answer) for prompt, of in zip(prompts, answers_N, strict=True) for answer in of]
+    cut = sum(not ended for _, _, ended in answers)
+    if cut and distributed.is_main():
+        log.warning("%d of %d answers of the teacher are cut at sampling.max_new_tokens; no end is learnt from them",
+                    cut, len(answers))  # fmt: skip
+    return [answer_group(prompt, text, asked, ended=ended) for prompt, text, ended in answers if text]
+
+
+def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack) -> TeacherLink:
+    """This rank's session with the running server, or with one that starts here and ends with `stack`. Collective."""
+    teacher = stage.config.teacher
+    link = connect(teacher, find_teacher(teacher, stage.run.folder.path / "teacher", stack), facts, stack)
+    if "hidden" not in link.info.kinds:
+        link.leave_distribution()
+    return link
+
+
+def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prompt]) -> list[list[tuple[str, bool]]]:
+    """The teacher's answers to each prompt, and whether each has ended; asked once and kept in the cache folder.
+    Collective."""
+    if not distributed.is_main():
+        return [json.loads(one) for one in distributed.gather_strings([])]
+    teacher, folder, samples = Path(config.teacher.path), Path(config.cache_dir), config.sft.samples
+    asked, temperature = format_of("teacher", config.teacher, config.data), config.distill.answer_temperature
+    how = [fingerprint(teacher, whole=False), config.sampling.max_new_tokens, asked.rendered("?"), asked.end]
+    key = hashlib.sha256(json.dumps([*how, temperature, samples, config.seed]).encode()).hexdigest()[:16]
+    path = folder / f"teacher-answers-{key}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".lock")):  # runs that start together ask once
+        known: dict[str, list[tuple[str, bool]]] = read_json(path) if path.is_file() else {}
+        missing = [p for p in prompts if p.text not in known]
+        for start in range(0, len(missing), config.eval.batch):
+            batch = missing[start : start + config.eval.batch]
+            repeated = [prompt for prompt in batch for _ in range(samples)]
+            seed = config.seed * len(missing) + start
+            answers = link.answer(repeated, config.sampling.max_new_tokens, temperature=temperature, seed=seed)
+            known |= {p.text: answers[i * samples : (i + 1) * samples] for i, p in enumerate(batch)}
+            write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
+    return [json.loads(one) for one in distributed.gather_strings([json.dumps(known[p.text]) for p in prompts])]

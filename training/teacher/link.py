@@ -1,0 +1,248 @@
+"""The trainer's side of the teacher: ask for a rollout's scores while other work goes on, in whose tokens it takes.
+
+With one tokenizer, student tokens are teacher tokens. With two, the response's text is tokenised again for the
+teacher, each side's own end symbol stands for the other's, and the log-probabilities of the teacher's tokens come back
+on the student's, token for token (rewards/alignment.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from transformers import AutoConfig
+
+from inference.attention.packing import Group, groups_of
+from inference.client import TeacherClient, TeacherDecoding
+from inference.protocol.replies import TeacherInfo
+from rewards.alignment import carry
+from training.experience import Prompt, Rollout, TeacherView
+from training.losses import Head
+from training.teacher.facts import TeacherFacts
+from training.teacher.token_bytes import TokenBytes
+from training.teacher.translation import Translator
+
+PendingView = Callable[[], TeacherView]
+"""Waits for the teacher and returns what it said."""
+
+
+class TeacherLink:
+    """One rank's connection to the teacher server."""
+
+    def __init__(self, client: TeacherClient, facts: TeacherFacts, head: Head | None) -> None:
+        self._client = client
+        self._facts = facts
+        self._head = head
+        self._tokenizer = facts.teacher.tokenizer
+        self._translator: Translator | None = None
+        if not facts.same_tokenizer:
+            self._translator = Translator(
+                TokenBytes(facts.student.tokenizer, "student.path"),
+                TokenBytes(self._tokenizer, f"teacher.path = {str(facts.path)!r}"),
+                space=len(facts.teacher.lead) - len(facts.student.lead),
+            )
+
+    @property
+    def same_tokenizer(self) -> bool:
+        """Student tokens are teacher tokens."""
+        return self._facts.same_tokenizer
+
+    @property
+    def exchanged(self) -> dict[int, int]:
+        """See `TeacherFacts.exchanged`."""
+        return self._facts.exchanged
+
+    @property
+    def info(self) -> TeacherInfo:
+        """What the server says of its teacher."""
+        return self._client.info()
+
+    def leave_distribution(self) -> None:
+        """Ask for log-probabilities of tokens only from now on: the server has no hidden states to give."""
+        self._head = None
+
+    def ask(self, rollout: Rollout, *, whole_distribution: bool, entries: int = 0) -> PendingView:
+        """Send a rollout to be scored; call the result to wait for it.
+
+        `whole_distribution`: the teacher's last hidden states come back as well, which with its output layer give
+        its distribution over the whole vocabulary (equal tokenizers only). With `entries` K above 0, its K likeliest
+        entries come in their place.
+        """
+        if self._translator is not None:
+            return self._ask_for_text(rollout, self._translator)
+        if whole_distribution and entries > 0:
+            return self._ask_for_entries(rollout, entries)
+        if whole_distribution and self._head is not None:
+            return self._ask_for_hidden(rollout, self._head)
+        return self._ask_for_tokens(rollout)
+
+    def _ask_for_tokens(self, rollout: Rollout) -> PendingView:
+        future = self._client.score(self._groups(rollout))
+        return lambda: all_read(rollout, future.result())
+
+    def _ask_for_entries(self, rollout: Rollout, count: int) -> PendingView:
+        tokens, likeliest = self._ask_for_tokens(rollout), self._client.topk(self._groups(rollout), count)
+
+        def wait() -> TeacherView:
+            logprobs_SK, ids_SK = likeliest.result()
+            return replace(tokens(), top_ids_SK=self._exchanged(ids_SK), top_logprobs_SK=logprobs_SK)
+
+        return wait
+
+    def _ask_for_hidden(self, rollout: Rollout, head: Head) -> PendingView:
+        future = self._client.hidden(self._groups(rollout))
+
+        def wait() -> TeacherView:
+            hidden_SD = future.result()
+            labels_S = torch.tensor([t for r in rollout.responses_B for t in r], dtype=torch.int64)
+            return replace(all_read(rollout, chosen_logprobs(hidden_SD, head, labels_S)), hidden_SD=hidden_SD)
+
+        return wait
+
+    def _groups(self, rollout: Rollout) -> list[Group]:
+        """One tokenizer: the rollout in its tokens, behind the teacher's own prompts; each side's end stands for the
+        other's."""
+        ends = self._facts.exchanged
+        responses = [
+            (*response[:-1], ends.get(response[-1], response[-1])) if finished else response
+            for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
+        ]
+        return groups_of([self.prompt_tokens(p) for p in rollout.prompts_N], responses, rollout.group_size)
+
+    def _exchanged(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids with each side's end in the place of the other's."""
+        out = ids.clone()
+        for ours, theirs in self._facts.exchanged.items():
+            out[ids == theirs] = ours
+        return out
+
+    def _ask_for_text(self, rollout: Rollout, translator: Translator) -> PendingView:
+        prompts = [self.prompt_tokens(p) for p in rollout.prompts_N]
+        read = [
+            translator.translate(response, finished=finished, end_token=self._facts.teacher.end)
+            for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
+        ]
+        future = self._client.score(groups_of(prompts, [r.tokens for r in read], rollout.group_size))
+
+        def wait() -> TeacherView:
+            of_response = future.result().split([len(r.tokens) for r in read])
+            carried = [
+                torch.tensor(carry(s.tolist(), r.student_token, len(response)), dtype=torch.float32)
+                for s, r, response in zip(of_response, read, rollout.responses_B, strict=True)
+            ]
+            return TeacherView(
+                logprobs_S=torch.cat(carried) if carried else torch.zeros(0),
+                scored_tokens_B=torch.tensor([len(r.tokens) for r in read], dtype=torch.int64),
+                unread_tokens_B=torch.tensor([r.unread for r in read], dtype=torch.int64),
+            )
+
+        return wait
+
+    def ask_for_texts(
+        self, prompts: Sequence[str], texts: Sequence[str]
+    ) -> Callable[[], tuple[torch.Tensor, list[int]]]:
+        """Send texts that follow prompts, neither of them the student's; call the result to wait for float32 [S]
+        log-probabilities of all texts' tokens, the teacher's end symbol last in each, and how many each has. What the
+        teacher has no room for is cut off: of a text its end beyond half of the room, of a prompt its beginning."""
+        end = self._facts.teacher.end_of_text
+        settings = AutoConfig.from_pretrained(self._facts.path).get_text_config()
+        room = int(getattr(settings, "max_position_embeddings", None) or 2**30)
+        read = [(*self._facts.teacher.text(" " + t), end) if t else (end,) for t in texts]
+        read = [tokens[: room // 2] for tokens in read]
+        asked = [
+            tuple(self._tokenizer(prompt)["input_ids"])[-(room - len(tokens)) :]
+            for prompt, tokens in zip(prompts, read, strict=True)
+        ]
+        future = self._client.score(groups_of(asked, read, 1))
+
+        def wait() -> tuple[torch.Tensor, list[int]]:
+            return future.result(), [len(tokens) for tokens in read]
+
+        return wait
+
+    def answer(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
+    ) -> list[tuple[str, bool]]:
+        """The teacher's own answers as texts, and whether each has ended; temperature 0 is greedy. A character that
+        the limit has cut is left out."""
+        responses = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
+        texts = self._tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
+        ended = [self._ended(r) for r in responses]
+        return [((t if e else t.rstrip("\ufffd")).strip(), e) for t, e in zip(texts, ended, strict=True)]
+
+    def responses(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float, seed: int
+    ) -> list[tuple[tuple[int, ...], bool]]:
+        """The teacher's answers as student tokens, what ends the student's answers last where it has ended, and whether
+        it has.
+
+        With two tokenizers the answer's text is tokenised again; one that is longer than `max_new_tokens` then is cut.
+        """
+        if not prompts:
+            return []
+        if self._translator is None:
+            answers = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
+            ends, own = self._facts.exchanged, [self._ended(r) for r in answers]
+            return [
+                ((*r[:-1], ends.get(r[-1], r[-1])) if ended else r, ended)
+                for r, ended in zip(answers, own, strict=True)
+            ]
+        out, student = [], self._facts.student
+        for text, ended in self.answer(prompts, max_new_tokens, temperature=temperature, seed=seed):
+            words = self._translator.student.encode(student.lead + text).tokens if text else ()
+            tokens = (*words, student.end) if ended else words
+            out.append((tokens[:max_new_tokens], ended and len(tokens) <= max_new_tokens))
+        return out
+
+    def _generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float, seed: int
+    ) -> list[tuple[int, ...]]:
+        """The teacher's answers in its own tokens."""
+        asked = [self.prompt_tokens(p) for p in prompts]
+        return self._client.generate(
+            asked, max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=self._ends, seed=seed
+        ).result()
+
+    def _ended(self, response: Sequence[int]) -> bool:
+        return bool(response) and response[-1] in self._ends
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Whatever ends an answer of the teacher: what the model names, and what its chat template puts there."""
+        return tuple(sorted({*self._client.info().eos_ids, self._facts.teacher.end}))
+
+    def decode(self, prompts: Sequence[tuple[int, ...]], samples: int, max_new_tokens: int) -> TeacherDecoding:
+        """Token by token beside the student; `whole_distribution` reads its answers."""
+        return self._client.decode(prompts, max_new_tokens=max_new_tokens, samples=samples)
+
+    def whole_distribution(self, hidden_AH: torch.Tensor) -> torch.Tensor:
+        """float32 [A, V] the teacher's log-probabilities of the next token."""
+        assert self._head is not None
+        return self._head(hidden_AH).float().log_softmax(-1)
+
+    def close(self) -> None:
+        """End the session."""
+        self._client.close()
+
+    def prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt as the teacher reads it."""
+        return self._facts.teacher.prompt(prompt.asked)
+
+
+def all_read(rollout: Rollout, logprobs_S: torch.Tensor) -> TeacherView:
+    """What a teacher with the student's tokenizer says: it scores each token."""
+    return TeacherView(logprobs_S, rollout.lengths_B, torch.zeros_like(rollout.lengths_B))
+
+
+def chosen_logprobs(hidden_SD: torch.Tensor, head: Head, labels_S: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+    """float32 [S] log-probabilities of `labels_S` from last hidden states and the head, in chunks.
+
+    Computed where the head is; hidden states come from the teacher, and the answer goes, on the CPU.
+    """
+    pieces = []
+    for hidden, labels in zip(hidden_SD.split(chunk), labels_S.split(chunk), strict=True):
+        logprobs = head(hidden).float().log_softmax(-1)
+        pieces.append(logprobs.gather(-1, labels[:, None].to(logprobs.device)).squeeze(-1))
+    return torch.cat(pieces).cpu() if pieces else torch.zeros(0)

@@ -1,0 +1,115 @@
+"""Responses that the teacher had a hand in: mixed token by token or response by response, or written by it whole.
+
+MiniLLM samples from q = alpha p_T + (1 - alpha) pi (arXiv 2306.08543, section 2.2), so that a weak student visits
+states worth learning from; the samples carry the importance weight of what was really drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from configs.schema import RunConfig, SamplingConfig
+from rewards.minillm import mixed_logprobs, mixture_importance, response_mixture_importance
+from training.data.order import random_stream
+from training.experience import Prompt, Rollout, TeacherView
+from training.student.actor import Actor
+from training.teacher.link import TeacherLink
+
+
+def check_mixing(config: RunConfig, same_tokenizer: bool) -> None:
+    """Raises ValueError where the teacher cannot be mixed in as asked."""
+    if config.sampling.teacher_mix > 0 and config.sampling.mix_by == "token" and not same_tokenizer:
+        raise ValueError(
+            f"sampling.teacher_mix = {config.sampling.teacher_mix}: token by token it needs one tokenizer, and student "
+            "and teacher have different ones; set sampling.mix_by to response"
+        )
+
+
+class TokenMixture:
+    """At each token, alpha p_T + (1 - alpha) pi; the teacher decodes beside the student (equal tokenizers)."""
+
+    def __init__(self, link: TeacherLink, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        self._link = link
+        self._alpha = sampling.teacher_mix
+        tokens = [link.prompt_tokens(p) for p in prompts]
+        self._decoding = link.decode(tokens, sampling.group_size, sampling.max_new_tokens)
+
+    def __call__(self, t: int, active_A: torch.Tensor, last_A: torch.Tensor, policy_AV: torch.Tensor) -> torch.Tensor:
+        """See `sampling.Mixture`; nats, float32 [A, V]."""
+        future = self._decoding.first if t == 0 else self._decoding.next(active_A.tolist(), last_A.tolist())
+        teacher_AV = self._link.whole_distribution(future.result()).to(policy_AV.device)
+        return mixed_logprobs(policy_AV, teacher_AV, self._alpha)
+
+    def close(self) -> None:
+        """Give the server's memory back."""
+        self._decoding.close()
+
+
+def mix_responses(actor: Actor, link: TeacherLink, rollout: Rollout, config: RunConfig, step: int) -> Rollout:
+    """Each response is the teacher's with probability alpha, drawn by the prompt's own seed. Collective.
+
+    The log-probabilities are the student's for every response, also for those that it did not write.
+    """
+    alpha, group = config.sampling.teacher_mix, rollout.group_size
+    chosen: list[int] = []
+    for n, prompt in enumerate(rollout.prompts_N):
+        uniform_G = torch.rand(group, generator=random_stream(config.seed + 1, step, prompt.index))
+        chosen += [n * group + g for g in torch.nonzero(uniform_G < alpha).flatten().tolist()]
+    responses, finished_B = list(rollout.responses_B), rollout.finished_B.clone()
+    if chosen:
+        asked = [rollout.prompts_N[b // group] for b in chosen]
+        for b, (tokens, ended) in zip(chosen, _written(link, asked, config, step), strict=True):
+            responses[b], finished_B[b] = tokens, ended
+    return _with_logprobs(actor, replace(rollout, responses_B=responses, finished_B=finished_B))
+
+
+def teacher_rollout(
+    actor: Actor, link: TeacherLink, prompts: Sequence[Prompt], config: RunConfig, step: int
+) -> Rollout:
+    """One answer of the teacher to each prompt, as a rollout with G = 1. Collective."""
+    written = _written(link, prompts, config, step, temperature=config.distill.answer_temperature)
+    rollout = Rollout(
+        prompts_N=list(prompts),
+        group_size=1,
+        responses_B=[tokens for tokens, _ in written],
+        finished_B=torch.tensor([ended for _, ended in written], dtype=torch.bool),
+        texts_B=[],
+        behavior_logprobs_S=torch.zeros(0),
+        sampled_logprobs_S=torch.zeros(0),
+    )
+    return _with_logprobs(actor, rollout)
+
+
+def _written(
+    link: TeacherLink,
+    prompts: Sequence[Prompt],
+    config: RunConfig,
+    step: int,
+    *,
+    temperature: float = 1.0,
+) -> list[tuple[tuple[int, ...], bool]]:
+    """The teacher's answers in the student's tokens, and whether each has ended."""
+    seed = config.seed * 1_000_003 + step
+    return link.responses(prompts, config.sampling.max_new_tokens, temperature=temperature, seed=seed)
+
+
+def _with_logprobs(actor: Actor, rollout: Rollout) -> Rollout:
+    """The rollout with texts and the student's log-probabilities of whatever its responses are now. Collective."""
+    logprobs_S = actor.logprobs(rollout)
+    return replace(
+        rollout,
+        texts_B=actor.texts(rollout.responses_B),
+        behavior_logprobs_S=logprobs_S,
+        sampled_logprobs_S=logprobs_S,
+    )
+
+
+def importance_of(rollout: Rollout, teacher: TeacherView, config: RunConfig) -> torch.Tensor:
+    """Weights pi_b / q of a mixed rollout, float32 [S]."""
+    behavior_S, lengths_B = rollout.behavior_logprobs_S, rollout.lengths_B
+    if config.sampling.mix_by == "token":
+        return mixture_importance(behavior_S, rollout.sampled_logprobs_S, lengths_B, by=config.sampling.mix_weight)
+    return response_mixture_importance(behavior_S, teacher.logprobs_S, lengths_B, config.sampling.teacher_mix)

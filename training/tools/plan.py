@@ -1,0 +1,288 @@
+"""`training/main.py --plan`: from configuration and config.json alone, how much memory a run needs on how many cards.
+
+    python training/main.py --plan --config configs/llama2_70b_llama2_7b.yaml --student.path DIR --teacher.path DIR
+
+No launcher, no GPU, no weights: a model directory needs nothing but its config.json. docs/planning.md says how to read
+what is printed and how far it is from measured memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.schema import DEMO, RunConfig, TeacherConfig, require
+from inference.model.families import Architecture, parse_architecture
+from training.algorithms import ALGORITHMS, check_choices
+from training.data.preflight import room_for_prompt
+from training.tools.plan_rank import ModelFacts, RankMemory, Tracer, alternatives, rank_memory
+from training.tools.plan_teacher import TeacherMemory, plain_weights, teacher_memory
+
+GB = 10**9
+CARDS = (40, 80, 141)
+"""Card sizes, GB."""
+RESERVE_BYTES, RESERVE_SHARE = 2 * GB, 0.05
+"""Left free on each card: CUDA context and NCCL's buffers, and a share for the allocator's fragmentation."""
+
+
+def plan(config: RunConfig) -> int:
+    """Print the plan; returns the exit code. Raises ValueError naming key, value and mend."""
+    check_choices(config)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config, facts, notes = read_models(config)
+    tracer = Tracer(facts, config.student)
+    print("\n".join(report(config, tracer, notes)), flush=True)
+    return 0
+
+
+def read_models(config: RunConfig) -> tuple[RunConfig, ModelFacts, list[str]]:
+    """The configuration with local paths, what its models' config.json say, and remarks for the reader."""
+    from transformers import AutoConfig
+
+    student = _directory("student.path", config.student.path)
+    asked = [("teacher", config.teacher), *((f"teachers[{i}]", one) for i, one in enumerate(config.teachers))]
+    places = [_directory(f"{key}.path", one.path) for key, one in asked]
+    teacher = places[0]
+    notes: list[str] = []
+
+    def text_config(key: str, path: Path | None, role: str) -> Any:
+        if path is None:
+            return _demo_config(config, role)
+        try:
+            return AutoConfig.from_pretrained(path).get_text_config()
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{key} = {str(path)!r}: {' '.join(str(error).split())}") from None
+
+    shapes = text_config("student.path", student, "student")
+    served = [replace(one, path=str(place or DEMO)) for (_, one), place in zip(asked, places, strict=True)]
+    found = [
+        (key, one, _served(key, one, text_config(f"{key}.path", place, "teacher")))
+        for (key, _), one, place in zip(asked, served, places, strict=True)
+    ]
+    architecture = found[0][2]
+    same, how = _same_tokenizer(student, teacher, shapes.vocab_size == architecture.vocab_size)
+    notes.append(f"tokenizers: taken as {'equal' if same else 'different'} ({how})")
+    if config.student.adapter.four_bit:
+        notes.append("student.adapter.four_bit: the frozen weights are counted in student.dtype, not in 4 bits")
+    config = replace(
+        config,
+        student=replace(config.student, path=str(student or DEMO)),
+        teacher=served[0],
+        teachers=tuple(replace(t, path=str(p or DEMO)) for t, p in zip(config.teachers, places[1:], strict=True)),
+    )
+    prompt = min(config.data.max_prompt_tokens, room_for_prompt(config))
+    return config, ModelFacts(shapes, architecture, same, prompt, tuple(found[1:])), notes
+
+
+def _served(key: str, teacher: TeacherConfig, described: Any) -> Architecture | Any:
+    """Megatron's architecture where that backend serves the model, else transformers' configuration."""
+    try:
+        if teacher.backend != "transformers":
+            return parse_architecture(described.to_dict())
+    except (KeyError, ValueError) as error:
+        if teacher.backend == "megatron":
+            raise ValueError(f"{key}.path = {teacher.path!r}: {error}; set {key}.backend to auto") from None
+    return described
+
+
+def _directory(key: str, path: str) -> Path | None:
+    """The model's directory; None for the demo. Nothing is downloaded, but what the hub's cache holds is found."""
+    if path == DEMO:
+        return None
+    directory = Path(path).expanduser()
+    if not directory.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(path, "config.json")
+        require(
+            isinstance(cached, str), key, path,
+            "is not on this disk, and --plan downloads nothing; give a directory (its config.json is enough)",
+        )  # fmt: skip
+        directory = Path(str(cached)).parent
+    require(directory.is_dir(), key, path, "no such directory; give a Hugging Face model directory")
+    has_config = (directory / "config.json").is_file()
+    require(has_config, key, path, "no config.json in it; give a Hugging Face model directory")
+    return directory
+
+
+def _demo_config(config: RunConfig, role: str) -> Any:
+    """The shape of one of the demo's models; `role`: student or teacher."""
+    from transformers import LlamaConfig
+
+    from training.data.demo.models import RECIPES
+
+    recipe = RECIPES[config.demo_size]
+    shape = recipe.teacher if role == "teacher" else recipe.student
+    return LlamaConfig(
+        vocab_size=recipe.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.hidden * 3,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def _same_tokenizer(student: Path | None, teacher: Path | None, same_size: bool) -> tuple[bool, str]:
+    """Whether student tokens are teacher tokens, and how that is known."""
+    if student is None or teacher is None:
+        return student is teacher, "the demo has one"
+    if all((path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file() for path in (student, teacher)):
+        from inference.protocol.fingerprint import tokenizer_fingerprint
+
+        return tokenizer_fingerprint(student) == tokenizer_fingerprint(teacher), "compared"
+    return same_size, "no tokenizer files: by the size of the vocabularies"
+
+
+def usable(card: int) -> float:
+    """Bytes that a plan may use of a card."""
+    return card * GB * (1 - RESERVE_SHARE) - RESERVE_BYTES
+
+
+def world_sizes(config: RunConfig) -> list[int]:
+    """Numbers of trainer ranks that share the prompts evenly, each with one for every optimizer step."""
+    prompts = config.prompts_per_step
+    return [w for w in range(1, prompts + 1) if prompts % w == 0 and prompts // w >= config.actor.updates_per_rollout]
+
+
+@dataclass(frozen=True)
+class Need:
+    """The smallest number of cards."""
+
+    cards: int | None
+    """None: no number is enough."""
+    settings: str = ""
+    """What has to be set besides the configuration."""
+
+
+def fewest_cards(config: RunConfig, tracer: Tracer, card: int) -> Need:
+    """Fewest cards for the trainer as it is configured."""
+    fits = (w for w in world_sizes(config) if rank_memory(config, tracer, w).total <= usable(card))
+    return Need(next(fits, None))
+
+
+def fewest_with_changes(config: RunConfig, tracer: Tracer, card: int) -> Need:
+    """The change of settings that needs fewest cards; offload only where nothing else is enough."""
+    for offload in (False, True):
+        tried = [
+            Need(fewest_cards(changed, tracer, card).cards, settings)
+            for settings, changed in alternatives(config, offload=offload)
+        ]
+        found = [need for need in tried if need.cards is not None]
+        if found:
+            return min(found, key=lambda need: need.cards or 0)  # of equals the first, which changes least
+    return Need(None)
+
+
+def tensor_parallel_sizes(heads: int) -> list[int]:
+    """Ranks that one teacher can have: each takes the same number of heads."""
+    return [size for size in range(1, heads + 1) if heads % size == 0]
+
+
+def smallest_teacher(config: RunConfig, facts: ModelFacts, card: int) -> int | None:
+    """Fewest cards for the first teacher, which is its tensor-parallel size; for the weights alone of one that
+    transformers runs."""
+    if not isinstance(facts.teacher, Architecture):
+        return math.ceil(plain_weights(facts.teacher, config.teacher.dtype) / usable(card))
+    for size in tensor_parallel_sizes(facts.teacher.heads):
+        if teacher_memory(facts.teacher, config, size, facts.prompt_tokens).total <= usable(card):
+            return size
+    return None
+
+
+def report(config: RunConfig, tracer: Tracer, notes: Sequence[str]) -> list[str]:
+    """The page, line by line."""
+    facts = tracer.facts
+    algorithms = {name: replace(config, algo=name) for name in ALGORITHMS}
+    worlds = [w for w in world_sizes(config) if w & (w - 1) == 0]
+    shown = max(w for w in worlds if w <= 8)
+    ranks = {(name, w): rank_memory(c, tracer, w) for name, c in algorithms.items() for w in worlds}
+    lines = [
+        f"student {tracer.student.total / 1e6:,.1f} million parameters, {tracer.student.trainable / 1e6:,.1f} trained; "
+        f"{config.student.dtype}, ZeRO {config.actor.zero_stage} (critic {config.critic.zero_stage}), "
+        f"gradient checkpointing {'on' if config.student.gradient_checkpointing else 'off'}, "
+        f"offload {'on' if config.actor.offload else 'off'}",
+        f"each step {config.prompts_per_step} prompts of {facts.prompt_tokens} tokens, {config.sampling.group_size} "
+        f"responses of {config.sampling.max_new_tokens} to each: every text is taken at its longest",
+        *notes,
+        "",
+        f"One trainer rank of {shown}, GB (10^9 bytes)",
+        *_parts_table({name: ranks[name, shown] for name in algorithms}),
+        "",
+        "One trainer rank, by number of ranks, GB",
+        _line("ranks", [str(w) for w in worlds]),
+        *(_line(n.upper(), [_gb(ranks[n, w].total) for w in worlds]) for n in algorithms),
+        *(_line(f"{n.upper()}, host memory", [_gb(ranks[n, w].host) for w in worlds]) for n in algorithms
+          if ranks[n, worlds[0]].host),
+        "",
+        *_teacher_table(config, "teacher", facts.teacher, facts.prompt_tokens),
+        "",
+        *(line for key, one, shape in facts.others
+          for line in (*_teacher_table(replace(config, teacher=one), key, shape, facts.prompt_tokens), "")),
+        *_cards_table(config, tracer),
+    ]  # fmt: skip
+    return lines
+
+
+def _gb(size: int) -> str:
+    digits = 0 if size >= 100 * GB else 2 if size >= GB / 10 else 4
+    return f"{size / GB:.{digits}f}"
+
+
+def _line(name: str, cells: Sequence[str], width: int = 34) -> str:
+    return "  " + name.ljust(width) + "".join(cell.rjust(10) for cell in cells)
+
+
+def _parts_table(columns: dict[str, RankMemory]) -> list[str]:
+    """Parts that stay, moments on top of them (the worst one counts), total."""
+    lines = [_line("", [name.upper() for name in columns])]
+    for kind, heading in (("static", ""), ("moments", "while it lasts: ")):
+        names = list(dict.fromkeys(name for rank in columns.values() for name in getattr(rank, kind)))
+        for name in names:
+            cells = [getattr(rank, kind).get(name) for rank in columns.values()]
+            lines.append(_line(heading + name, ["-" if cell is None else _gb(cell) for cell in cells], 46))
+    lines[0] = _line("", [name.upper() for name in columns], 46)
+    lines.append(_line("total (all parts and the worst moment)", [_gb(r.total) for r in columns.values()], 46))
+    return lines
+
+
+def _teacher_table(config: RunConfig, key: str, shape: Architecture | Any, prompt_tokens: int) -> list[str]:
+    """One rank of the teacher of settings `key` by tensor-parallel size; one line for what transformers runs."""
+    if not isinstance(shape, Architecture):
+        weights = _gb(plain_weights(shape, config.teacher.dtype))
+        return [
+            f"{key}: transformers runs it ({shape.model_type}, {config.teacher.dtype}), in one process: {weights} GB of"
+            f" weights, dealt by whole layers to {key}.tensor_parallel cards; what its passes take is not planned"
+        ]
+    sizes = tensor_parallel_sizes(shape.heads)[:5]
+    found: list[TeacherMemory] = [teacher_memory(shape, config, s, prompt_tokens) for s in sizes]
+    rows = ("weights", "activations", "logits", "cache", "total")
+    return [
+        f"One rank of {key} by tensor-parallel size ({shape.family}, {config.teacher.dtype}), GB",
+        _line("tensor parallel", [str(s) for s in sizes]),
+        *(_line(row, [_gb(getattr(memory, row)) for memory in found]) for row in rows),
+    ]
+
+
+def _cards_table(config: RunConfig, tracer: Tracer) -> list[str]:
+    """Smallest numbers of cards."""
+    lines = [
+        f"Fewest cards ({RESERVE_BYTES / GB:.0f} GB and {RESERVE_SHARE:.0%} of each left free for CUDA, NCCL and "
+        "fragmentation)",
+        _line("card", ["trainer", "teacher", "together"], 20),
+    ]
+    for card in CARDS:
+        teacher = smallest_teacher(config, tracer.facts, card)
+        for name in ALGORITHMS:
+            chosen = replace(config, algo=name)
+            need, changed = fewest_cards(chosen, tracer, card), fewest_with_changes(chosen, tracer, card)
+            together = None if need.cards is None or teacher is None else need.cards + teacher
+            cells = ["none" if n is None else str(n) for n in (need.cards, teacher, together)]
+            fewer = changed.cards is not None and (need.cards is None or changed.cards < need.cards)
+            remark = f"   trainer {changed.cards} with {changed.settings}" if fewer else ""
+            lines.append(_line(f"{card} GB, {name.upper()}", cells, 20) + remark)
+    plain = "" if isinstance(tracer.facts.teacher, Architecture) else ", for its weights alone"
+    more = f"; the {len(config.teachers)} in teachers come on top" if config.teachers else ""
+    lines.append(f"  teacher: its number is its tensor-parallel size (--teacher.tensor_parallel){plain}{more}")
+    return lines

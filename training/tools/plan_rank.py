@@ -1,0 +1,327 @@
+"""Memory of one trainer rank by part and by moment, for one configuration and number of ranks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from configs.schema import RunConfig, SamplingConfig, StudentConfig, TeacherConfig
+from inference.attention.packing import Group, PackedRow, pack_row
+from inference.model.families import Architecture
+from rewards import REWARDS
+from training.algorithms import ALGORITHMS
+from training.losses import OutputLayer, ReverseKL, WholeDistribution
+from training.objective import pt_coef
+from training.student.policy import Policy
+from training.tools.plan_trace import (
+    META,
+    SamplingPeak,
+    UpdatePeaks,
+    forward_peak,
+    longest_row,
+    meta_policy,
+    sampling_peak,
+    update_peaks,
+)
+from training.tools.plan_zero import (
+    PERSISTENT,
+    Device,
+    EngineSettings,
+    EngineState,
+    Parameters,
+    engine_state,
+    forward_extra,
+    update_peak,
+)
+
+DEPTHS = (2, 4)
+"""Deeper models are traced at these two depths and continued in a straight line: every layer costs the same."""
+MIXED_DEPTHS = (6, 12)
+"""The same where layers differ (Gemma 3: five with a window, then one without)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """What is known of the models from their config.json."""
+
+    student: Any
+    """transformers' configuration of the student's text model."""
+    teacher: Architecture | Any
+    """Megatron's, or transformers' configuration of a text model that transformers runs."""
+    same_tokenizer: bool
+    """Student tokens are teacher tokens: the trainer then holds the teacher's output layer."""
+    prompt_tokens: int
+    """Longest prompt that the data settings and all contexts allow; every prompt is taken to have it."""
+    others: tuple[tuple[str, TeacherConfig, Architecture | Any], ...] = ()
+    """The further teachers: whose settings, those, and what `teacher` is of the first."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One rank, bytes."""
+
+    static: dict[str, int]
+    """What is there all the time, by part."""
+    moments: dict[str, int]
+    """What each moment of a step takes on top, at its worst."""
+    host: int
+    """Offloaded optimizer state, in host memory."""
+
+    @property
+    def total(self) -> int:
+        """The static parts and the worst moment."""
+        return sum(self.static.values()) + max(self.moments.values())
+
+    @property
+    def worst(self) -> str:
+        """The moment that decides."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that DeepSpeed trains. Adapters change what requires a gradient, and only that."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def parameters_of(module: nn.Module) -> Parameters:
+    """Sizes for DeepSpeed's arithmetic."""
+    every = [p.numel() for p in module.parameters()]
+    trained = trainable_parameters(module)
+    return Parameters(
+        total=sum(every),
+        trainable=sum(p.numel() for p in trained),
+        largest=max((p.numel() for p in trained), default=0),
+        small=sum(n for n in every if n < PERSISTENT),
+        element=next(module.parameters()).element_size(),
+    )
+
+
+def reference_copies(config: RunConfig) -> int:
+    """Frozen copies of the student, as training/stage2.py and training/student/reference.py make them."""
+    limited, fixed = config.reference.kl_limit is not None, config.reference.update == "fixed"
+    wanted = config.loss.kl_coef > 0 or ALGORITHMS[config.algo].needs_reference(config)
+    copies = int(wanted or (limited and fixed)) + int(limited and not fixed)
+    switched_off = config.student.adapter.rank > 0 and fixed and config.loss.kl_estimator != "full"
+    return 0 if switched_off else copies
+
+
+def single_step(config: RunConfig, same_tokenizer: bool) -> bool:
+    """Whether the update compares whole distributions (training/loop.py: single_step_coef)."""
+    asked = config.loss.single_step_coef
+    return same_tokenizer and (REWARDS[config.reward].single_step if asked is None else asked > 0)
+
+
+class Tracer:
+    """Traces of the student and the critic on the meta device, each made once."""
+
+    def __init__(self, facts: ModelFacts, student: StudentConfig) -> None:
+        self.facts, self.dtype, self.adapter = facts, student.dtype, student.adapter
+        self.student = parameters_of(self._policy(False))
+        self.critic = parameters_of(self._value(None))
+
+    @functools.cache  # noqa: B019 - lives as long as the plan
+    def _policy(self, checkpointing: bool, layers: int | None = None) -> Policy:
+        return meta_policy(
+            self.facts.student, self.dtype, gradient_checkpointing=checkpointing, layers=layers, adapter=self.adapter
+        )
+
+    @functools.cache  # noqa: B019
+    def _value(self, layers: int | None, checkpointing: bool = False) -> nn.Module:
+        from training.student.critic import ValueModel
+
+        policy = meta_policy(self.facts.student, self.dtype, gradient_checkpointing=checkpointing, layers=layers)
+        with META:
+            return ValueModel(policy.model.base_model, self.facts.student.hidden_size).to(policy.model.dtype)
+
+    def update(self, config: RunConfig, prompts: int, blocks: int) -> UpdatePeaks:
+        """The worse of the actor's packed row of so many prompts and of one of so many L_PT blocks (0: none)."""
+        rows = [self._policy_row(config, prompts)] + ([self._text_row(config, blocks)] if blocks else [])
+        return UpdatePeaks(*(max(each) for each in zip(*rows, strict=True)))
+
+    @functools.cache  # noqa: B019
+    def _policy_row(self, config: RunConfig, prompts: int) -> tuple[int, ...]:
+        term = single_step(config, self.facts.same_tokenizer)
+        return self._student_update(config, self._row(config, prompts), term)
+
+    @functools.cache  # noqa: B019
+    def _text_row(self, config: RunConfig, blocks: int) -> tuple[int, ...]:
+        block = Group((0,), ((0,) * (config.data.text_block_tokens - 1),))
+        return self._student_update(config, pack_row([block] * blocks), False)
+
+    def _student_update(self, config: RunConfig, row: PackedRow, term: bool) -> tuple[int, ...]:
+        def trace(layers: int | None) -> tuple[int, ...]:
+            policy = self._policy(config.student.gradient_checkpointing, layers)
+            return _as_tuple(update_peaks(policy, lambda: self._loss(policy, row, config, term)))
+
+        return _at_depth(trace, self.facts.student)
+
+    @functools.cache  # noqa: B019
+    def critic_update(self, config: RunConfig, prompts: int) -> UpdatePeaks:
+        """The critic's."""
+        row = self._row(config, prompts)
+
+        def trace(layers: int | None) -> tuple[int, ...]:
+            module = self._value(layers, config.student.gradient_checkpointing)
+            return _as_tuple(update_peaks(module, lambda: module(row).sum()))
+
+        return UpdatePeaks(*_at_depth(trace, self.facts.student))
+
+    @functools.cache  # noqa: B019
+    def forward(self, config: RunConfig, prompts: int) -> int:
+        """A pass without gradients (reference, evaluation)."""
+        row, term = self._row(config, prompts), self.facts.same_tokenizer
+
+        def trace(layers: int | None) -> tuple[int, ...]:
+            policy = self._policy(False, layers)
+            return (forward_peak(policy, lambda: self._loss(policy, row, config, term)),)
+
+        return _at_depth(trace, self.facts.student)[0]
+
+    def sampling(self, sampling: SamplingConfig, prompts: int) -> SamplingPeak:
+        """So many prompts answered together; from the second on, each costs the same."""
+        (cache, peak), (cache_2, peak_2) = self._sampling(sampling, 1), self._sampling(sampling, 2)
+        return SamplingPeak(cache + (cache_2 - cache) * (prompts - 1), peak + (peak_2 - peak) * (prompts - 1))
+
+    @functools.cache  # noqa: B019
+    def _sampling(self, sampling: SamplingConfig, prompts: int) -> tuple[int, ...]:
+        def trace(layers: int | None) -> tuple[int, ...]:
+            peak = sampling_peak(self._policy(False, layers), sampling, prompts, self.facts.prompt_tokens)
+            return peak.cache, peak.peak
+
+        return _at_depth(trace, self.facts.student)
+
+    def _row(self, config: RunConfig, prompts: int) -> PackedRow:
+        return longest_row(config, prompts, self.facts.prompt_tokens)
+
+    def _loss(self, policy: Policy, row: PackedRow, config: RunConfig, term: bool) -> torch.Tensor:
+        teacher, terms = self.facts.teacher, {}
+        if term:
+            hidden = torch.empty(len(row.labels_S), teacher.hidden_size, device=META)
+            output = torch.empty(teacher.vocab_size, teacher.hidden_size, device=META)
+            hidden = hidden * 1.0  # counted: the row's part is moved to the device; the output layer is held already
+            terms["single_step"] = ReverseKL(WholeDistribution(hidden, OutputLayer(output)))
+        out = policy(row, temperature=config.sampling.temperature, terms=terms)
+        return out.logprobs_S.sum() + sum(value.sum() for value in out.terms.values())
+
+
+def _as_tuple(peaks: UpdatePeaks) -> tuple[int, ...]:
+    return peaks.activations, peaks.first, peaks.later
+
+
+def _at_depth(trace: Callable[[int | None], tuple[int, ...]], model: Any) -> tuple[int, ...]:
+    """A trace of the whole model, or its continuation from two shallow ones. `model`: transformers' configuration."""
+    mixed = len(set(getattr(model, "layer_types", None) or ())) > 1
+    low_depth, high_depth = MIXED_DEPTHS if mixed else DEPTHS
+    if model.num_hidden_layers <= MIXED_DEPTHS[1]:
+        return trace(None)
+    low, high = trace(low_depth), trace(high_depth)
+    step = (model.num_hidden_layers - high_depth) / (high_depth - low_depth)
+    return tuple(round(deep + (deep - flat) * step) for flat, deep in zip(low, high, strict=True))
+
+
+def rank_memory(config: RunConfig, tracer: Tracer, world: int, device: Device = "cuda") -> RankMemory:
+    """One of `world` trainer ranks, the algorithm being config.algo."""
+    facts, element = tracer.facts, tracer.student.element
+    actor = EngineSettings(config.actor.zero_stage, world, config.actor.offload, device)
+    state = engine_state(tracer.student, actor)
+    static = _parts("student", state)
+    if reference_copies(config):
+        static["reference"] = reference_copies(config) * element * tracer.student.total
+    if facts.same_tokenizer:
+        static["teacher's output layer"] = 4 * facts.teacher.vocab_size * facts.teacher.hidden_size
+    host, mine = state.host, -(-config.prompts_per_step // world)
+    mini = -(-mine // config.actor.updates_per_rollout)
+    row_prompts, rows = rows_of(config, facts.prompt_tokens, mini)
+    key, blocks = _trace_key(config), _text_blocks(config, world)
+    questions = replace(config.sampling, group_size=config.eval.kl_samples)
+    sampled = tracer.sampling(config.sampling, mine)
+    asked = tracer.sampling(questions, _questions(config, world))
+    extra = forward_extra(tracer.student, actor)
+    moments = {
+        "sampling": sampled.peak + extra,
+        "reference, evaluation passes": tracer.forward(key, row_prompts) + extra,
+        "update": update_peak(tracer.student, actor, tracer.update(key, row_prompts, blocks), rows),
+        "evaluation": asked.peak + extra,
+    }
+    if ALGORITHMS[config.algo].needs_critic:
+        engine = replace(actor, zero_stage=config.critic.zero_stage)
+        state = engine_state(tracer.critic, engine)
+        static |= _parts("critic", state)
+        critic_rows = rows_of(config, facts.prompt_tokens, mini)[1]
+        peaks = tracer.critic_update(key, row_prompts)
+        moments["critic's update"] = update_peak(tracer.critic, engine, peaks, critic_rows)
+        host += state.host
+    return RankMemory({k: v for k, v in static.items() if v}, moments, host)
+
+
+def _parts(name: str, state: EngineState) -> dict[str, int]:
+    return {
+        f"{name}: parameters": state.parameters,
+        f"{name}: optimizer": state.optimizer,
+        f"{name}: gradients": state.gradients,
+        f"{name}: communication buffers": state.buckets,
+    }
+
+
+def rows_of(config: RunConfig, prompt_tokens: int, prompts: int) -> tuple[int, int]:
+    """(prompts in the longest packed row, rows of an optimizer step) where every group has its full length."""
+    sampling = config.sampling
+    group = prompt_tokens + sampling.group_size * (sampling.max_new_tokens - 1)
+    fit = min(max(config.actor.micro_batch_tokens // group, 1), prompts)
+    extra = (pt_coef(config) > 0) + (config.loss.bc_coef > 0)  # L_PT and L_BC have rows of their own
+    return fit, -(-prompts // fit) + extra
+
+
+def _text_blocks(config: RunConfig, world: int) -> int:
+    """L_PT blocks in this rank's longest packed row."""
+    if pt_coef(config) == 0:
+        return 0
+    mine = -(-config.loss.pt_batch // world)
+    return min(max(config.actor.micro_batch_tokens // (config.data.text_block_tokens - 1), 1), mine)
+
+
+def _questions(config: RunConfig, world: int) -> int:
+    """Held-out questions that one rank answers at a time. Their number is not known here unless it is set."""
+    if config.eval.questions is None:
+        return config.eval.batch
+    return min(config.eval.batch, -(-config.eval.questions // world))
+
+
+def _trace_key(config: RunConfig) -> RunConfig:
+    """What does not change a trace is set to its default, so that stages and offload share traces."""
+    plain = RunConfig()
+    actor = replace(plain.actor, micro_batch_tokens=config.actor.micro_batch_tokens)
+    return replace(config, algo="grpo", actor=actor, critic=plain.critic, eval=plain.eval, loss=config.loss)
+
+
+def alternatives(config: RunConfig, *, offload: bool) -> Sequence[tuple[str, RunConfig]]:
+    """Other settings that need less memory, the cheaper first: (what to set, the configuration)."""
+    found = []
+    batches = sorted({config.eval.batch, min(config.eval.batch, 8)}, reverse=True)
+    budgets = sorted({config.actor.micro_batch_tokens, min(config.actor.micro_batch_tokens, 2048)}, reverse=True)
+    checkpoints = sorted({config.student.gradient_checkpointing, True})
+    stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    for budget, batch, checkpointing, stage in itertools.product(budgets, batches, checkpoints, stages):
+        changed = replace(
+            config,
+            student=replace(config.student, gradient_checkpointing=checkpointing),
+            actor=replace(config.actor, zero_stage=stage, offload=offload, micro_batch_tokens=budget),
+            critic=replace(config.critic, zero_stage=stage),
+            eval=replace(config.eval, batch=batch),
+        )
+        flags = [f"--actor.zero_stage {stage}"] * (stage != config.actor.zero_stage)
+        flags += [f"--critic.zero_stage {stage}"] * (
+            ALGORITHMS[config.algo].needs_critic and stage != config.critic.zero_stage
+        )
+        flags += ["--student.gradient_checkpointing true"] * (checkpointing > config.student.gradient_checkpointing)
+        flags += ["--actor.offload true"] * (offload > config.actor.offload)
+        flags += [f"--eval.batch {batch}"] * (batch != config.eval.batch)
+        flags += [f"--actor.micro_batch_tokens {budget}"] * (budget != config.actor.micro_batch_tokens)
+        found.append((" ".join(flags), changed))
+    return found
