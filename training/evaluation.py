@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from configs.io.results import Result, Value, versions
+from configs.io.jsonl import read_questions
+from configs.io.results import Result, Value, about_file, versions
 from configs.schema import RunConfig
 from rewards.answers import answer_row, open_scores
 from training import distributed
@@ -141,13 +144,13 @@ def score_answers(
     distance: float | None = None,
 ) -> Result:
     """Values f1 and exact_match of the answers, means in percent, and reverse_kl, the `distance` where it is known."""
-    rows = [answer_row(vars(prompt), text) for prompt, text in zip(prompts, predictions, strict=True)]
-    values = {key: Value(sum(row[key] for row in rows) / max(len(rows), 1)) for key in ("f1", "exact_match")}
+    rows = answer_rows(prompts, predictions)
+    values = {name: Value(mean) for name, mean in means(rows).items()}
     data, student = config.data, config.student
     return Result(
         measure="heldout",
         model=model,
-        data={"path": data.heldout, "rows": len(rows)},
+        data=about_file(Path(data.heldout), len(rows), len(read_questions(data.heldout))),
         settings={
             "template": data.template,
             "context_template": data.context_template,
@@ -162,13 +165,22 @@ def score_answers(
     )
 
 
+def answer_rows(prompts: Sequence[Prompt], predictions: Sequence[str]) -> list[dict[str, Any]]:
+    """Each question with its answer and what that scores."""
+    return [answer_row(vars(prompt), text) for prompt, text in zip(prompts, predictions, strict=True)]
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """f1 and exact_match of those, in percent."""
+    return {key: sum(row[key] for row in rows) / max(len(rows), 1) for key in ("f1", "exact_match")}
+
+
 def validate(run: Run, progress: Progress) -> dict[str, float]:
     """Ask the validation questions, and bring `progress` up to date; the step's metrics. Collective."""
     actor, prompts, config = run.models.actor, run.corpus.validation, run.config
     found = {"reverse_kl": sampled_answers(actor, run.models.teacher, prompts, config)[0] or 0.0}
     if all(prompt.answers for prompt in prompts):
-        answers = greedy_answers(actor, prompts, config)
-        found |= score_answers(prompts, answers, config, config.student.path).numbers
+        found |= means(answer_rows(prompts, greedy_answers(actor, prompts, config)))
     note(progress, found[config.eval.metric], config)
     if distributed.is_main():
         run.folder.append("eval/validation.jsonl", {"step": progress.step, **found, "best": progress.is_best})

@@ -38,7 +38,8 @@ class Result:
     model: str
     """Model directory or hub id, as the user called it."""
     data: Mapping[str, Any]
-    """path, sha256 and rows of what it was measured on; by name where that is several."""
+    """path, sha256 and rows of what it was measured on, and of how many rows there those are; by name where that is
+    several."""
     settings: Mapping[str, Any]
     """How it was measured. Results compare where data and settings are equal."""
     versions: Mapping[str, str]
@@ -77,10 +78,10 @@ def find_result(path: Path) -> Result | None:
     return read_result(path) if path.is_file() else None
 
 
-def about_file(path: Path, rows: int) -> dict[str, Any]:
-    """`data` of a result: path, SHA-256 (of a folder or data set: of its fingerprint) and the rows used."""
+def about_file(path: Path, rows: int, of: int) -> dict[str, Any]:
+    """`data` of a result: path, SHA-256 (of a folder or data set: of its fingerprint), rows used and `of` how many."""
     read = path.read_bytes() if path.is_file() else content(path).encode()
-    return {"path": str(path), "sha256": hashlib.sha256(read).hexdigest(), "rows": rows}
+    return {"path": str(path), "sha256": hashlib.sha256(read).hexdigest(), "rows": rows, "of": of}
 
 
 def versions(*packages: str) -> Mapping[str, str]:

@@ -82,7 +82,10 @@ def heldout(model: Model, settings: HeldoutSettings) -> Result:
     return Result(
         measure="heldout",
         model=model.path,
-        data={**about_file(settings.data, len(rows)), "skipped_too_long": len(questions) - len(fitting)},
+        data={
+            **about_file(settings.data, len(rows), len(questions)),
+            "skipped_too_long": len(questions) - len(fitting),
+        },
         settings={**how, "dtype": model.dtype},
         versions=versions("torch", "transformers"),
         values={key: interval(means(places, [row[key] for row in rows])) for key in ("f1", "exact_match")},

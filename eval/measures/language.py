@@ -88,7 +88,7 @@ def language(model: Model, settings: LanguageSettings) -> Result:
     return Result(
         measure="language",
         model=model.path,
-        data={**about_file(settings.text, len(starts)), "words": list(settings.words), "known": len(known)},
+        data={**about_file(settings.text, len(starts), len(texts)), "words": list(settings.words), "known": len(known)},
         settings={"dtype": model.dtype, "new_tokens": settings.new_tokens, "seed": settings.seed},
         versions=versions("torch", "transformers"),
         values={

@@ -81,7 +81,7 @@ def perplexity(model: Model, settings: PerplexitySettings) -> Result:
             values[f"{name}/bits_per_{unit}"] = interval(Examples(ids=tuple(known), columns=columns))
         tokens = sum(one.tokens for one in known.values())
         values[f"{name}/perplexity"] = Value(math.exp(sum(one.nats for one in known.values()) / tokens))
-        data[name] = about_file(files[name], len(known))
+        data[name] = about_file(files[name], len(known), len(found))
         rows += [
             {"text": name, "id": place, "bits": round(bits[place], 4), "bytes": one.bytes,
              "characters": one.characters, "tokens": one.tokens}

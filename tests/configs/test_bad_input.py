@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.io.results import read_result
 from tests.support.runs import ROOT, command, environment, finish, metrics
 from tests.support.student_models import save
 from tests.support.teacher_models import save_tokenizer
@@ -114,8 +115,11 @@ def test_all_prompts_too_long_is_an_error_and_some_are_skipped(
     assert "all 8 prompts are longer than" in done.stderr
     assert "Traceback" not in done.stderr
     path.write_text("\n".join([json.dumps(long)] + [json.dumps({**short, "id": str(i)}) for i in range(8)]))
-    done = finish(command(tmp_path, demo_cache, *data))
+    done = finish(command(tmp_path, demo_cache, *data, "--data.heldout", str(path)))
     assert "prompts are too long and are skipped (the longest has" in done.stderr
+    (before,) = tmp_path.glob("**/eval/before.json")
+    measured = read_result(before).data
+    assert (measured["rows"], measured["of"]) == (8, 9)  # the F1 is of those, and says so
 
 
 def test_a_port_that_is_taken_is_named_with_a_free_one(

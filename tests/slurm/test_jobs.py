@@ -164,8 +164,9 @@ def test_a_failing_stage_1_leaves_nothing_pending(desk: Desk) -> None:
 def test_an_array_does_one_run_of_the_ablation_in_each_task(desk: Desk, demo_cache: Path) -> None:
     line = [
         "sbatch", "--parsable", "--array=0-1", f"--output={desk.folder}/%A_%a.out", "--mem=2G", "slurm/run_ablation.sh",
-        "--only", "grpo-minillm", "ppo-minillm", "--seeds", "0", "--steps", "1", "--runs_dir", str(desk.folder / "ablation"),
-        "--cache_dir", str(demo_cache), "--demo_size", "tiny", "--threads", "1", "--eval.questions", "8",
+        "--only", "grpo-minillm", "ppo-minillm", "--seeds", "0", "--steps", "1",
+        "--runs_dir", str(desk.folder / "ablation"), "--cache_dir", str(demo_cache),
+        "--demo_size", "tiny", "--threads", "1", "--eval.questions", "8",
     ]  # fmt: skip
     env = environment() | {"SLURM_CONF": str(desk.cluster.conf)}
     job = subprocess.run(line, cwd=ROOT, env=env, text=True, capture_output=True, check=True).stdout.strip()

@@ -156,7 +156,7 @@ def test_long_prompts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[
     run = make_run(tmp_path / "runs", "one", ["Oslo"], max_prompt_tokens=9)
     assert main(["--runs_dir", str(tmp_path / "runs")]) == 0
     result = read(run)
-    assert (result.data["rows"], result.data["skipped_too_long"]) == (2, 1)
+    assert (result.data["rows"], result.data["of"], result.data["skipped_too_long"]) == (2, 3, 1)
     assert result.values["f1"].value == pytest.approx(75.0)
     assert "1 questions skipped: prompt too long" in capsys.readouterr().out
 

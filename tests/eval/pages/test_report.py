@@ -56,7 +56,7 @@ def answer(number: int, prediction: str, f1: float) -> dict:
 
 
 def write_evaluation(run: Path, stage: str, values: dict, rows: list) -> None:
-    about = {"path": "h.jsonl", "rows": len(rows)}
+    about = {"path": "h.jsonl", "rows": len(rows), "of": len(rows)}
     write_json(run / "eval" / f"{stage}.json", result("heldout", data=about, values=values, rows=rows))
 
 
