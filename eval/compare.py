@@ -4,9 +4,9 @@
     python eval/compare.py --run runs/A runs/B --model DIR
 
 Reads the evaluations that lie in the runs' folders (held-out questions, EuroEval, bits a byte, minimal pairs,
-translation) and measures nothing itself. Writes compare.md, compare.html, compare.tex and compare-*.png into the first
-run's folder, or into --out, and curves.html and curves-*.png, which lay the runs' curves over each other. It may be
-called while runs go on. docs/comparing.md says how to read them.
+translation) and measures nothing itself. Writes compare.md, compare.html, compare.tex and plots/compare-*.png into
+the first run's folder, or into --out, and curves.html and plots/curves-*.png, which lay the runs' curves over each
+other. It may be called while runs go on. docs/comparing.md says how to read them.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_atomically(out / "compare.md", table)
     write_atomically(out / "compare.tex", visible(latex(comparison)))
     for plot in (plot for group in plots.values() for plot in group):
-        write_atomically(out / f"compare-{plot.slug}.png", plot.png)
+        write_atomically(out / "plots" / f"compare-{plot.slug}.png", plot.png)
     write_atomically(out / "compare.html", render_comparison(comparison, plots, title))
     curves = draw_curves({run.name: (run.steps, run.metrics) for run in files})
     for plot in curves:
-        write_atomically(out / f"curves-{plot.slug}.png", plot.png)
+        write_atomically(out / "plots" / f"curves-{plot.slug}.png", plot.png)
     write_atomically(out / "curves.html", render_curves(files, curves, title.replace("Comparison", "Curves", 1)))
     print(table)
     charts = sum(map(len, plots.values())) + len(curves)
-    print(f"written: {out / 'compare.html'}, curves.html, compare.md, compare.tex and {charts} PNG beside them")
+    print(f"written: {out / 'compare.html'}, curves.html, compare.md, compare.tex and {charts} PNG in plots/")
     return 0
 
 

@@ -3,7 +3,7 @@
     python eval/report.py --run runs/NAME
 
 Reads only the run's folder and writes report.html there (self-contained: nothing is loaded from anywhere), with each
-plot as report-NAME.png beside it. An unfinished run gives a page of what there is so far.
+plot as plots/NAME.png. An unfinished run gives a page of what there is so far.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     plots = draw_plots(run.steps, run.metrics)
     for plot in plots:
-        write_atomically(run_dir / f"report-{plot.slug}.png", plot.png)
+        write_atomically(run_dir / "plots" / f"{plot.slug}.png", plot.png)
     write_atomically(run_dir / "report.html", render_page(run, plots))
     print(f"report: {run_dir / 'report.html'} ({len(plots)} plots)")
     return 0

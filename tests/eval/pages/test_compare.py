@@ -172,9 +172,9 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "http" not in re.sub(r"https://(euroeval\.com|arxiv\.org/abs/2502\.07642)", "", page)
     assert "<script" not in page
     assert "47 % of the way to the teacher" in page  # (50 - 10) / (95 - 10)
-    assert page.count('<figure role="img" aria-label="') == len(list(run.glob("compare-*.png")))
+    assert page.count('<figure role="img" aria-label="') == len(list(run.glob("plots/compare-*.png")))
     assert "F1, %: Student before 10.0 [" in page
-    for png in run.glob("compare-*.png"):
+    for png in run.glob("plots/compare-*.png"):
         assert png.read_bytes().startswith(b"\x89PNG")
     # Answers and translations of all who gave them, the same ones for each.
     cards = re.findall(r"<article>.*?</article>", page, flags=re.DOTALL)
@@ -285,7 +285,7 @@ def test_curves_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [(name, re.findall(r"<td>(.*?)</td>", cells)) for name, cells in rows] == [
         ("status", ["finished", "unfinished"]), ("steps", ["30", "2"]), ("sampling.max_new_tokens", ["8", "16"]),
     ]  # fmt: skip
-    assert (first / "curves-reward-mean.png").read_bytes().startswith(b"\x89PNG")
+    assert (first / "plots" / "curves-reward-mean.png").read_bytes().startswith(b"\x89PNG")
     assert 'href="curves.html"' in (first / "compare.html").read_text()
 
 

@@ -163,8 +163,8 @@ def test_nothing_is_loaded_and_everything_has_words(tmp_path: Path) -> None:
     assert any(alt.startswith("odd & new: 7 at step 0") for alt in alts)
     assert all(alts)
     assert not any("Policy loss" in alt for alt in alts)  # never a finite number
-    assert len(alts) == len(list(run.glob("report-*.png"))) == 4
-    assert (run / "report-reward-mean.png").read_bytes().startswith(b"\x89PNG")
+    assert len(alts) == len(list(run.glob("plots/*.png"))) == 4
+    assert (run / "plots" / "reward-mean.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_unfinished_run(tmp_path: Path) -> None:
