@@ -20,6 +20,16 @@ def require(condition: bool, key: str, value: object, mend: str) -> None:
         raise ValueError(f"{key} = {value!r}: {mend}")
 
 
+def names_setting(config: RunConfig, error: ValueError) -> bool:
+    """Whether an error is about a setting of the run, as those of `require` are: a mistake in the input, no fault."""
+    named = re.match(r"([\w.]+)(\[\d+\][\w.]*)?( =|:)", str(error))
+    try:
+        attrgetter(named[1] if named else "")(config)
+    except AttributeError:
+        return False
+    return True
+
+
 def check_ranges(config: Any, prefix: str = "") -> None:
     """Check every number of a configuration dataclass and of those in it. Raises ValueError."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():

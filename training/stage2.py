@@ -421,5 +421,6 @@ def quiet_logging() -> None:
     """Our own messages in one line each; libraries only when something is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("training").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it warns of kernels for four bits
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from configs.checks import names_setting
 from configs.io.claims import release
 from configs.io.files import fingerprint, locked, read_json, write_atomically
 from configs.io.results import Result, Value, find_result, versions
@@ -136,6 +137,10 @@ def run_stage(
         line = learn(Stage(number, config, asked, run, stop), inputs)
     except Stopped:
         return stop.exit_code
+    except ValueError as error:
+        if not names_setting(config, error):
+            raise
+        fail(" ".join(str(error).split()))
     except CheckpointFailed as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.checks import names_setting
 from configs.io.results import read_result
+from configs.schema import RunConfig
 from tests.support.runs import ROOT, command, environment, finish, metrics
 from tests.support.student_models import save
 from tests.support.teacher_models import save_tokenizer
@@ -165,3 +167,20 @@ def test_an_uneven_share_of_prompts_is_refused(demo_cache: Path, tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 2
     assert "prompts_per_step = 8: must be a multiple of the 3 ranks" in done.stderr
+
+
+@pytest.mark.parametrize("program", ["main.py", "sft.py"])
+def test_a_setting_that_only_the_loaded_model_can_refuse_is_named(
+    program: str, finished_run: Path, demo_cache: Path, tmp_path: Path
+) -> None:
+    stage2 = command(tmp_path, demo_cache, "--student.adapter.rank", "2", "--student.adapter.targets", "lm_head,q_proj")
+    done = finish([word.replace("main.py", program) for word in stage2], code=2)
+    assert "student.adapter.targets = 'lm_head,q_proj': lm_head is the embedding" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_only_an_error_that_begins_with_a_setting_is_a_mistake_in_the_input() -> None:
+    for said in ("student.adapter.targets = 'x': no", "teachers[0].path: no", "student.path = 'a b':\n no"):
+        assert names_setting(RunConfig(), ValueError(said))
+    for said in ("", "no weights for w", "steps do not fit", "student.size = 3: no", "rewards", "1 = 2", "a.b: c"):
+        assert not names_setting(RunConfig(), ValueError(said))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from configs.checks import names_setting
 from configs.io.claims import release
 from configs.io.files import read_json, write_atomically
 from configs.schema import RunConfig
@@ -106,6 +107,8 @@ class Supervisor:
                 reason, code = self._out_of_memory(error), FAILED
             elif any(words in str(error) for words in LOST_PEER) and self._watchdog is not None:
                 reason, code = self._peer_lost(error)
+            elif isinstance(error, ValueError) and names_setting(self._config, error):
+                reason, code = " ".join(str(error).split()), MISTAKE
             else:
                 log.exception("the run has failed")
                 reason, code = f"{type(error).__name__}: {error}", FAILED

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from configs.io.files import locked
 from configs.prompts import as_text, render
@@ -317,6 +318,7 @@ def build_model(path: Path, seed: int, size: Size) -> None:
     """Train the model of the folder `path` (teacher or student-base), beside its tokenizer. One thread: matrices this
     small gain nothing from a second one, so both models are trained side by side."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     make = build_teacher if path.name == "teacher" else build_student
     make(demo_data.build_demo_data(seed), tokenizer, RECIPES[size], seed).save_pretrained(path)
