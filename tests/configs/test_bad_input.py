@@ -184,3 +184,9 @@ def test_only_an_error_that_begins_with_a_setting_is_a_mistake_in_the_input() ->
         assert names_setting(RunConfig(), ValueError(said))
     for said in ("", "no weights for w", "steps do not fit", "student.size = 3: no", "rewards", "1 = 2", "a.b: c"):
         assert not names_setting(RunConfig(), ValueError(said))
+
+
+def test_a_likeness_to_answers_needs_answers(finished_run: Path, demo_cache: Path, tmp_path: Path) -> None:
+    done = finish(command(tmp_path, demo_cache, "--rewards.similarity_weight", "0.5"), code=2)
+    assert "rewards.similarity_weight = 0.5: compares with the data's answers, which " in done.stderr
+    assert "rl.jsonl lack" in done.stderr

@@ -164,8 +164,14 @@ def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] |
     def load(name: str, need_answers: bool) -> list[Prompt]:
         return load_prompts(f"data.{name}", data, asked, room=room, need_answers=need_answers)
 
-    compared = config.rewards.similarity_weight != 0
-    prompts = load("prompts", compared)
+    prompts = load("prompts", False)
+    blank = sum(not prompt.answers for prompt in prompts)
+    require(
+        config.rewards.similarity_weight == 0 or not blank,
+        "rewards.similarity_weight",
+        config.rewards.similarity_weight,
+        f"compares with the data's answers, which {blank} of {len(prompts)} rows of {data.prompts} lack; set it to 0",
+    )
     heldout = load("heldout", True)
     open_questions = load("open", False) if data.open is not None else []
     judged: list[Prompt] = []
