@@ -71,10 +71,15 @@ def tail_reverse_kl(
     """KL(pi || p_T) where only K teacher entries are known and the rest is one bucket: nats, float32 [S].
 
     A lower bound of the exact KL (the log-sum inequality), never negative, and with a gradient on the tail's mass, so
-    that the support is not drained (trap 12). `teacher_logprobs_SK` are of the whole softmax, not renormalised.
+    that the support is not drained (trap 12). `teacher_logprobs_SK` are of the whole softmax, not renormalised. Ids past
+    the policy's columns (a teacher that is padded further) are entries to which it gives nothing.
     """
     policy_SV = at_least_float32(policy_logits_SV).log_softmax(-1)
-    policy_SK, teacher_SK = policy_SV.gather(-1, ids_SK), at_least_float32(teacher_logprobs_SK)
+    has_SK = ids_SK < policy_SV.shape[-1]
+    # In such an id's place one that is there already: its column is taken out of the rest twice, which is once.
+    ids_SK = torch.where(has_SK, ids_SK, ids_SK.gather(-1, has_SK.int().argmax(-1, keepdim=True)))
+    policy_SK = policy_SV.gather(-1, ids_SK).masked_fill(~has_SK, -1e30)
+    teacher_SK = at_least_float32(teacher_logprobs_SK)
     kept = (policy_SK.exp() * (policy_SK - teacher_SK)).sum(-1)
     # The tail's own log-sum-exp: 1 minus the kept mass would round to zero where it matters.
     rest_S = policy_SV.scatter(-1, ids_SK, -torch.inf).logsumexp(-1)

@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from configs.io.results import Result, find_result
-from configs.schema import RunConfig, TeacherConfig
+from configs.schema import RunConfig, TeacherConfig, require
 from inference.client import TeacherClient, TeacherLost
 from inference.protocol.fingerprint import tokenizer_fingerprint
 from inference.server.launch import SECRET, start_local_teacher
@@ -110,6 +110,9 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     config = resolve_demo(config, stage=2)
     facts = teacher_facts(config, config.teacher)
     single_step_coef(config, facts.same_tokenizer)
+    entries = config.loss.single_step_entries
+    mend = f"the teacher's vocabulary has {facts.columns}: set fewer, or 0 for the whole distribution"
+    require(entries <= facts.columns, "loss.single_step_entries", entries, mend)
     check_recipe(config, facts.same_tokenizer)
     check_mixing(config, facts.same_tokenizer)
     check_tokenizers(config, "teacher.path", facts)

@@ -190,3 +190,8 @@ def test_a_likeness_to_answers_needs_answers(finished_run: Path, demo_cache: Pat
     done = finish(command(tmp_path, demo_cache, "--rewards.similarity_weight", "0.5"), code=2)
     assert "rewards.similarity_weight = 0.5: compares with the data's answers, which " in done.stderr
     assert "rl.jsonl lack" in done.stderr
+
+
+def test_no_more_entries_than_the_teacher_has(finished_run: Path, demo_cache: Path, tmp_path: Path) -> None:
+    done = finish(command(tmp_path, demo_cache, "--loss.single_step_entries", "5000"), code=2)
+    assert "error: loss.single_step_entries = 5000: the teacher's vocabulary has 512: set fewer" in done.stderr

@@ -198,6 +198,18 @@ def test_the_tail_keeps_the_support() -> None:
     assert float((kept * (kept.log() - values)).sum()) < 0
 
 
+def test_an_entry_that_only_the_teacher_has_is_one_that_the_policy_gives_nothing() -> None:
+    """A teacher that is padded further may name one among its likeliest."""
+    policy = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log().requires_grad_()
+    teacher = torch.tensor([[0.25, 0.1, 0.25, 0.4]], dtype=torch.float64).log()
+    values, ids = teacher.topk(2, -1)
+    assert ids.tolist()[0][0] == 3
+    kept, rest = (0.5, 0.5) if ids[0, 1] == 0 else (0.25, 0.75)
+    loss = tail_reverse_kl(policy, ids, values)
+    assert float(loss) == pytest.approx(kept * math.log(kept / 0.25) + rest * math.log(rest / 0.35))
+    assert torch.isfinite(torch.autograd.grad(loss.sum(), policy)[0]).all()
+
+
 def test_a_tail_that_rounds_to_nothing_stays_finite() -> None:
     policy = torch.zeros(1, 4, requires_grad=True)
     teacher = torch.tensor([[60.0, 0.0, 0.0, 0.0]]).log_softmax(-1)
