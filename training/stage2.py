@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -424,6 +425,7 @@ def quiet_logging() -> None:
     """Our own messages in one line each; libraries only when something is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("training").setLevel(logging.INFO)
+    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it warns of kernels for four bits
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
