@@ -75,8 +75,14 @@ class TeacherConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     """What else its chat template takes, as `{"enable_thinking": false}` (Qwen 3)."""
     backend: str = "auto"
-    """What runs it: `megatron`, `transformers` (any causal language model, one process, slower), or another row of
-    BACKENDS (inference/model/backend.py). `auto`: Megatron where it computes exactly what the model is."""
+    """What runs it: `megatron`, `transformers` (any causal language model, one process, slower), `openai` (a vLLM or
+    SGLang at `url`), or another row of BACKENDS (inference/model/backend.py). `auto`: `openai` where there is a `url`,
+    else Megatron where it computes exactly what the model is."""
+    url: str | None = None
+    """Where vLLM or SGLang serves it already (`http://host:8000/v1`). `path` is then read for its tokenizer and
+    config.json alone. The server's key is read from the environment (OPENAI_API_KEY)."""
+    served_name: str | None = None
+    """Its name at `url`. None: the only model there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and compute type. Log-probabilities are always reduced in float32."""
     tensor_parallel: PositiveInt = 2

@@ -90,7 +90,7 @@ def check(config: TeacherConfig, secret: str, *, doctor: bool) -> TeacherConfig:
         raise ValueError("teacher.path = 'demo': the trainer builds the demo teacher; name its directory here")
     if config.interface in ("0.0.0.0", "::", ""):
         raise ValueError(f"teacher.interface = {config.interface!r}: name one address of this machine")
-    config = dataclasses.replace(config, path=str(find_model("teacher.path", config.path)))
+    config = dataclasses.replace(config, path=str(find_model("teacher.path", config.path, weights=config.url is None)))
     backend, why = check_teacher(config)
     asked, config = config.backend, dataclasses.replace(config, backend=backend)
     if not secret and not doctor and os.environ.get("RANK", "0") == "0":

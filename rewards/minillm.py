@@ -71,8 +71,8 @@ def tail_reverse_kl(
     """KL(pi || p_T) where only K teacher entries are known and the rest is one bucket: nats, float32 [S].
 
     A lower bound of the exact KL (the log-sum inequality), never negative, and with a gradient on the tail's mass, so
-    that the support is not drained (trap 12). `teacher_logprobs_SK` are of the whole softmax, not renormalised. Ids past
-    the policy's columns (a teacher that is padded further) are entries to which it gives nothing.
+    that the support is not drained (trap 12). `teacher_logprobs_SK` are of the whole softmax, not renormalised. Ids
+    past the policy's columns (a teacher that is padded further) are entries to which it gives nothing.
     """
     policy_SV = at_least_float32(policy_logits_SV).log_softmax(-1)
     has_SK = ids_SK < policy_SV.shape[-1]

@@ -292,12 +292,12 @@ def connect(
 def _check_answers(config: RunConfig, link: TeacherLink) -> None:
     """A teacher whose backend does not give what this run asks of it is a mistake in the input."""
     kinds = link.info.kinds
-    whole = single_step_coef(config, True) > 0 and config.loss.single_step_entries == 0
     if "hidden" not in kinds:
-        if whole or not RECIPES[config.recipe].policy_gradient:
+        compares = RECIPES[config.recipe].weights(config, 0, True).single_step > 0
+        if compares and config.loss.single_step_entries == 0:
             fail(
-                f"teacher.path = {config.teacher.path!r}: its logits are no product of its output layer and hidden "
-                "states, so its whole distribution cannot be had; set loss.single_step_entries to 64 (recipe rl), or "
+                f"teacher.path = {config.teacher.path!r}: its backend has no hidden states that give its logits, so "
+                "its whole distribution cannot be had; set loss.single_step_entries to 16 (recipe rl), or "
                 "loss.single_step_coef to 0"
             )
         link.leave_distribution()

@@ -9,9 +9,10 @@ UNWANTED = ["consolidated*", "original/*"]
 """What is fetched of a hub repository: not the same weights in their authors' own layout."""
 
 
-def find_model(key: str, path: str | Path) -> Path:
+def find_model(key: str, path: str | Path, *, weights: bool = True) -> Path:
     """The directory that `path` names, or that of a hub id (`owner/name`), which is downloaded into the hub's cache
-    first. Nothing is looked at in it, and a path that is no hub id need not be there.
+    first, without its weights where they are not wanted. Nothing is looked at in it, and a path that is no hub id need
+    not be there.
 
     Raises ValueError, with `key` (`student.path`, `--model`) in front, where the hub does not give it, and what to do.
     """
@@ -22,7 +23,8 @@ def find_model(key: str, path: str | Path) -> Path:
 
     login = "run `hf auth login` or set HF_TOKEN"
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED, etag_timeout=5))
+        unwanted = UNWANTED if weights else [*UNWANTED, "*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=unwanted, etag_timeout=5))
     except errors.GatedRepoError:
         mend = f"the model is gated: ask for access at https://huggingface.co/{name}, then {login}"
     except errors.RepositoryNotFoundError:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
 from configs.io.files import read_json
-from configs.schema import TeacherConfig
+from configs.schema import TeacherConfig, require
 from inference.model.files import check_directory, check_heads, megatron_model
 
 if TYPE_CHECKING:  # the table is read before anything heavy is loaded
@@ -50,6 +51,10 @@ class Backend(Protocol):
         ...
 
 
+class Unavailable(RuntimeError):
+    """The model cannot answer now. The session ends, and the client asks again until teacher.timeout_s is over."""
+
+
 @dataclass(frozen=True)
 class BackendRow:
     """A row of BACKENDS."""
@@ -60,14 +65,21 @@ class BackendRow:
     """From files alone: a ValueError with the mend unless it can serve `path`. The second argument: whose settings."""
     one_process: bool = False
     """Whether it is never cut over `tensor_parallel` processes."""
+    elsewhere: bool = False
+    """The weights are not here."""
 
 
 def check_teacher(config: TeacherConfig, key: str = "teacher") -> tuple[str, str]:
     """The row of BACKENDS that serves `config.path`, and why that one. Raises a ValueError with the mend where none
     does. `key`: whose settings they are, for the message."""
+    if config.backend == AUTO and config.url is not None:
+        _check_endpoint(config, key)
+        return "openai", f"{key}.url is set"
     if config.backend != AUTO:
         if config.backend not in BACKENDS:
             raise ValueError(f"{key}.backend = {config.backend!r}: known are {', '.join((AUTO, *BACKENDS))}")
+        here = not BACKENDS[config.backend].elsewhere
+        require(not here or config.url is None, f"{key}.url", config.url, f"is not for {key}.backend {config.backend}")
         BACKENDS[config.backend].check(config, key)
         return config.backend, "as asked"
     check_directory(Path(config.path), key)
@@ -121,10 +133,26 @@ def _check_transformers(config: TeacherConfig, key: str) -> None:
         )
 
 
+def _endpoint(config: TeacherConfig, device: torch.device) -> Backend:
+    from inference.model.endpoint import Endpoint
+
+    return Endpoint(config, device)
+
+
+def _check_endpoint(config: TeacherConfig, key: str) -> None:
+    good = urlsplit(config.url or "").scheme in ("http", "https")
+    require(good, f"{key}.url", config.url, "give the address of vLLM or SGLang, as http://host:8000/v1")
+    described = (Path(config.path) / "config.json").is_file()
+    require(
+        described, f"{key}.path", config.path, "no config.json in it; give the directory or hub id of what is served"
+    )
+
+
 AUTO = "auto"
-"""teacher.backend: Megatron where it computes exactly what the model is, else transformers."""
+"""teacher.backend: what is at teacher.url, Megatron where it computes exactly what the model is, else transformers."""
 BACKENDS: dict[str, BackendRow] = {
     "megatron": BackendRow(_megatron, _check_megatron),
     "transformers": BackendRow(_transformers, _check_transformers, one_process=True),
+    "openai": BackendRow(_endpoint, _check_endpoint, one_process=True, elsewhere=True),
 }
 """teacher.backend -> what runs teacher.path."""

@@ -231,12 +231,13 @@ def check_heads(architecture: Architecture, tensor_parallel: int, key: str = "te
         )
 
 
-def model_directory(key: str, path: str) -> Path:
-    """The directory of a Hugging Face model with weights, by its path or its hub id. Raises ValueError."""
-    directory = find_model(key, path)
+def model_directory(key: str, path: str, *, weights: bool = True) -> Path:
+    """The directory of a Hugging Face model, with weights unless they are not wanted, by its path or its hub id. Raises
+    ValueError."""
+    directory = find_model(key, path, weights=weights)
     require(directory.is_dir(), key, path, "no such directory; give a Hugging Face model directory or a hub id")
     require(
         (directory / "config.json").is_file(), key, path, "no config.json in it; give a Hugging Face model directory"
     )
-    require(bool(list(directory.glob("*.safetensors"))), key, path, "no weights (*.safetensors) in it")
+    require(not weights or bool(list(directory.glob("*.safetensors"))), key, path, "no weights (*.safetensors) in it")
     return directory

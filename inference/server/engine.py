@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from inference.attention.packing import Group
-from inference.model.backend import Backend
+from inference.model.backend import Backend, Unavailable
 from inference.protocol import wire
 from inference.protocol.arriving import Limits, decode_request
 from inference.protocol.wire import Request
@@ -134,8 +134,9 @@ class Engine:
         dist.broadcast(payload, 0)
         try:
             tensors = _run(self._backend, merged)
-        except wire.StateLost as error:
-            batch[0][1].set_exception(error)
+        except (wire.StateLost, wire.WireError, Unavailable) as error:
+            for _, future in batch:
+                future.set_exception(error)
             return
         self._load.busy_s += time.monotonic() - start
         self._load.requests += len(batch)

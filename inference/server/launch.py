@@ -19,7 +19,7 @@ from pathlib import Path
 
 from configs.io.files import read_json
 from configs.schema import TeacherConfig
-from inference.model.backend import check_teacher
+from inference.model.backend import BACKENDS, check_teacher
 from inference.model.files import safetensors_files
 
 SECRET = "GRPO_KD_TEACHER_SECRET"
@@ -84,7 +84,7 @@ def start_local_teacher(
     address_file.unlink(missing_ok=True)
     command = [sys.executable, str(_SERVER), "--exit_with_stdin", "--address_file", str(address_file)]
     for field in fields(TeacherConfig):
-        if field.name not in _NOT_FLAGS:
+        if field.name not in _NOT_FLAGS and getattr(config, field.name) is not None:
             command += [f"--teacher.{field.name}", str(getattr(config, field.name))]
     with log_file.open("ab") as output:
         process = subprocess.Popen(
@@ -112,6 +112,8 @@ def place(config: TeacherConfig, model_dir: Path) -> dict[str, str]:
 
     if not torch.cuda.is_available():
         return {}
+    if BACKENDS[config.backend].elsewhere:
+        return {"CUDA_VISIBLE_DEVICES": ""}
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     visible = visible if len(visible) == count else [str(i) for i in range(count)]

@@ -70,7 +70,8 @@ def _report(name: str, verdict: Verdict) -> bool:
 def _facts(backend: Backend) -> None:
     """Each rank prints its placement and memory, in order of rank."""
     parameters = [parameter for _, parameter in backend.parameters()]
-    shard, device = sum(p.numel() * p.element_size() for p in parameters), parameters[0].device
+    shard = sum(p.numel() * p.element_size() for p in parameters)
+    device = parameters[0].device if parameters else torch.device("cpu")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     on_device = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     place = f"{platform.node()}, process {os.getpid()}, {device}, {torch.get_num_threads()} threads"
@@ -137,10 +138,10 @@ def against_transformers(config: TeacherConfig, backend: Any, *, whole: bool = F
 
     A model over SMALL bytes is compared by its first layers with the final norm and the output layer, unless `whole`:
     as many as show each kind of its attention. Allowed is ALLOWED, or NOISE times what the backend's type does to
-    transformers itself. A backend without `first_layers` is transformers, and is not compared.
+    transformers itself. A backend without `first_layers` is not compared: transformers itself, or a model elsewhere.
     """
     if not hasattr(backend, "first_layers"):
-        return True, "not compared: transformers itself runs it"
+        return True, f"not compared: nothing but the {config.backend} backend runs it here"
     began, groups, count = time.monotonic(), _sentences(backend.info, Path(config.path)), len(backend.layers)
     size = 4 * dist.get_world_size() * sum(parameter.numel() for _, parameter in backend.parameters())
     kinds = set(backend.layers)

@@ -13,11 +13,14 @@ from inference.model.files import quantization, safetensors_files
 from inference.protocol.fingerprint import load_tokenizer
 
 
-def check_model_files(key: str, directory: Path) -> None:
-    """Raises ValueError, naming the setting `key`, where weights, configuration or tokenizer cannot be used."""
+def check_model_files(key: str, directory: Path, *, weights: bool = True) -> None:
+    """Raises ValueError, naming the setting `key`, where weights (if they are wanted), configuration or tokenizer
+    cannot be used."""
     try:
-        shapes = _shapes(directory)
-        _check_configuration(directory, shapes)
+        if weights:
+            _check_configuration(directory, _shapes(directory))
+        else:
+            read_json(directory / "config.json")
         _check_tokenizer(directory)
     except ValueError as error:
         raise ValueError(f"{key} = {str(directory)!r}: {error}") from None

@@ -57,7 +57,13 @@ DEMOS = (DEMO, DEMO_STAGE1)
 
 def with_model_directories(config: RunConfig) -> RunConfig:
     """The configuration with each model's path as a local directory that holds a model (`demo` stays `demo`)."""
-    return with_models(config, lambda key, path: path if path in DEMOS else str(model_directory(key, path)))
+    teachers = {"teacher.path": config.teacher} | {f"teachers[{i}].path": t for i, t in enumerate(config.teachers)}
+    served = {key for key, teacher in teachers.items() if teacher.url is not None}
+
+    def find(key: str, path: str) -> str:
+        return path if path in DEMOS else str(model_directory(key, path, weights=key not in served))
+
+    return with_models(config, find)
 
 
 def check_files(config: RunConfig) -> None:
@@ -106,12 +112,12 @@ def _named(key: str) -> Iterator[None]:
         raise ValueError(f"{key}: {error}") from None
 
 
-def model_directory(key: str, path: str) -> Path:
-    """The directory of a Hugging Face model with weights that can be read; a hub id is downloaded into the hub's cache
-    first. Raises ValueError."""
-    directory = find_model(key, path)
+def model_directory(key: str, path: str, *, weights: bool = True) -> Path:
+    """The directory of a Hugging Face model whose files can be read, or all but its weights, where those are served
+    elsewhere; a hub id is downloaded into the hub's cache first. Raises ValueError."""
+    directory = find_model(key, path, weights=weights)
     if not (directory / "adapter_config.json").is_file():
-        check_model_files(key, directory)
+        check_model_files(key, directory, weights=weights)
     return directory
 
 
