@@ -7,6 +7,7 @@
     data/questions.jsonl.gz   each of these but Parquet, packed by gzip
     data/foqa:val             a folder in the hub's layout, or one that `save_to_disk` wrote; its split `val`
     owner/name:config:split   a data set of the hub. The split is train where none is named, or the only one
+    ...?question=spurn&answers=svar   any of these, whose columns are called so
 
 Data sets are read with the `datasets` library, which is imported only when one is asked for. Docs: docs/data.md.
 """
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
+from urllib.parse import parse_qsl
 
 from configs.io.files import fingerprint, parse_json
 
@@ -35,8 +37,23 @@ LONGEST = 16 << 20
 """Bytes of a line. A tokenizer takes minutes and gigabytes for a longer one."""
 
 
+def split_columns(path: str | Path) -> tuple[str, dict[str, str]]:
+    """What is read, and the names that its columns have there by the names that they have here (`?ours=theirs&...`)."""
+    place, _, query = str(path).partition("?")
+    return (place, dict(parse_qsl(query))) if query and not Path(path).exists() else (str(path), {})
+
+
 def read_rows(path: str | Path) -> Iterator[Placed]:
     """All rows with their places. Raises ValueError where there is nothing to read, or where it cannot be read."""
+    place, columns = split_columns(path)
+    for where, row in _read_place(place):
+        if missing := [name for name in columns.values() if name not in row]:
+            raise ValueError(f"{where}: no column {missing[0]!r}, which {str(path)!r} names; it has {', '.join(row)}")
+        kept = {key: value for key, value in row.items() if key not in columns.values()}
+        yield where, kept | {key: _cell(key, row[name], where) for key, name in columns.items()}
+
+
+def _read_place(path: str) -> Iterator[Placed]:
     file = Path(path)
     if not file.is_file():
         if data_set(path) is None:
@@ -62,22 +79,24 @@ def layout(path: Path) -> str:
 
 def data_set(path: str | Path) -> dict[str, str | None] | None:
     """name, config and split where `path` names a data set, here or on the hub, and not a file."""
-    if Path(path).is_dir():
-        return {"name": str(path), "config": None, "split": None}
-    found = DATA_SET.fullmatch(str(path))
-    if found is None or Path(path).is_file():
+    place, _ = split_columns(path)
+    if Path(place).is_dir():
+        return {"name": place, "config": None, "split": None}
+    found = DATA_SET.fullmatch(place)
+    if found is None or Path(place).is_file():
         return None
     named = found.groupdict()
-    hub = HUB_ID.fullmatch(named["name"]) and (layout(Path(path)) not in READERS or named["split"])
+    hub = HUB_ID.fullmatch(named["name"]) and (layout(Path(place)) not in READERS or named["split"])
     return named if Path(named["name"]).is_dir() or hub else None
 
 
 def content(path: str | Path) -> str:
     """What is in a file, folder or data set of the hub, by which caches and resumed runs know it; "" for nothing."""
-    named = data_set(path)
+    place, columns = split_columns(path)
+    named, how = data_set(place), repr(sorted(columns.items())) if columns else ""
     if named is None or Path(str(named["name"])).is_dir():
-        return fingerprint(path if named is None else str(named["name"]))
-    return "".join(fingerprint(file["filename"]) for file in _load(str(path)).cache_files)
+        return fingerprint(place if named is None else str(named["name"])) + how
+    return "".join(fingerprint(file["filename"]) for file in _load(place).cache_files) + how
 
 
 @contextmanager

@@ -154,6 +154,34 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
         read_questions(f"{tmp_path}/several:test")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_columns_by_other_names(suffix: str, tmp_path: Path) -> None:
+    """`?ours=theirs` behind whatever is read; what is known of it changes with the columns."""
+    rows = [
+        {"spurn": "Hvat?", "svar": "Tað", "question": "not this"},
+        {"spurn": "Hvør?", "svar": "Hon", "question": "nor this"},
+    ]
+    file = tmp_path / f"data{suffix}"
+    if suffix == ".csv":
+        file.write_text("spurn,svar,question\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    elif suffix == ".parquet":
+        parquet(file, *rows)
+    else:
+        file.write_bytes(lines(*rows))
+    asked = f"{file}?question=spurn&answers=svar"
+    assert [(row["question"], row["answers"]) for row in read_questions(asked)] == [
+        ("Hvat?", ["Tað"]),
+        ("Hvør?", ["Hon"]),
+    ]
+    assert read_texts(Path(f"{file}?text=svar")) == ["Tað", "Hon"]
+    assert len({content(path) for path in (file, asked, f"{file}?text=svar")}) == 3
+    with pytest.raises(ValueError, match=r"no column 'spurning', which '.*' names; it has spurn, svar"):
+        read_questions(f"{file}?question=spurning")
+    odd = tmp_path / f"what?text=no{suffix}"  # a file that is called so is that file
+    odd.write_bytes(file.read_bytes())
+    assert read_questions(odd, answers=False)[0]["question"] == "not this"
+
+
 def test_what_is_a_data_set(tmp_path: Path) -> None:
     assert data_set("owner/name") == {"name": "owner/name", "config": None, "split": None}
     assert data_set("owner/name:test") == {"name": "owner/name", "config": None, "split": "test"}
