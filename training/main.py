@@ -6,6 +6,7 @@
 
     python training/main.py --plan --config my.yaml      what it needs: memory, cards (docs/planning.md)
     python training/main.py --doctor --config my.yaml    whether its numbers are right
+    srun python training/main.py --doctor --cluster      whether the nodes of a job can work together
 
 Without --config it runs the embedded Faroese demo (configs/demo/ALGO_REWARD.yaml). The same command again goes on
 where the run stopped. Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint (run it again).
@@ -25,6 +26,7 @@ from training.run.cli import demo_config, fail, parse
 TOOLS = {
     "--plan": "Print how much memory the run needs on how many cards, from config.json alone, and end.",
     "--doctor": "Check that the run's numbers are right, one line a check, and end.",
+    "--cluster": "With --doctor: check that the nodes of this job can work together, without any model.",
 }
 """Flags that take the place of the run."""
 
@@ -42,6 +44,10 @@ def main(argv: list[str]) -> int:
             return plan(config)
     except ValueError as error:
         fail(str(error))
+    if "--cluster" in argv:
+        from training.tools.cluster import cluster
+
+        return cluster(config)
     if "--doctor" in argv:
         from training.tools.doctor import doctor
 

@@ -169,7 +169,12 @@ def step_metrics(run: Run, step: Step, batch: Rewarded) -> dict[str, float]:
 
 def _one(name: str, check: Callable[[Probe], Finding], probe: Probe) -> Finding:
     finding = check(probe)
-    if finding.passed is not None:  # all ranks agree, and one bad rank is enough
+    return say_finding(name, finding)
+
+
+def say_finding(name: str, finding: Finding) -> Finding:
+    """Print its line; what all ranks make of it. Collective."""
+    if finding.passed is not None:  # one bad rank is enough
         finding = replace(finding, passed=not distributed.any_rank(not finding.passed))
     word = {True: "pass", False: "FAIL", None: "skipped:"}[finding.passed]
     _say(f"{name:14} {word} {finding.text}")
