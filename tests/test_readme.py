@@ -15,8 +15,7 @@ import pytest
 from configs.schema import RunConfig, validate
 from tests.support.runs import ROOT, TINY, environment, finish
 from training.data.preflight import check_world
-from training.main import TOOLS
-from training.run.cli import load_config, make_parser
+from training.run.cli import TOOLS, load_config, make_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}

@@ -256,3 +256,24 @@ def test_without_slurm_the_pipeline_runs_here_and_ends_where_a_stage_fails(repos
     done = run(["bash", "slurm/run_pipeline.sh", "fails"], repository, env)
     assert done.returncode == 1
     assert done.stdout.count("n-sft/export") == 1
+
+
+def test_both_containers_are_made_by_the_same_steps() -> None:
+    """And by those with which env.sh makes .venv: the images cannot be built where the tests run."""
+    docker = (ROOT / "slurm" / "Dockerfile").read_text()
+    apptainer = (ROOT / "slurm" / "apptainer.def").read_text()
+    post = apptainer.split("%post\n")[1].split("%environment")[0]
+    steps = [line.strip() for line in post.splitlines() if line.strip()]
+    assert steps == re.findall(r"^RUN (.+)$", docker, flags=re.MULTILINE)
+    assert re.findall(r"^FROM (.+)$", docker, flags=re.MULTILINE) == re.findall(
+        r"^From: (.+)$", apptainer, re.MULTILINE
+    )
+    copied = {name for line in re.findall(r"^COPY (.+)$", docker, re.MULTILINE) for name in line.split()[:-1]}
+    assert copied == {line.split()[0] for line in apptainer.split("%files\n")[1].split("%post")[0].splitlines() if line}
+    assert all((ROOT / name).is_file() for name in copied)
+    made = (ROOT / "slurm" / "env.sh").read_text()
+    for part in ("-m venv", "slurm/requirements.py", "pip install", "-c "):
+        assert any(part in step for step in steps)
+        assert part in made
+    checked = run(["bash", "-n"], ROOT, active(), input="\n".join(steps))
+    assert checked.returncode == 0, checked.stderr

@@ -21,14 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from training.run.cli import demo_config, fail, parse
-
-TOOLS = {
-    "--plan": "Print how much memory the run needs on how many cards, from config.json alone, and end.",
-    "--doctor": "Check that the run's numbers are right, one line a check, and end.",
-    "--cluster": "With --doctor: check that the nodes of this job can work together, without any model.",
-}
-"""Flags that take the place of the run."""
+from training.run.cli import TOOLS, demo_config, fail, parse
 
 
 def main(argv: list[str]) -> int:

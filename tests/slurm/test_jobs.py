@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,15 @@ def test_time_limit_preemption_lost_node_and_lost_teacher_change_nothing(desk: D
     broken = desk.outcome("broken")
     assert broken["metrics"] == unbroken["metrics"]
     assert broken == unbroken
+
+
+def test_the_nodes_of_a_job_are_checked(desk: Desk) -> None:
+    job = desk.submit("stage2_grpo", "--doctor", "--cluster", "--name", "check", STUDENT_NODES=2, TEACHER_NODES=0)
+    desk.finish(job)
+    log = desk.log(job)
+    assert re.search(r"nodes +pass 2 ranks: 1 on \S+ .*, 1 on ", log)
+    assert re.search(r"teacher port +pass every rank reaches 10\.77\.0\.\d+:", log)
+    assert "7 passed, 0 failed, 0 skipped" in log
 
 
 def test_a_dead_trainer_ends_its_teachers_and_the_job_says_why(desk: Desk) -> None:

@@ -25,6 +25,12 @@ COMMON = {
     *("sft.steps", "sft.learning_rate", "eval.every", "checkpoint.every"),
 }
 """Settings that people change: those on the page of --help."""
+TOOLS = {
+    "--plan": "Print how much memory the run needs on how many cards, from config.json alone, and end.",
+    "--doctor": "Check that the run's numbers are right, one line a check, and end.",
+    "--cluster": "With --doctor: check that the nodes of this job can work together, without any model.",
+}
+"""Flags that take the place of the run."""
 MORE = "--help all: every setting. --print_config > my.yaml: all of them with comments, a file to start from."
 
 

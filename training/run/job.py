@@ -21,7 +21,7 @@ import yaml
 from configs.io.claims import in_use
 from configs.io.files import write_atomically
 from configs.schema import DEMO, RunConfig, validate
-from training.run.cli import demo_config, fail, parse, parse_supervised
+from training.run.cli import TOOLS, demo_config, fail, parse, parse_supervised
 
 SUPERVISED = ("pretrain", "sft")
 """Stages 0 and 1: their scripts, and the names of their runs."""
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     if stage in SUPERVISED:
         config = parse_supervised(arguments, description, stage)
     else:
-        config = parse(arguments, description, demo_config)
+        config = parse(arguments, description, demo_config, TOOLS)
     folder = (Path(config.runs_dir) / config.run_name).resolve()
     try:
         validate(config)
@@ -54,9 +54,12 @@ def write_teacher(config: RunConfig, file: Path) -> None:
     from inference.model.files import model_directory
     from training.data.demo.resolve import resolve_demo
 
-    demo = config.teacher.path == DEMO
-    path = resolve_demo(config, stage=2).teacher.path if demo else model_directory("teacher.path", config.teacher.path)
-    section = dataclasses.asdict(config.teacher) | {"path": str(Path(path).resolve()), "address": None}
+    teacher = config.teacher
+    if teacher.path == DEMO:
+        path = Path(resolve_demo(config, stage=2).teacher.path)
+    else:
+        path = model_directory("teacher.path", teacher.path, weights=teacher.url is None)
+    section = dataclasses.asdict(teacher) | {"path": str(path.resolve()), "address": None}
     write_atomically(file, yaml.safe_dump({"teacher": section}))
 
 
