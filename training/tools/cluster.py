@@ -41,9 +41,14 @@ def cluster(config: RunConfig) -> int:
     """Make every check; returns the exit code. Collective."""
     start_distributed()
     checks: dict[str, Callable[[RunConfig], Finding]] = {
-        "nodes": nodes, "versions": versions, "collectives": collectives, "shared files": shared_files,
-        "teacher port": teacher_port, "limits": limits, "clocks": clocks,
-    }  # fmt: skip
+        "nodes": nodes,
+        "versions": versions,
+        "collectives": collectives,
+        "shared files": shared_files,
+        "teacher port": teacher_port,
+        "limits": limits,
+        "clocks": clocks,
+    }
     found = []
     for name, check in checks.items():
         found.append(say_finding(name, check(config)))
