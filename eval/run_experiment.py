@@ -51,7 +51,8 @@ class Runner:
 
     def __post_init__(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, lambda *_: setattr(self, "stopped", True))
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves it
+                signal.signal(number, lambda *_: setattr(self, "stopped", True))
 
     def log(self, name: str) -> Path:
         """Everything that a program prints."""
