@@ -210,8 +210,6 @@ def megatron_model(path: Path, key: str = "teacher") -> Architecture:
                 f"transformers_weights = {config['transformers_weights']!r}: only model.safetensors is read"
             )
         Checkpoint(path).check(family, architecture)
-    except KeyError as error:
-        raise ValueError(f"{path / 'config.json'}: {error} is missing") from error
     except ValueError as error:
         raise ValueError(
             f"{key}.path = {str(path)!r}: {error}; use the unquantised checkpoint of a family in docs/teacher.md, or "

@@ -83,7 +83,7 @@ def _served(key: str, teacher: TeacherConfig, described: Any) -> Architecture | 
     try:
         if teacher.backend != "transformers":
             return parse_architecture(described.to_dict())
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         if teacher.backend == "megatron":
             raise ValueError(f"{key}.path = {teacher.path!r}: {error}; set {key}.backend to auto") from None
     return described
