@@ -150,7 +150,6 @@ def score_answers(
         data={"path": data.heldout, "rows": len(rows)},
         settings={
             "template": data.template,
-            "context_template": data.context_template,
             "prompt": student.prompt,
             "system_prompt": student.system_prompt,
             "chat_template_kwargs": student.chat_template_kwargs,
