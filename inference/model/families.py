@@ -339,17 +339,23 @@ def family_of(config: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def parse_architecture(config: dict[str, Any]) -> Architecture:
-    """Read a config.json, in the form that transformers 5 writes or in an older one."""
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's own settings (in a multimodal checkpoint, its `text_config`), whole, as transformers 5 has
+    them."""
+    if str(config.get("transformers_version")).startswith("5."):  # it wrote them so; to import it takes seconds
+        return config.get("text_config", config)
     from transformers import CONFIG_MAPPING
 
-    family = family_of(config)
-    # The language model's own settings: in a multimodal checkpoint, `text_config`.
     try:
-        described = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+        return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config)).get_text_config().to_dict()
     except Exception as error:  # its checks raise errors of their own
         raise ValueError(f"config.json: {' '.join(str(error).split())[:200]}") from None
-    settings, given = described.get_text_config().to_dict(), {**config, **config.get("text_config", {})}
+
+
+def parse_architecture(config: dict[str, Any]) -> Architecture:
+    """Read a config.json, in the form that transformers 5 writes or in an older one."""
+    family, settings = family_of(config), _settings(config)
+    given = {**config, **config.get("text_config", {})}
     for key, values in family.supported.items():
         if settings.get(key) not in (*values, None):
             names = " or ".join(map(repr, values or (None,)))
