@@ -10,11 +10,10 @@ import pytest
 import yaml
 
 from configs.models import DEMO_STAGE1
-from configs.schema import RunConfig, as_dict, validate
+from configs.schema import RunConfig, as_dict, flat, validate
 from eval.experiments.openings import main as make_openings
 from eval.experiments.openings import split
 from eval.experiments.plan import Plan, filled, read_plan
-from configs.schema import flat
 from tests.support.runs import ROOT
 from training.run.cli import demo_config, parse
 
