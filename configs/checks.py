@@ -109,8 +109,6 @@ def _run_rules(config: RunConfig) -> Rules:
 def _data_rules(config: RunConfig) -> Rules:
     for key, slot in (
         ("data.template", "{question}"),
-        ("data.context_template", "{question}"),
-        ("data.context_template", "{context}"),
         ("rewards.bilingual.instruction", "{text}"),
         ("rewards.bilingual.template", "{question}"),
     ):

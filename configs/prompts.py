@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 PromptKind = Literal["auto", "plain", "chat"]
 Turn = dict[str, str]
@@ -23,20 +23,13 @@ _MARK = "\uf8f5"
 """Stands on both sides of a special symbol's name that is only text."""
 
 
-class Templates(Protocol):
-    """How questions become prompts: `data` of a configuration, or settings of a measure."""
-
-    @property
-    def template(self) -> str: ...
-    @property
-    def context_template(self) -> str: ...
-
-
-def render(row: Mapping[str, Any], templates: Templates) -> Asked:
-    """What a question row asks: its own prompt as it stands, or the question in its template."""
+def render(row: Mapping[str, Any], template: str) -> Asked:
+    """What a question row asks: its own prompt as it stands, or the question in place of {question} in the template,
+    its context in a line before it."""
     if row.get("prompt") is not None:
         return row["prompt"]
-    return fill(templates.context_template if row.get("context") else templates.template, row)
+    asked = template.replace("{question}", row["question"])
+    return f"Tekstur: {row['context']}\n{asked}" if row.get("context") else asked
 
 
 def as_text(asked: Asked) -> str:
@@ -44,13 +37,6 @@ def as_text(asked: Asked) -> str:
     if isinstance(asked, str):
         return asked
     return "".join(f"{turn['role']}: {turn['content']}\n\n" for turn in asked) + "assistant:"
-
-
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template with the row's question and context in place of {question} and {context}, each once: braces in a
-    context are only text."""
-    values = {"{question}": row["question"], "{context}": row.get("context") or ""}
-    return re.sub(r"\{question\}|\{context\}", lambda found: values[found[0]], template)
 
 
 @dataclass(frozen=True)

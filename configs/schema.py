@@ -9,8 +9,9 @@ check never changes a value.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from configs.checks import require, validate  # noqa: F401
 from configs.learning import (
@@ -56,9 +57,7 @@ class DataConfig:
     text: str | None = DEMO
     """Rows with a `text`, for L_PT; `demo`; or None."""
     template: str = "Spurningur: {question}\nSvar:"
-    """How a question becomes a prompt."""
-    context_template: str = "Tekstur: {context}\nSpurningur: {question}\nSvar:"
-    """How a question with a context becomes a prompt."""
+    """How a question becomes a prompt; its context, where it has one, stands before it as `Tekstur: ...` in a line."""
     max_prompt_tokens: AtLeastTwo = 512
     """Longer prompts are counted and skipped."""
     text_block_tokens: AtLeastTwo = 64
@@ -211,3 +210,17 @@ def as_dict(config: RunConfig) -> dict[str, object]:
     values = dataclasses.asdict(config)
     values["teachers"] = list(values["teachers"])
     return values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted keys; those of a list of teachers with their place, `teachers[0].path`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for place, one in enumerate(value):
+                found |= flat(one, f"{prefix}{key}[{place}].")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -30,7 +30,7 @@ from eval.measure import run
 from eval.measures.model_dirs import check_model, newest_export, run_config, run_of
 
 ASKED = {
-    "data": ("template", "context_template", "max_prompt_tokens"),
+    "data": ("template", "max_prompt_tokens"),
     "student": ("prompt", "system_prompt", "chat_template_kwargs"),
     "sampling": ("max_new_tokens",),
     "eval": ("questions", "batch"),

@@ -24,7 +24,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # started as a script: our folders first, and no file of this folder hides a library
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,6 +31,7 @@ if not __package__:  # started as a script: our folders first, and no file of th
 import yaml
 
 from configs.io.files import locked, write_atomically
+from configs.schema import flat
 from eval.experiments.plan import Plan, Task, filled, flags, models_of, read_plan, summary_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +51,8 @@ class Runner:
 
     def __post_init__(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, lambda *_: setattr(self, "stopped", True))
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves it
+                signal.signal(number, lambda *_: setattr(self, "stopped", True))
 
     def log(self, name: str) -> Path:
         """Everything that a program prints."""
@@ -227,7 +228,7 @@ def measure(plan: Plan, runs: Sequence[Path], options: argparse.Namespace, runne
     known_file: Path = options.runs_dir / "measured.json"
     known = json.loads(known_file.read_text(encoding="utf-8")) if known_file.is_file() else {}
     settings = yaml.safe_load((runs[0] / "config.yaml").read_text(encoding="utf-8"))
-    given = {**_flat(settings), **values_of(options)}
+    given = {**flat(settings), **values_of(options)}
     models = list(dict.fromkeys(model for run in runs for model in models_of(run).values()))
     right = True
     for name, asked in plan.measures.items():
@@ -250,14 +251,6 @@ def _digest(model: str, words: Sequence[str]) -> str:
     files = [*sorted(Path(model).glob("*.safetensors")), *(Path(word.rpartition("=")[2]) for word in words)]
     times = [file.stat().st_mtime_ns for file in files if file.is_file()]
     return hashlib.sha256(json.dumps([list(words), times]).encode()).hexdigest()[:16]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 if __name__ == "__main__":

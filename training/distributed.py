@@ -89,13 +89,7 @@ def _device() -> torch.device:
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum of a small tensor over all ranks, on the CPU."""
-    if world_size() == 1:
-        return values
-    moved = values.to(_device(), copy=True)
-    dist.all_reduce(moved)
-    summed = moved.cpu()
-    beat()
-    return summed
+    return _reduced(values, dist.ReduceOp.SUM)
 
 
 def sum_in_place(values: torch.Tensor) -> torch.Tensor:
@@ -108,13 +102,17 @@ def sum_in_place(values: torch.Tensor) -> torch.Tensor:
 
 def max_over_ranks(value: float) -> float:
     """Largest of one number over all ranks."""
+    return float(_reduced(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX))
+
+
+def _reduced(values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
     if world_size() == 1:
-        return value
-    moved = torch.tensor([value], dtype=torch.float64, device=_device())
-    dist.all_reduce(moved, op=dist.ReduceOp.MAX)
-    largest = float(moved.item())
+        return values
+    moved = values.to(_device(), copy=True)
+    dist.all_reduce(moved, op=operation)
+    found = moved.cpu()
     beat()
-    return largest
+    return found
 
 
 def any_rank(flag: bool) -> bool:

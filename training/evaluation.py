@@ -153,7 +153,6 @@ def score_answers(
         data=about_file(Path(data.heldout), len(rows), len(read_questions(data.heldout))),
         settings={
             "template": data.template,
-            "context_template": data.context_template,
             "prompt": student.prompt,
             "system_prompt": student.system_prompt,
             "chat_template_kwargs": student.chat_template_kwargs,

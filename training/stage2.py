@@ -39,7 +39,7 @@ from training.run.card import push, write_card
 from training.run.checkpoints import Checkpoints
 from training.run.cli import ROOT, fail
 from training.run.resuming import NoWholeCheckpoint, check_settings, load_best, open_run
-from training.run.run_folder import Progress, RunFolder, comparison_table
+from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import SafePoints, TimeLimit
 from training.run.stopping import StopRequest, watch_launcher
 from training.run.supervisor import Supervisor, lowered
@@ -59,6 +59,15 @@ from training.teacher.reward_parts import check_extra_rewards
 log = logging.getLogger(__name__)
 ROWS = {"student before": "eval_before", "student after": "eval_after", "teacher": "teacher_eval"}
 """Rows of the table that a run ends with, and where summary.json has them."""
+COLUMNS = {
+    "f1": ("F1", 1),
+    "exact_match": ("exact", 1),
+    "reverse_kl": ("reverse KL", 3),
+    "open_right": ("right", 1),
+    "open_different": ("different", 1),
+    "open_kl": ("open KL", 3),
+}
+"""Its columns, by the value's name: heading and digits."""
 
 
 @dataclass(frozen=True)
@@ -400,10 +409,16 @@ def already_finished(folder: RunFolder, config: RunConfig) -> bool:
 
 
 def _print_table(folder: RunFolder, evaluations: Mapping[str, Any]) -> None:
-    """Student before, student after, teacher."""
-    rows = ROWS | ({"student beside": "eval_beside"} if "eval_beside" in evaluations else {})
+    """Student before, student after, teacher, by what was measured: open questions are not asked in every run."""
     print(f"\n{folder.path.name}: held-out questions; F1 and exact match in percent, reverse KL in nats a token\n")
-    print(comparison_table([(name, evaluations[key]) for name, key in rows.items()]))
+    rows = ROWS | ({"student beside": "eval_beside"} if "eval_beside" in evaluations else {})
+    found = {name: evaluations[key] for name, key in rows.items()}
+    columns = {key: one for key, one in COLUMNS.items() if any(key in scores for scores in found.values())}
+    print(head := f"{'':24}" + "".join(f"{title:>12}" for title, _ in columns.values()))
+    print("-" * len(head))
+    for name, scores in found.items():
+        cells = [f"{scores[key]:12.{digits}f}" if key in scores else f"{'':12}" for key, (_, digits) in columns.items()]
+        print(f"{name:24}{''.join(cells)}")
     print(f"\n{folder.path}/report.html", flush=True)
 
 

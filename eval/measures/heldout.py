@@ -36,8 +36,6 @@ class HeldoutSettings:
     """JSONL with question, answers and perhaps context, id in each row."""
     template: str = _DEFAULTS.data.template
     """How a question becomes a prompt."""
-    context_template: str = _DEFAULTS.data.context_template
-    """How a question with a context becomes a prompt."""
     max_prompt_tokens: int = _DEFAULTS.data.max_prompt_tokens
     """Longer prompts are counted and skipped."""
     max_new_tokens: int = _DEFAULTS.sampling.max_new_tokens
@@ -55,15 +53,14 @@ class HeldoutSettings:
 
     def asked(self, tokenizer: Any) -> Format:
         """How a model with this tokenizer is asked."""
-        templates = self.template + self.context_template
-        return Format(tokenizer, self.prompt, self.system_prompt, self.chat_template_kwargs, parsed=templates)
+        return Format(tokenizer, self.prompt, self.system_prompt, self.chat_template_kwargs, parsed=self.template)
 
 
 def heldout(model: Model, settings: HeldoutSettings) -> Result:
     """Every question that fits, answered. Raises ValueError where none does."""
     questions = read_questions(settings.data)
     asked = settings.asked(model.tokenizer)
-    prompts = [list(asked.prompt(render(one, settings))) for one in questions]
+    prompts = [list(asked.prompt(render(one, settings.template))) for one in questions]
     room, longest = context_length(model.network), settings.max_prompt_tokens
     if room is not None:  # for prompt and answer
         longest = min(longest, room - settings.max_new_tokens)

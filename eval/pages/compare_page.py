@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from configs.schema import flat
 from eval.pages.compare_models import Entrant
 from eval.pages.compare_scores import GROUPS, LANGUAGES, measure
 from eval.pages.compare_tables import READING
@@ -43,19 +44,11 @@ def render_comparison(comparison: Comparison, plots: Mapping[str, list[Plot]], t
 
 def render_curves(runs: Sequence[RunFiles], plots: Sequence[Plot], title: str) -> str:
     """The curves of several runs laid over each other, and the settings in which they differ."""
-    settings = [_flat(yaml.safe_load(run.config) or {}) for run in runs]
+    settings = [flat(yaml.safe_load(run.config) or {}) for run in runs]
     keys = [key for key in dict.fromkeys(key for one in settings for key in one) if key not in NOT_COMPARED]
     rows = [(key, [one.get(key, "–") for one in settings]) for key in keys]
     differing = [(key, values) for key, values in rows if any(value != values[0] for value in values)]
     return render("curves.html.j2", title, runs=runs, settings=differing, plots=plots)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return flat
 
 
 def _headlines(comparison: Comparison) -> list[tuple[str, str]]:

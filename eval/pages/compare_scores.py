@@ -91,7 +91,7 @@ LANGUAGES = {
 }  # fmt: skip
 
 
-ASKED = ("template", "context_template", "prompt", "system_prompt", "chat_template_kwargs", "max_new_tokens")
+ASKED = ("template", "prompt", "system_prompt", "chat_template_kwargs", "max_new_tokens")
 """Settings of held-out questions that have to be equal."""
 LEAST_ITERATIONS = 8
 """Of the harness; an interval from fewer of them is too narrow."""

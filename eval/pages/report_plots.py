@@ -129,7 +129,7 @@ def draw_curves(runs: Mapping[str, tuple[Sequence[int], Series]]) -> list[Plot]:
 
 
 def _lines(lines: Mapping[str, tuple[Sequence[int], list[float]]], names: Sequence[str]) -> Draw:
-    """One smoothed line a run; a run has the same colour and dashes in every chart, by its place in `names`."""
+    """Smoothed lines by name; one has the same colour and dashes in every chart, by its place in `names`."""
 
     def draw(axes: Axes) -> None:
         for name, (steps, values) in lines.items():
@@ -177,17 +177,9 @@ def _curve(steps: Sequence[int], values: list[float]) -> Draw:
 def _group_plot(group: str, steps: Sequence[int], series: Series) -> Plot:
     """Several keys in one chart, each smoothed."""
     title, unit = GROUPS[group]
-    window = smoothing_window(len(steps))
-
-    def draw(axes: Axes) -> None:
-        for index, (key, values) in enumerate(series.items()):
-            colour = PALETTE[index % len(PALETTE)]
-            label = key.split("/", 1)[1]
-            axes.plot(steps, moving_average(values, window), color=colour, linewidth=1.4, label=label)
-        _legend(axes)
-
+    lines = {key.split("/", 1)[1]: (steps, values) for key, values in series.items()}
     alt = "; ".join(_alt(key, unit, steps, values) for key, values in series.items())
-    return _plot(slug_of(group), title, unit, f"{title}: {alt}", draw)
+    return _plot(slug_of(group), title, unit, f"{title}: {alt}", _lines(lines, list(lines)))
 
 
 def _seconds_plot(steps: Sequence[int], seconds: Series) -> Plot:

@@ -1,11 +1,13 @@
 """Model families, each one table: from config.json and Hugging Face tensor names to Megatron's parameters and shards.
 
-No torch here: `Architecture` is read from config.json alone, so a wrong setting is found before anything is loaded.
+`Architecture` is read from config.json alone, so a wrong setting is found before anything is loaded; what it leaves out
+and the forms that older files have are transformers' business.
 A `Weight` says which Hugging Face tensors make one Megatron parameter and how tensor parallelism cuts it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -100,8 +102,6 @@ class Family:
     """What may stand before the names of `weights` in a checkpoint; the first that fits is used."""
     output: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight")
     """Full names that the untied output layer may have."""
-    defaults: dict[str, Any]
-    """transformers' defaults for keys that a published config.json may leave out."""
     supported: dict[str, tuple[Any, ...]]
     """Values that a key must have where it is there."""
     read: Callable[[dict[str, Any]], dict[str, Any]]
@@ -179,8 +179,7 @@ def _read_llama(settings: dict[str, Any]) -> dict[str, Any]:
     """Llama's fields; other families start from these. Every layer sees everything, whatever `layer_types` says."""
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     head_dim = settings.get("head_dim") or hidden // heads
-    # transformers takes rope_scaling where both are there.
-    rope = _rope(settings, settings.get("rope_scaling") or settings.get("rope_parameters") or {})
+    layer = LayerAttention(rope=_rope(settings, settings["rope_parameters"]), window=None)
     return {
         "hidden_size": hidden,
         "ffn_size": settings["intermediate_size"],
@@ -190,57 +189,41 @@ def _read_llama(settings: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": settings["rms_norm_eps"],
         "softmax_scale": head_dim**-0.5,
         "max_positions": settings["max_position_embeddings"],
-        "layers": (LayerAttention(rope=rope, window=None),) * settings["num_hidden_layers"],
+        "layers": (layer,) * settings["num_hidden_layers"],
     }
 
 
-def _read_mistral(settings: dict[str, Any]) -> dict[str, Any]:
-    """Every layer has the window, where there is one."""
-    kind = "full_attention" if settings["sliding_window"] is None else "sliding_attention"
-    return _windowed(settings, [kind] * settings["num_hidden_layers"])
-
-
-def _read_qwen(settings: dict[str, Any]) -> dict[str, Any]:
-    """Layers from `max_window_layers` on have the window, where it is used at all."""
-    if not settings["use_sliding_window"]:
-        settings = {**settings, "sliding_window": None}
-    first = settings["max_window_layers"] if settings["sliding_window"] is not None else settings["num_hidden_layers"]
-    numbers = range(settings["num_hidden_layers"])
-    return _windowed(settings, ["full_attention" if i < first else "sliding_attention" for i in numbers])
-
-
-def _read_gemma2(settings: dict[str, Any]) -> dict[str, Any]:
-    """More norms, stored as w - 1; a scaled embedding; soft caps; every other layer has a window."""
-    numbers = range(1, settings["num_hidden_layers"] + 1)
-    return {
-        **_windowed(settings, ["sliding_attention" if i % 2 else "full_attention" for i in numbers]),
-        **_gemma(settings),
-        "attention_softcap": settings["attn_logit_softcapping"],
-        "logit_softcap": settings["final_logit_softcapping"],
+def _read_windowed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Llama's fields with a window and a rotary embedding for each layer, as `layer_types` has it; every layer has the
+    window where there are none."""
+    count, window, rope = settings["num_hidden_layers"], settings["sliding_window"], settings["rope_parameters"]
+    types = settings.get("layer_types") or ["full_attention" if window is None else "sliding_attention"] * count
+    if set(types) - {"sliding_attention", "full_attention"} or len(types) != count:
+        raise ValueError(
+            f"layer_types = {types!r}: {count} layers of sliding_attention or full_attention are supported"
+        )
+    if window is None and "sliding_attention" in types:
+        raise ValueError("layer_types names sliding_attention, and there is no sliding_window")
+    layers = {
+        kind: LayerAttention(
+            rope=_rope(settings, rope.get(kind, rope)), window=window if kind == "sliding_attention" else None
+        )
+        for kind in set(types)
     }
+    first = {**settings, "rope_parameters": rope.get(types[0], rope)}
+    return {**_read_llama(first), "layers": tuple(layers[kind] for kind in types)}
 
 
-def _read_gemma3(settings: dict[str, Any]) -> dict[str, Any]:
-    """As Gemma 2 with normed queries and keys in place of soft caps; every sixth layer sees everything, with a rope of
-    its own."""
-    pattern, numbers = settings["sliding_window_pattern"], range(1, settings["num_hidden_layers"] + 1)
-    given, scaling = settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}
-    far = {"rope_theta": settings["rope_theta"], **(given.get("full_attention") or {}), **scaling}
-    near = {"rope_theta": settings["rope_local_base_freq"], **(given.get("sliding_attention") or {})}
-    settings = {**settings, "rope_scaling": None, "rope_parameters": {"full_attention": far, "sliding_attention": near}}
+def _read_gemma(settings: dict[str, Any]) -> dict[str, Any]:
+    """More norms, stored as w - 1; a scaled embedding; Gemma 2 has soft caps, Gemma 3 normed queries and keys."""
     return {
-        **_windowed(settings, ["sliding_attention" if i % pattern else "full_attention" for i in numbers]),
-        **_gemma(settings),
-    }
-
-
-def _gemma(settings: dict[str, Any]) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common."""
-    return {
+        **_read_windowed(settings),
         "norm_offset": 1.0,
         "post_norms": True,
         "embedding_scale": settings["hidden_size"] ** 0.5,
         "softmax_scale": settings["query_pre_attn_scalar"] ** -0.5,
+        "attention_softcap": settings["attn_logit_softcapping"],
+        "logit_softcap": settings["final_logit_softcapping"],
     }
 
 
@@ -264,35 +247,14 @@ def _read_gpt2(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _windowed(settings: dict[str, Any], usual: list[str]) -> dict[str, Any]:
-    """Llama's fields with a window and a rotary embedding for each layer, as `layer_types`, or else `usual`, has it."""
-    types, window = settings.get("layer_types") or usual, settings["sliding_window"]
-    if set(types) - {"sliding_attention", "full_attention"} or len(types) != len(usual):
-        raise ValueError(
-            f"layer_types = {types!r}: {len(usual)} layers of sliding_attention or full_attention are supported"
-        )
-    if window is None and "sliding_attention" in types:
-        raise ValueError("layer_types names sliding_attention, and there is no sliding_window")
-    parameters = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    layers = {
-        kind: LayerAttention(
-            rope=_rope(settings, parameters.get(kind) or parameters),
-            window=window if kind == "sliding_attention" else None,
-        )
-        for kind in set(types)
-    }
-    plain = {**settings, "rope_scaling": None, "rope_parameters": None}
-    return {**_read_llama(plain), "layers": tuple(layers[kind] for kind in types)}
-
-
 def _rope(settings: dict[str, Any], parameters: dict[str, Any]) -> Rope:
-    """A layer's rotary settings, from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling`."""
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    """A layer's rotary settings, from its part of `rope_parameters`."""
+    kind = parameters["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_type = {kind!r}: supported are default, linear, llama3")
     if parameters.get("partial_rotary_factor", settings.get("partial_rotary_factor")) not in (None, 1.0):
         raise ValueError("partial_rotary_factor: only 1.0 is supported")
-    theta = float(parameters.get("rope_theta", settings["rope_theta"]))
+    theta = float(parameters["rope_theta"])
     if kind == "default":
         return Rope(theta=theta)
     if kind == "linear":
@@ -317,95 +279,37 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "gelu"]] = {
 _LLAMA = Family(
     weights=_decoder(),
     prefixes=("model.", ""),
-    defaults={
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "rope_theta": 10000.0,
-    },
     supported={"attention_bias": (False,), "mlp_bias": (False,)},
     read=_read_llama,
 )
-_MISTRAL = replace(
-    _LLAMA,
-    defaults={
-        **_LLAMA.defaults,
-        "max_position_embeddings": 131_072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    read=_read_mistral,
-)
+_MISTRAL = replace(_LLAMA, read=_read_windowed)
 _QWEN2 = replace(
     _LLAMA,
     weights=_decoder(qkv_bias=True),
-    defaults={
-        **_LLAMA.defaults,
-        "max_position_embeddings": 32_768,
-        "num_key_value_heads": 32,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    read=lambda settings: {**_read_qwen(settings), "qkv_bias": True},
+    read=lambda settings: {**_read_windowed(settings), "qkv_bias": True},
 )
 _QWEN3 = replace(
     _QWEN2,
     weights=_decoder(qk_norm=True),
-    defaults={**_QWEN2.defaults, "head_dim": 128},
-    read=lambda settings: {**_read_qwen(settings), "qk_norm": True},
+    read=lambda settings: {**_read_windowed(settings), "qk_norm": True},
 )
 _GEMMA2 = Family(
     weights=_decoder(post_norms=True),
     prefixes=("model.", ""),
-    defaults={
-        "vocab_size": 256_000,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "rms_norm_eps": 1e-6,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "rope_theta": 10_000.0,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
     supported={"attention_bias": (False,), "use_bidirectional_attention": (False,)},
-    read=_read_gemma2,
+    read=_read_gemma,
     activation_key="hidden_activation",
 )
 _GEMMA3 = replace(
     _GEMMA2,
     weights=_decoder(qk_norm=True, post_norms=True),
     prefixes=("model.", "language_model.model.", "model.language_model.", ""),
-    # transformers' Gemma3TextConfig; Google's multimodal files name only what differs from it.
-    defaults={
-        **_GEMMA2.defaults,
-        "vocab_size": 262_208,
-        "max_position_embeddings": 131_072,
-        "sliding_window_pattern": 6,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-    },
     supported={**_GEMMA2.supported, "attn_logit_softcapping": (), "final_logit_softcapping": ()},
-    read=lambda settings: {**_read_gemma3(settings), "qk_norm": True},
+    read=lambda settings: {**_read_gemma(settings), "qk_norm": True},
 )
 _GPT2 = Family(
     weights=_gpt2(),
     prefixes=("transformer.", ""),
-    defaults={
-        "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new",
-        "tie_word_embeddings": True,
-        "n_positions": 1024,
-        "n_inner": None,
-    },
     supported={
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
@@ -435,12 +339,23 @@ def family_of(config: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's own settings (in a multimodal checkpoint, its `text_config`), whole, as transformers 5 has
+    them."""
+    if str(config.get("transformers_version")).startswith("5."):  # it wrote them so; to import it takes seconds
+        return config.get("text_config", config)
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config)).get_text_config().to_dict()
+    except Exception as error:  # its checks raise errors of their own
+        raise ValueError(f"config.json: {' '.join(str(error).split())[:200]}") from None
+
+
 def parse_architecture(config: dict[str, Any]) -> Architecture:
     """Read a config.json, in the form that transformers 5 writes or in an older one."""
-    family = family_of(config)
-    # The language model's own settings: in a multimodal checkpoint, `text_config`.
-    outside = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
-    settings = {**family.defaults, **outside, **config.get("text_config", config)}
+    family, settings = family_of(config), _settings(config)
+    given = {**config, **config.get("text_config", {})}
     for key, values in family.supported.items():
         if settings.get(key) not in (*values, None):
             names = " or ".join(map(repr, values or (None,)))
@@ -452,6 +367,6 @@ def parse_architecture(config: dict[str, Any]) -> Architecture:
         family=config["model_type"],
         vocab_size=settings["vocab_size"],
         activation=ACTIVATIONS[activation],
-        tied=settings["tie_word_embeddings"],
+        tied=given.get("tie_word_embeddings", settings["tie_word_embeddings"]),
         **family.read(settings),
     )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from inference.model.families import Architecture, Family, Weight
 from inference.model.files import Checkpoint
@@ -27,15 +26,12 @@ def kv_groups(architecture: Architecture, tensor_parallel: int) -> int:
 
 
 def open_slice(checkpoint: Checkpoint, name: str) -> Any:
-    """A lazy slice of one tensor: indexing it reads only that part.
-
-    Each has a mapping of its own: what was read counts as this process's memory until the mapping goes.
-    """
+    """A lazy slice of one tensor (`Stored.rows`), in float32 where it is quantised."""
     values, scales = checkpoint.tensors[checkpoint.find(name)], checkpoint.tensors.get(name + "_scale_inv")
-    found = safe_open(str(values.file), framework="pt").get_slice(name)
+    found = values.rows(checkpoint.find(name))
     if scales is None or checkpoint.blocks is None:
         return found
-    factors = safe_open(str(scales.file), framework="pt").get_tensor(name + "_scale_inv").float()
+    factors = scales.rows(name + "_scale_inv")[:].float()
     return _Scaled(found, factors, checkpoint.blocks)
 
 

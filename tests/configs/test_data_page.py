@@ -26,7 +26,7 @@ def test_every_layout_is_read(tmp_path: Path) -> None:
     file.write_text("".join(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)), encoding="utf-8")
     rows = read_questions(file)
     assert [row["answers"] for row in rows] == FIRST
-    asked = [as_text(render(row, DataConfig())) for row in rows]
+    asked = [as_text(render(row, DataConfig().template)) for row in rows]
     assert asked[1] == asked[2].replace("1920.", "1920 í Vági.")
     assert asked[3:6:2] == ["Hvat eitur høvuðsstaðurin í Føroyum?"] * 2
     assert asked[6].endswith("user: Hvat eitur høvuðsstaðurin?\n\nassistant:")

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import processors
 from transformers import LlamaConfig
 
-from configs.prompts import Format, fill
+from configs.prompts import Format, render
 from configs.schema import DataConfig, RunConfig, StudentConfig, TeacherConfig
 from inference.protocol.fingerprint import load_tokenizer
 from tests.support.tokenizer_zoo import build
@@ -37,7 +37,8 @@ def made(tmp_path: Path) -> Any:
 
 def test_a_context_is_not_a_template() -> None:
     row = {"question": "Hvat er {context}?", "context": "Skriva {question} í {context}."}
-    assert fill("{context} | {question}", row) == "Skriva {question} í {context}. | Hvat er {context}?"
+    asked = "Tekstur: Skriva {question} í {context}.\nSpurningur: Hvat er {context}?\nSvar:"
+    assert render(row, DataConfig().template) == asked
 
 
 def test_auto_is_chat_where_there_is_a_template(made: Any) -> None:

@@ -38,13 +38,13 @@ def test_layouts(row: dict[str, Any], asked: str | None) -> None:
     found = as_question(row, answers=True)
     assert (found["question"], found["answers"]) == ("Hvør?", ["Havn"])
     if asked is not None:
-        assert as_text(render(found, DataConfig())) == asked
+        assert as_text(render(found, DataConfig().template)) == asked
 
 
 def test_a_conversation_goes_through_the_chat_template_as_it_stands() -> None:
     tokenizer = build_tokenizer("bytes")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    asked = render(as_question({"messages": [*BEFORE, USER, SAID]}, answers=True), DataConfig())
+    asked = render(as_question({"messages": [*BEFORE, USER, SAID]}, answers=True), DataConfig().template)
     whole = "[system]Stutt.[user]Hey[assistant]Hey![user]Hvør?[assistant]"
     assert Format(tokenizer, "chat").rendered(asked) == whole
     assert Format(tokenizer, "chat", system="Onnur.").rendered(asked) == whole, "its own system message counts"

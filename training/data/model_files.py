@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.io.files import read_json
-from inference.model.files import quantization, safetensors_files
+from inference.model.files import quantization, safetensors_files, stored_tensors
 from inference.protocol.fingerprint import load_tokenizer
 
 
@@ -47,14 +46,8 @@ def _check_configuration(directory: Path, shapes: dict[str, list[int]]) -> None:
 
 def _shapes(directory: Path) -> dict[str, list[int]]:
     """Shape of each tensor by name."""
-    shapes: dict[str, list[int]] = {}
-    for file in safetensors_files(directory):
-        try:
-            with safe_open(str(file), framework="pt") as content:
-                shapes |= {name: list(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise ValueError(f"{file.name} is damaged ({reason}); copy it anew") from None
+    files = safetensors_files(directory)
+    shapes = {name: list(one.shape) for file in files for name, one in stored_tensors(file).items()}
     if not shapes:
         raise ValueError("no model.safetensors in it, nor an index of its shards; save it with save_pretrained")
     return shapes

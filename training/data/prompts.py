@@ -31,7 +31,7 @@ def format_of(key: str, model: StudentConfig | TeacherConfig, data: DataConfig) 
     )  # fmt: skip
     found = Format(
         tokenizer, model.prompt, model.system_prompt, model.chat_template_kwargs,
-        parsed=data.template + data.context_template, model_ends=end_ids(Path(model.path)),
+        parsed=data.template, model_ends=end_ids(Path(model.path)),
     )  # fmt: skip
     try:
         found.rendered("Hvat?")
@@ -53,7 +53,7 @@ def load_prompts(key: str, data: DataConfig, asked: Format, *, room: int, need_a
     prompts: list[Prompt] = []
     too_long: list[int] = []
     for row in rows:
-        said = render(row, data)
+        said = render(row, data.template)
         try:
             tokens = asked.prompt(said)
         except ValueError as error:  # a chat template is a program, which may refuse some text

@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -22,18 +22,6 @@ from configs.schema import require
 log = logging.getLogger(__name__)
 IDS = "boards.json"
 """The run's names on the boards' side, so that a resumed run goes on in the same curve."""
-
-
-class Board(Protocol):
-    """One of them, open."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """The numbers of a step."""
-        ...
-
-    def close(self) -> None:
-        """The run has finished."""
-        ...
 
 
 class TensorBoard:
@@ -98,8 +86,9 @@ class MLflow:
         self._mlflow.end_run()
 
 
-BOARDS: dict[str, Callable[[Path, int], Board]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-"""A name in report_to -> what opens it: of the run's folder, and the first step that it shows."""
+BOARDS: dict[str, Callable[[Path, int], Any]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+"""A name in report_to -> what opens it: of the run's folder, and the first step that it shows. It gives something that
+can `log` the numbers of a step and `close`."""
 
 
 def board_names(report_to: str) -> list[str]:
@@ -117,7 +106,7 @@ class Boards:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self._folder, self._names = folder, list(names)
-        self._open: dict[str, Board] = {}
+        self._open: dict[str, Any] = {}
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Show a step's numbers on each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,6 @@ import jsonargparse
 import yaml
 
 from configs.schema import RunConfig, validate
-from training.distributed import environment_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_CONFIGS = ROOT / "configs" / "demo"
@@ -36,7 +36,7 @@ MORE = "--help all: every setting. --print_config > my.yaml: all of them with co
 
 def fail(message: str) -> NoReturn:
     """End with exit code 2 and one readable message, from one rank only."""
-    if environment_rank() == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 

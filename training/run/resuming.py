@@ -15,14 +15,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from configs.io.claims import claim
 from configs.io.files import read_json, write_atomically
 from configs.io.tables import content
-from configs.schema import DEMO, RunConfig, as_dict
+from configs.schema import DEMO, RunConfig, as_dict, flat
 from training import distributed
 from training.run.boards import IDS
 from training.run.checkpoint_files import Manifest, UnknownFormat, not_data, wrong_content, wrong_size
@@ -237,8 +236,8 @@ def check_settings(folder: RunFolder, config: RunConfig) -> None:
                 f"{key} = {getattr(config.data, key.removeprefix('data.'))!r}: not what it was {began}, "
                 "so its steps would mean other rows; put the old file back, or choose another --name"
             )
-    default, new = (_flat(json.loads(json.dumps(as_dict(c)))) for c in (RunConfig(), config))
-    old = default | _flat(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    default, new = (flat(json.loads(json.dumps(as_dict(c)))) for c in (RunConfig(), config))
+    old = default | flat(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
     keys = sorted(key for key in old.keys() | new.keys() if not FREE_SETTINGS.fullmatch(key))
     changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
     if changed:
@@ -262,17 +261,3 @@ def _data_state(config: RunConfig) -> dict[str, str]:
     names = ("prompts", "warmup", "heldout", "open", "validation", "text")
     paths = {f"data.{name}": str(getattr(config.data, name) or DEMO) for name in names}
     return {key: state for key, path in paths.items() if path != DEMO and (state := content(path))}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif key == "teachers":
-            for place, teacher in enumerate(value):
-                flat |= _flat(teacher, f"{key}[{place}].")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

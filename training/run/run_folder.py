@@ -118,16 +118,3 @@ def checkpoint_steps(directory: Path) -> list[int]:
     """Steps that there are checkpoints of, whole or damaged, in order."""
     names = (p.name.removeprefix("step-") for p in directory.glob("step-*") if p.is_dir())
     return sorted(int(name) for name in names if name.isdigit())
-
-
-def comparison_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
-    """The table that a run ends with."""
-    columns = {"f1": ("F1", 1), "exact_match": ("exact", 1), "reverse_kl": ("reverse KL", 3)}
-    if any("open_right" in scores for _, scores in rows):
-        columns |= {"open_right": ("right", 1), "open_different": ("different", 1), "open_kl": ("open KL", 3)}
-    lines = [f"{'':24}" + "".join(f"{title:>12}" for title, _ in columns.values())]
-    lines += ["-" * len(lines[0])]
-    for name, scores in rows:
-        cells = [f"{scores[key]:12.{digits}f}" if key in scores else f"{'':12}" for key, (_, digits) in columns.items()]
-        lines.append(f"{name:24}{''.join(cells)}")
-    return "\n".join(lines)

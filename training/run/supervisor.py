@@ -28,6 +28,7 @@ LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "Socket Timeout",
 """What gloo's and NCCL's errors say when the other end of a collective has gone."""
 FAILED, MISTAKE = 1, 2
 """Exit code of a run that a new start would not mend."""
+GOES_ON = "the same command goes on from the last checkpoint"
 TOKEN_BUDGET = "token_budget.json"
 """In the run's folder, where a start has ended to go on with half the budget."""
 ADVICE = {
@@ -119,7 +120,7 @@ class Supervisor:
     def _out_of_memory(self, error: Exception) -> str:
         phase = "start" if self._watchdog is None else self._watchdog.place.phase
         said = " ".join(str(error).split())[:200]
-        return f"rank {distributed.rank()}: out of memory in phase {phase} ({said}); {advice(phase)}"
+        return f"rank {distributed.rank()}: out of memory in phase {phase} ({said}); {ADVICE.get(phase, GENERAL)}"
 
     def _start_with_less(self, error: OutOfMemoryAlone) -> tuple[str, int]:
         reason = self._out_of_memory(error)
@@ -134,12 +135,12 @@ class Supervisor:
         who = self._watchdog.missing()
         first = " ".join(str(error).split())[:200]
         reason = f"rank {distributed.rank()} lost its connection in phase {place.phase} of step {place.step + 1}: {who}"
-        return f"{reason} ({first}); {self._goes_on()}", self._again()
+        return f"{reason} ({first}); {GOES_ON}", self._again()
 
     def _give_up(self, reason: str) -> None:
         """End this process from the watchdog's thread; the main thread is in a collective that never ends."""
         code = self._again()
-        log.error("rank %d is %s; %s", distributed.rank(), reason, self._goes_on())
+        log.error("rank %d is %s; %s", distributed.rank(), reason, GOES_ON)
         self.starts.end(reason, code)
         release(self._folder)
         sys.stderr.flush()
@@ -148,14 +149,6 @@ class Supervisor:
     def _again(self) -> int:
         """A new start is worth it where this one got on; else it would meet the same."""
         return REQUEUE if self.points.advanced else FAILED
-
-    def _goes_on(self) -> str:
-        return "the same command goes on from the last checkpoint"
-
-
-def advice(phase: str) -> str:
-    """What to change where a phase ran out of memory although the token budget was halved."""
-    return ADVICE.get(phase, GENERAL)
 
 
 def lowered(config: RunConfig, folder: Path) -> RunConfig:

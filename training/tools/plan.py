@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _served(key: str, teacher: TeacherConfig, described: Any) -> Architecture | 
     try:
         if teacher.backend != "transformers":
             return parse_architecture(described.to_dict())
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         if teacher.backend == "megatron":
             raise ValueError(f"{key}.path = {teacher.path!r}: {error}; set {key}.backend to auto") from None
     return described
@@ -146,33 +146,21 @@ def world_sizes(config: RunConfig) -> list[int]:
     return [w for w in range(1, prompts + 1) if prompts % w == 0 and prompts // w >= config.actor.updates_per_rollout]
 
 
-@dataclass(frozen=True)
-class Need:
-    """The smallest number of cards."""
-
-    cards: int | None
-    """None: no number is enough."""
-    settings: str = ""
-    """What has to be set besides the configuration."""
-
-
-def fewest_cards(config: RunConfig, tracer: Tracer, card: int) -> Need:
-    """Fewest cards for the trainer as it is configured."""
+def fewest_cards(config: RunConfig, tracer: Tracer, card: int) -> float:
+    """Fewest cards for the trainer as it is configured; infinitely many where no number is enough."""
     fits = (w for w in world_sizes(config) if rank_memory(config, tracer, w).total <= usable(card))
-    return Need(next(fits, None))
+    return next(fits, math.inf)
 
 
-def fewest_with_changes(config: RunConfig, tracer: Tracer, card: int) -> Need:
-    """The change of settings that needs fewest cards; offload only where nothing else is enough."""
+def fewest_with_changes(config: RunConfig, tracer: Tracer, card: int) -> tuple[float, str]:
+    """The change of settings that needs fewest cards, of equals the first, which changes least: (cards, settings).
+    Offload only where nothing else is enough."""
     for offload in (False, True):
-        tried = [
-            Need(fewest_cards(changed, tracer, card).cards, settings)
-            for settings, changed in alternatives(config, offload=offload)
-        ]
-        found = [need for need in tried if need.cards is not None]
-        if found:
-            return min(found, key=lambda need: need.cards or 0)  # of equals the first, which changes least
-    return Need(None)
+        tried = [(fewest_cards(c, tracer, card), said) for said, c in alternatives(config, offload=offload)]
+        best = min(tried, key=lambda one: one[0])
+        if best[0] < math.inf:
+            break
+    return best
 
 
 def tensor_parallel_sizes(heads: int) -> list[int]:
@@ -180,15 +168,15 @@ def tensor_parallel_sizes(heads: int) -> list[int]:
     return [size for size in range(1, heads + 1) if heads % size == 0]
 
 
-def smallest_teacher(config: RunConfig, facts: ModelFacts, card: int) -> int | None:
-    """Fewest cards for the first teacher, which is its tensor-parallel size; for the weights alone of one that
-    transformers runs."""
+def smallest_teacher(config: RunConfig, facts: ModelFacts, card: int) -> float:
+    """Fewest cards for the first teacher, which is its tensor-parallel size (infinitely many where none is enough); for
+    the weights alone of one that transformers runs."""
     if not isinstance(facts.teacher, Architecture):
         return math.ceil(plain_weights(facts.teacher, config.teacher.dtype) / usable(card))
     for size in tensor_parallel_sizes(facts.teacher.heads):
         if teacher_memory(facts.teacher, config, size, facts.prompt_tokens).total <= usable(card):
             return size
-    return None
+    return math.inf
 
 
 def report(config: RunConfig, tracer: Tracer, notes: Sequence[str]) -> list[str]:
@@ -276,11 +264,9 @@ def _cards_table(config: RunConfig, tracer: Tracer) -> list[str]:
         teacher = smallest_teacher(config, tracer.facts, card)
         for name in ALGORITHMS:
             chosen = replace(config, algo=name)
-            need, changed = fewest_cards(chosen, tracer, card), fewest_with_changes(chosen, tracer, card)
-            together = None if need.cards is None or teacher is None else need.cards + teacher
-            cells = ["none" if n is None else str(n) for n in (need.cards, teacher, together)]
-            fewer = changed.cards is not None and (need.cards is None or changed.cards < need.cards)
-            remark = f"   trainer {changed.cards} with {changed.settings}" if fewer else ""
+            need, (fewer, settings) = fewest_cards(chosen, tracer, card), fewest_with_changes(chosen, tracer, card)
+            cells = ["none" if n == math.inf else str(n) for n in (need, teacher, need + teacher)]
+            remark = f"   trainer {fewer} with {settings}" if fewer < need else ""
             lines.append(_line(f"{card} GB, {name.upper()}", cells, 20) + remark)
     plain = "" if isinstance(tracer.facts.teacher, Architecture) else ", for its weights alone"
     more = f"; the {len(config.teachers)} in teachers come on top" if config.teachers else ""

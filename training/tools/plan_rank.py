@@ -11,13 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from configs.schema import RunConfig, SamplingConfig, StudentConfig, TeacherConfig
+from configs.schema import AdapterConfig, RunConfig, SamplingConfig, StudentConfig, TeacherConfig
 from inference.attention.packing import Group, PackedRow, pack_row
 from inference.model.families import Architecture
-from rewards import REWARDS
 from training.algorithms import ALGORITHMS
 from training.losses import OutputLayer, ReverseKL, WholeDistribution
-from training.objective import pt_coef
+from training.objective import pt_coef, single_step_coef
 from training.student.policy import Policy
 from training.tools.plan_trace import (
     META,
@@ -111,31 +110,24 @@ def reference_copies(config: RunConfig) -> int:
     return 0 if switched_off else copies
 
 
-def single_step(config: RunConfig, same_tokenizer: bool) -> bool:
-    """Whether the update compares whole distributions (training/loop.py: single_step_coef)."""
-    asked = config.loss.single_step_coef
-    return same_tokenizer and (REWARDS[config.reward].single_step if asked is None else asked > 0)
-
-
 class Tracer:
     """Traces of the student and the critic on the meta device, each made once."""
 
     def __init__(self, facts: ModelFacts, student: StudentConfig) -> None:
-        self.facts, self.dtype, self.adapter = facts, student.dtype, student.adapter
+        self.facts, self._student = facts, student
         self.student = parameters_of(self._policy(False))
         self.critic = parameters_of(self._value(None))
 
     @functools.cache  # noqa: B019 - lives as long as the plan
     def _policy(self, checkpointing: bool, layers: int | None = None) -> Policy:
-        return meta_policy(
-            self.facts.student, self.dtype, gradient_checkpointing=checkpointing, layers=layers, adapter=self.adapter
-        )
+        return meta_policy(self.facts.student, replace(self._student, gradient_checkpointing=checkpointing), layers)
 
     @functools.cache  # noqa: B019
     def _value(self, layers: int | None, checkpointing: bool = False) -> nn.Module:
         from training.student.critic import ValueModel
 
-        policy = meta_policy(self.facts.student, self.dtype, gradient_checkpointing=checkpointing, layers=layers)
+        whole = replace(self._student, gradient_checkpointing=checkpointing, adapter=AdapterConfig())
+        policy = meta_policy(self.facts.student, whole, layers)
         with META:
             return ValueModel(policy.model.base_model, self.facts.student.hidden_size).to(policy.model.dtype)
 
@@ -146,7 +138,7 @@ class Tracer:
 
     @functools.cache  # noqa: B019
     def _policy_row(self, config: RunConfig, prompts: int) -> tuple[int, ...]:
-        term = single_step(config, self.facts.same_tokenizer)
+        term = self.facts.same_tokenizer and single_step_coef(config, True) > 0
         return self._student_update(config, self._row(config, prompts), term)
 
     @functools.cache  # noqa: B019

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from configs.schema import AdapterConfig, RunConfig, SamplingConfig
+from configs.schema import RunConfig, SamplingConfig, StudentConfig
 from inference.attention.grouped import DecodePlan, PrefillPlan
 from inference.attention.packing import Group, PackedRow, pack, pack_row
 from training.student.adapters import add_adapter
@@ -102,10 +102,7 @@ def fused_attention() -> Any:
     return mock.patch.object(F, "scaled_dot_product_attention", _fused_attention)
 
 
-def meta_policy(
-    model_config: Any, dtype: str, *, gradient_checkpointing: bool = False, layers: int | None = None,
-    adapter: AdapterConfig | None = None,
-) -> Policy:  # fmt: skip
+def meta_policy(model_config: Any, student: StudentConfig, layers: int | None = None) -> Policy:
     """What `load_policy` gives, without weights. `model_config`: transformers' configuration of the text model.
 
     `layers`: only the first ones. Raises ValueError for a model that grouped attention does not reach.
@@ -120,14 +117,14 @@ def meta_policy(
     without_dropout(model_config)
     model_config.pad_token_id = None  # GPT-2's class looks for it among the tokens, which have no values here
     with META:
-        model = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[dtype])
+        model = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[student.dtype])
     policy = Policy(model)
     if not policy.grouped:
         raise ValueError(f"student.path: {type(model).__name__} runs in plain rows, which --plan does not know")
-    if adapter is not None and adapter.rank > 0:
+    if student.adapter.rank > 0:
         with META:
-            add_adapter(model, adapter)
-    if gradient_checkpointing:
+            add_adapter(model, student.adapter)
+    if student.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.base_model.register_forward_pre_hook(_inputs_on_meta, with_kwargs=True)
     return policy

@@ -173,36 +173,27 @@ def extend(path: str | Path, texts: Sequence[str], pieces: int, output: Path, li
     tokenizer = load_tokenizer(path)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     while True:
-        trial = _try(path, tokenizer, content, learn(content, corpus, pieces), corpus, held)
-        if trial.ratio <= limit:
+        model, new, ratio = _try(path, tokenizer, content, learn(content, corpus, pieces), corpus, held)
+        if ratio <= limit:
             break
         if pieces == 1:
-            raise ValueError(f"{path}: a single new piece makes held-out bits a byte {trial.ratio:.3f} times as many")
+            raise ValueError(f"{path}: a single new piece makes held-out bits a byte {ratio:.3f} times as many")
         pieces //= 2
         print(f"that is more than {limit:g} times: trying {pieces} pieces")
-    trial.model.save_pretrained(output)
+    model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     for stale in ("tokenizer.model", "vocab.json", "merges.txt"):
         (output / stale).unlink(missing_ok=True)
-    write_atomically(output / "tokenizer.json", trial.tokenizer.to_str())
-    _check_written(output, trial.tokenizer, held)
+    write_atomically(output / "tokenizer.json", new.to_str())
+    _check_written(output, new, held)
     print(output)
-    return trial.ratio
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A model with new pieces, and what they did to it."""
-
-    model: Any
-    tokenizer: Any
-    ratio: float
+    return ratio
 
 
 def _try(
     path: str | Path, tokenizer: Any, content: dict[str, Any], extension: Extension, corpus: list[str], held: list[str]
-) -> _Trial:
-    """The model at `path` with the extension's pieces, measured on the held-out texts and printed."""
+) -> tuple[Any, Any, float]:
+    """The model at `path` with the extension's pieces, its tokenizer, and held-out bits a byte after over before."""
     import torch
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
@@ -227,7 +218,7 @@ def _try(
     print(f"{len(extension.pieces)} new pieces, ids from {extension.first_id}")
     print(f"held-out tokens {counts[0]} before, {counts[1]} after")
     print(f"held-out bits a byte {before:.4f} before, {after:.4f} after ({after / before:.3f} times), before training")
-    return _Trial(model, new, after / before)
+    return model, new, after / before
 
 
 def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -10,11 +10,10 @@ import pytest
 import yaml
 
 from configs.models import DEMO_STAGE1
-from configs.schema import RunConfig, as_dict, validate
+from configs.schema import RunConfig, as_dict, flat, validate
 from eval.experiments.openings import main as make_openings
 from eval.experiments.openings import split
 from eval.experiments.plan import Plan, filled, read_plan
-from eval.run_experiment import _flat
 from tests.support.runs import ROOT
 from training.run.cli import demo_config, parse
 
@@ -74,7 +73,7 @@ def test_more_of_stage_1_goes_on_from_where_stage_2_starts() -> None:
     ],
 )  # fmt: skip
 def test_each_part_is_changed_alone(name: str, keys: dict[str, float]) -> None:
-    whole, other = (_flat(as_dict(RUNS[one])) for one in ("grpo-minillm", name))
+    whole, other = (flat(as_dict(RUNS[one])) for one in ("grpo-minillm", name))
     assert {key: other[key] for key in whole if whole[key] != other[key]} == keys
 
 

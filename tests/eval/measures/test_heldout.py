@@ -138,7 +138,8 @@ def test_batched_answers_equal_single_ones(tmp_path: Path) -> None:
     """Left padding must be neither seen nor counted in the positions; checked against greedy decoding by hand."""
     model = Model(path=str(save_model(tmp_path / "model")))
     settings = HeldoutSettings(data=tmp_path, max_new_tokens=6, batch=3)
-    prompts = [prompt_tokens(model.tokenizer, as_text(render(question, settings)), False) for question in QUESTIONS]
+    asked = [as_text(render(question, settings.template)) for question in QUESTIONS]
+    prompts = [prompt_tokens(model.tokenizer, text, False) for text in asked]
     assert len({len(prompt) for prompt in prompts}) == 3
     expected = []
     for prompt in prompts:

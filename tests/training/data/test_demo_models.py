@@ -61,7 +61,7 @@ def test_the_full_demo_is_quick_and_its_teacher_knows(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 360
     rows = read_questions(paths.heldout)
     tokenizer = AutoTokenizer.from_pretrained(paths.teacher)
-    prompts = [tuple(tokenizer(as_text(render(row, DataConfig())))["input_ids"]) for row in rows]
+    prompts = [tuple(tokenizer(as_text(render(row, DataConfig().template)))["input_ids"]) for row in rows]
     config = SamplingConfig(group_size=1, max_new_tokens=12)
 
     def f1(model: Path) -> float:

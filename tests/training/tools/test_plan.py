@@ -242,7 +242,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_published_parameter_counts(name: str, parameters: int, public: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(public / name)
-    assert parameters_of(meta_policy(config, "bfloat16")).total == parameters
+    assert parameters_of(meta_policy(config, StudentConfig(dtype="bfloat16"))).total == parameters
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
     assert shard_weights(parse_architecture(config.to_dict()), 1, 2) == 2 * parameters + 2 * norms  # norms: float32
 
@@ -266,7 +266,9 @@ def test_engine_state_by_hand() -> None:
 
 def test_only_an_adapter_is_trained(public: Path) -> None:
     shape = transformers.AutoConfig.from_pretrained(public / "llama-2-7b")
-    policy = meta_policy(shape, "bfloat16", layers=2, adapter=AdapterConfig(rank=4, targets="q_proj,v_proj"))
+    policy = meta_policy(
+        shape, StudentConfig(dtype="bfloat16", adapter=AdapterConfig(rank=4, targets="q_proj,v_proj")), layers=2
+    )
     assert parameters_of(policy).trainable == 2 * 2 * 4 * (4096 + 4096)  # layers, matrices, rank, both sides
 
 

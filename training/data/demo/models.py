@@ -134,7 +134,7 @@ class Example:
 
 def rendered(row: demo_data.DemoRow) -> str:
     """The prompt of a question, as the trainer's default templates make it."""
-    return as_text(render({"question": row.question, "context": row.context}, DataConfig()))
+    return as_text(render({"question": row.question, "context": row.context}, DataConfig().template))
 
 
 def train_tokenizer(corpus: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -293,7 +293,7 @@ def fingerprint(size: Size, seed: int) -> str:
     modules = (demo_data.__file__, demo_tell.__file__, demo_splits.__file__, demo_world.__file__, __file__)
     files = [str(file) for file in (*modules, demo_world.FRAMES_FILE, demo_splits.SENTIMENT_FILE)]
     packages = ["babel", "countryinfo", "tokenizers", "torch", "transformers"]
-    parts = [f"{size} {seed} {DataConfig().template} {DataConfig().context_template}"]
+    parts = [f"{size} {seed} {render({'question': '?', 'context': '?'}, DataConfig().template)}"]
     parts += [f"{package} {version(package)}" for package in packages]
     parts += [Path(file).read_text(encoding="utf-8") for file in files]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
