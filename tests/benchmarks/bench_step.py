@@ -5,12 +5,12 @@
 
 `grpo`: a teacher-log-probability reward and a KL to a reference. `distillation`: on-policy generalised JSD to the
 teacher's whole distribution, ours by `recipe: gkd`. Student, reference and teacher have SmolLM2-135M's shape and random
-weights; G = 8, one prompt a step, every response as long as the shape says, the same prompts on both sides. Each side is a process with the same
-threads (tests/benchmarks/step_ours.py, step_trl.py); they take turns, the first round is not counted, medians are.
-Peak memory is the highest VmHWM, of trainer and teacher process added up on our side. A floor is the time of the
-phase's matrix products alone, in the same process right after the step. TRL is installed by itself into --trl
-at first use, and never enters our environment. Prints Markdown tables with the goals of docs/benchmarks.md; exit code
-1 if one is missed.
+weights; G = 8, one prompt a step, every response as long as the shape says, the same prompts on both sides. Each side
+is a process with the same threads (tests/benchmarks/step_ours.py, step_trl.py); they take turns, the first round is not
+counted, medians are. Peak memory is the highest VmHWM, of trainer and teacher process added up on our side. A floor is
+the time of the phase's matrix products alone, in the same process right after the step. TRL is installed by itself into
+--trl at first use, and never enters our environment. Prints Markdown tables with the goals of docs/benchmarks.md; exit
+code 1 if one is missed.
 """
 
 from __future__ import annotations
