@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 from training.losses import TokenTerm
 
 ROWS = 64
-"""Rows of logits that are worked on at a time."""
+"""Rows of logits that are worked on at a time on a CPU, whose cache holds them; elsewhere GPU_ROWS."""
 TERM_ROWS = 128
 """The same where another model's output layer, which is read each time, makes logits to compare with."""
+GPU_ROWS = 1024
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -35,8 +36,7 @@ class TokenLogprobs(torch.autograd.Function):
         if wanted:
             weights = logits_SV if over else torch.empty_like(logits_SV, dtype=torch.float32)
         chosen, total, entropy = [], [], []
-        for start in range(0, len(logits_SV), ROWS):
-            rows = slice(start, start + ROWS)
+        for rows in _pieces(logits_SV, ROWS):
             shifted = logits_SV[rows].float()
             shifted = shifted / temperature if temperature != 1.0 else shifted
             shifted = shifted - shifted.amax(-1, keepdim=True)
@@ -74,12 +74,12 @@ class RowTerm(torch.autograd.Function):
         """float32 [S]."""
         wanted = ctx.needs_input_grad[0]
         grad_SV, values = torch.empty_like(logits_SV) if wanted else None, []
-        for start in range(0, len(logits_SV), TERM_ROWS):
-            rows = logits_SV[start : start + TERM_ROWS].detach().requires_grad_(wanted)
+        for rows in _pieces(logits_SV, TERM_ROWS):
+            part = logits_SV[rows].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
-                value_S = term(rows, slice(piece.start + start, piece.start + start + len(rows)))
+                value_S = term(part, slice(piece.start + rows.start, piece.start + rows.stop))
             if grad_SV is not None:
-                (grad_SV[start : start + TERM_ROWS],) = torch.autograd.grad(value_S, rows, torch.ones_like(value_S))
+                (grad_SV[rows],) = torch.autograd.grad(value_S, part, torch.ones_like(value_S))
             values.append(value_S.detach())
         if wanted:
             ctx.save_for_backward(grad_SV)
@@ -91,3 +91,9 @@ class RowTerm(torch.autograd.Function):
         """Gradient of the logits."""
         (grad_SV,) = ctx.saved_tensors
         return grad_SV.mul_(grad_S[:, None]), None, None
+
+
+def _pieces(logits_SV: torch.Tensor, rows: int) -> list[slice]:
+    """All rows, some at a time."""
+    step, count = rows if logits_SV.device.type == "cpu" else GPU_ROWS, len(logits_SV)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
