@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from configs.schema import (
     ActorConfig,
     DataConfig,
+    DistillConfig,
     LossConfig,
     RewardConfig,
     RunConfig,
@@ -39,7 +40,8 @@ from rewards.base import RewardInput
 from training.collect import reward_of
 from training.experience import Experience, Prompt, Rewarded, Scored
 from training.grpo import grpo_advantages
-from training.objective import LossWeights, UpdateInput
+from training.objective import UpdateInput
+from training.recipes import RECIPES, no_advantages
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.reference import FrozenCopy
@@ -74,11 +76,15 @@ class OneStep:
             local.address, secret=local.secret, tokenizer_fingerprint=tokenizer_fingerprint(folder / "student"),
             timeout_s=600.0,
         )  # fmt: skip
-        self.link = TeacherLink(client, facts, None)
-        stack.callback(self.link.close)
-        self.actor = Actor(config, folder / "student", total_steps=10**6, learning_rate=config.actor.learning_rate)
+        self.distils = config.recipe == "gkd"
+        self.actor = Actor(
+            config, folder / "student", total_steps=10**6, learning_rate=config.actor.learning_rate,
+            teacher_output_VD=facts.output_layer(torch.float32) if self.distils else None,
+        )  # fmt: skip
         self.actor.end_tokens = ()  # every response goes on to its last token
-        self.reference = FrozenCopy(config, folder / "student", self.actor.engine.device)
+        self.link = TeacherLink(client, facts, self.actor.teacher_head)
+        stack.callback(self.link.close)
+        self.reference = None if self.distils else FrozenCopy(config, folder / "student", self.actor.engine.device)
 
     def run(self, prompts: list[tuple[int, ...]], step: int) -> dict[str, float]:
         """One step; seconds by phase and of the whole."""
@@ -97,19 +103,22 @@ class OneStep:
         phases.seconds["prefill"] = prefilled[0] - start
         phases.seconds["decode"] -= phases.seconds["prefill"]
         with phases("teacher"):
-            view = self.link.ask(rollout, whole_distribution=False)()
+            view = self.link.ask(rollout, whole_distribution=self.distils)()
         with phases("reference"):
-            reference_S = self.reference.logprobs(rollout)
+            reference_S = self.reference.logprobs(rollout) if self.reference else None
         inputs = RewardInput(
             rollout.lengths_B, rollout.finished_B, rollout.behavior_logprobs_S, view.logprobs_S,
             rollout.texts_B, [()] * len(rollout.texts_B),
         )  # fmt: skip
         scored = Scored(rollout, view, reference_logprobs_S=reference_S)
         rewarded = Rewarded(scored, reward_of(inputs, scored, config, single_step=False))
-        advantages_S = grpo_advantages(rewarded.reward, rollout.lengths_B, rollout.group_size, config.grpo)
+        if self.distils:
+            advantages_S, _ = no_advantages(rewarded, config, 0.0)
+        else:
+            advantages_S = grpo_advantages(rewarded.reward, rollout.lengths_B, rollout.group_size, config.grpo)
         experience = Experience(rewarded, advantages_S, None)
         with phases("update"):
-            weights = LossWeights(policy=1.0, kl=config.loss.kl_coef)
+            weights = RECIPES[config.recipe].weights(config, step, same_tokenizer=True)
             metrics = self.actor.update([UpdateInput(experience, (), (), weights)], step)
         assert {len(r) for r in rollout.responses_B} == {config.sampling.max_new_tokens}
         assert not metrics["skipped"]
@@ -120,6 +129,7 @@ class OneStep:
 def run_config(options: argparse.Namespace, folder: Path) -> RunConfig:
     prompt, response = shared.SHAPES[options.shape]
     return RunConfig(
+        recipe="gkd" if options.rival == "distillation" else "rl",
         threads=options.threads,
         student=StudentConfig(path=str(folder / "student"), dtype=options.dtype),
         teacher=TeacherConfig(
@@ -131,6 +141,7 @@ def run_config(options: argparse.Namespace, folder: Path) -> RunConfig:
             group_size=shared.GROUP, max_new_tokens=response, temperature=shared.TEMPERATURE
         ),
         loss=LossConfig(kl_coef=shared.KL_COEF),
+        distill=DistillConfig(jsd_beta=shared.JSD_BETA),
         rewards=RewardConfig(),
         actor=ActorConfig(learning_rate=shared.LEARNING_RATE, zero_stage=0),
     )  # fmt: skip
@@ -141,12 +152,12 @@ class Floors:
     something is predicted; same weights, shapes and type, nothing in between."""
 
     def __init__(self, step: OneStep, options: argparse.Namespace) -> None:
-        model = step.reference._policy.model
+        model = step.actor.policy.model
         self.output = model.get_output_embeddings().weight
         self.layers = [
             m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not self.output
         ]
-        self.prompts = options.prompts
+        self.distils, self.prompts = step.distils, options.prompts
         self.prompt, self.response = shared.SHAPES[options.shape]
 
     @torch.no_grad()
@@ -159,7 +170,7 @@ class Floors:
             "prefill": seconds(lambda: self._forward(N * self.prompt, N)),
             "decode": seconds(lambda: self._decode(B, R - 1)),
             "teacher": forward,
-            "reference": forward,
+            **({} if self.distils else {"reference": forward}),
             "update": seconds(lambda: self._update(packed, B * R)),
         }
 
@@ -187,6 +198,8 @@ class Floors:
             F.linear(x[weight.shape[1]], weight)
         hidden = x[self.output.shape[1]][:1].expand(predicted, -1).contiguous()
         logits = F.linear(hidden, self.output)
+        if self.distils:  # the teacher's, of the same shape
+            F.linear(hidden, self.output)
         logits @ self.output
         logits.T @ hidden
         for weight in reversed(self.layers):
@@ -203,7 +216,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("models", "shape", "dtype"):
+    for name in ("models", "shape", "dtype", "rival"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("threads", "rounds", "prompts"):
         parser.add_argument(f"--{name}", type=int, required=True)

@@ -26,10 +26,12 @@ CONFIG = transformers.LlamaConfig(
     pad_token_id=0,
 )
 """SmolLM2-135M's shape."""
-SHAPES = {"400/32": (400, 32), "32/128": (32, 128)}
+SHAPES = {"400/32": (400, 32), "32/128": (32, 128), "64/512": (64, 512)}
 """Prompt and response tokens."""
 GROUP = 8
 KL_COEF = 0.04
+JSD_BETA = 0.5
+"""Of the divergence of both distillation trainers: beta KL(teacher || m) + (1 - beta) KL(student || m)."""
 LEARNING_RATE = 1e-6
 BETAS = (0.9, 0.95)
 TEMPERATURE = 1.0

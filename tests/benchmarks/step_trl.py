@@ -1,8 +1,10 @@
-"""TRL's side of bench_step.py: GRPOTrainer with a teacher-log-probability reward; a step each time it is told to.
+"""TRL's side of bench_step.py: GRPOTrainer with a teacher-log-probability reward, or DistillationTrainer; a step each
+time it is told to.
 
 Started by bench_step.py with TRL's folder on PYTHONPATH. The teacher is a Hugging Face model in this process over plain
-padded rows, with logits at the response tokens only; settings are the fastest that TRL has on a CPU (no gradient
-checkpointing, fused AdamW, the frozen models in the student's type).
+padded rows: for GRPOTrainer with logits at the response tokens only, for DistillationTrainer (on-policy, chunked
+generalised JSD) as TRL runs it. Settings are the fastest that TRL has on a CPU (no gradient checkpointing, fused AdamW,
+the frozen models in the student's type).
 """
 
 from __future__ import annotations
@@ -17,18 +19,39 @@ import step_shared as shared
 import torch
 import transformers
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 
 class Turns(transformers.TrainerCallback):
-    """Waits for its turn before a step and reports after it."""
+    """Waits for its turn before a step and reports after it: what is neither sampling nor scoring is the update."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    def timed(self, owner: Any, method: str, phase: str) -> None:
+        """Count the seconds of `owner.method` to a phase."""
+        work = getattr(owner, method)
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return work(*arguments, **named)
+            finally:
+                self.spent[phase] = self.spent.get(phase, 0.0) + time.perf_counter() - start
+
+        setattr(owner, method, run)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         shared.wait_for_turn()
+        self.spent.clear()
         self.start = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        shared.report({"seconds": time.perf_counter() - self.start, "memory_gb": shared.peak_gb()})
+        seconds, spent = time.perf_counter() - self.start, self.spent
+        sample = spent["sample"]
+        score = spent["score"] if "score" in spent else spent["sample and score"] - sample
+        phases = {"sample": sample, "score": score, "update": seconds - sample - score}
+        shared.report({**phases, "seconds": seconds, "memory_gb": shared.peak_gb()})
 
 
 class TeacherReward:
@@ -52,36 +75,71 @@ class TeacherReward:
         return logprobs.gather(-1, ids[:, -self.response :, None])[..., 0].mean(1).tolist()
 
 
+def common(options: argparse.Namespace, output: str, batch: int, response: int) -> dict[str, Any]:
+    """Settings that both trainers have."""
+    return {
+        "output_dir": output, "per_device_train_batch_size": batch, "max_steps": options.rounds + 1,
+        "max_completion_length": response, "temperature": shared.TEMPERATURE, "top_p": 1.0, "top_k": 0,
+        "learning_rate": shared.LEARNING_RATE, "adam_beta1": shared.BETAS[0], "adam_beta2": shared.BETAS[1],
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "lr_scheduler_type": "constant", "optim": "adamw_torch_fused",
+        "gradient_checkpointing": False, "use_cpu": True, "bf16": options.dtype == "bfloat16",
+        "model_init_kwargs": {"dtype": options.dtype}, "shuffle_dataset": False, "report_to": [],
+        "save_strategy": "no", "generation_kwargs": {"min_new_tokens": response}, "disable_tqdm": True,
+        "logging_steps": 10**6, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
+def grpo(options: argparse.Namespace, output: str, turns: Turns) -> GRPOTrainer:
+    """GRPO with a KL to the reference; TRL makes the group of each prompt."""
+    models, response = Path(options.models), shared.SHAPES[options.shape][1]
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(models / "teacher", dtype=options.dtype).eval()
+    settings = common(options, output, options.prompts * shared.GROUP, response)
+    trainer = GRPOTrainer(
+        model=str(models / "student"),
+        reward_funcs=TeacherReward(teacher, response),
+        args=GRPOConfig(**settings, num_generations=shared.GROUP, beta=shared.KL_COEF),
+        train_dataset=Dataset.from_list(rows(options, 1)),
+        callbacks=[turns],
+    )
+    turns.timed(trainer, "_generate_and_score_completions", "sample and score")
+    return trainer
+
+
+def distillation(options: argparse.Namespace, output: str, turns: Turns) -> DistillationTrainer:
+    """One response a prompt is what it has, so that a group is its prompt as often as the group has responses."""
+    models, response = Path(options.models), shared.SHAPES[options.shape][1]
+    settings = common(options, output, options.prompts * shared.GROUP, response)
+    trainer = DistillationTrainer(
+        model=str(models / "student"),
+        teacher_model=str(models / "teacher"),
+        args=DistillationConfig(
+            **settings, beta=shared.JSD_BETA, teacher_model_init_kwargs={"dtype": options.dtype}
+        ),
+        train_dataset=Dataset.from_list(rows(options, shared.GROUP)),
+        callbacks=[turns],
+    )  # fmt: skip
+    turns.timed(trainer.teacher_model.base_model, "forward", "score")
+    return trainer
+
+
+def rows(options: argparse.Namespace, times: int) -> list[dict[str, str]]:
+    """The prompts of all rounds, each as often as told."""
+    steps = [shared.prompt_tokens(options.shape, options.prompts, i) for i in range(options.rounds + 1)]
+    return [{"prompt": shared.prompt_text(tokens)} for step in steps for tokens in step for _ in range(times)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("models", "shape", "dtype"):
+    for name in ("models", "shape", "dtype", "rival"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("threads", "rounds", "prompts"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    response = shared.SHAPES[options.shape][1]
-    load = dict(dtype=getattr(torch, options.dtype))
-    models = Path(options.models)
-    teacher = transformers.AutoModelForCausalLM.from_pretrained(models / "teacher", **load).eval()
-    steps = options.rounds + 1
-    prompts = [shared.prompt_tokens(options.shape, options.prompts, step) for step in range(steps)]
-    rows = [{"prompt": shared.prompt_text(tokens)} for step in prompts for tokens in step]
+    turns = Turns()
     with tempfile.TemporaryDirectory() as output:
-        config = GRPOConfig(
-            output_dir=output, per_device_train_batch_size=options.prompts * shared.GROUP, max_steps=steps,
-            num_generations=shared.GROUP, max_completion_length=response, temperature=shared.TEMPERATURE, top_p=1.0,
-            top_k=0, beta=shared.KL_COEF, learning_rate=shared.LEARNING_RATE, adam_beta1=shared.BETAS[0],
-            adam_beta2=shared.BETAS[1], weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant",
-            optim="adamw_torch_fused", gradient_checkpointing=False, use_cpu=True, bf16=options.dtype == "bfloat16",
-            model_init_kwargs={"dtype": options.dtype}, shuffle_dataset=False, report_to=[], save_strategy="no",
-            generation_kwargs={"min_new_tokens": response}, disable_tqdm=True, logging_steps=10**6,
-            dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = GRPOTrainer(
-            model=str(models / "student"), reward_funcs=TeacherReward(teacher, response), args=config,
-            train_dataset=Dataset.from_list(rows), callbacks=[Turns()],
-        )  # fmt: skip
+        trainer = (distillation if options.rival == "distillation" else grpo)(options, output, turns)
+        turns.timed(trainer, "_generate", "sample")
         trainer.train()
 
 

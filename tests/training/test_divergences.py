@@ -23,6 +23,7 @@ from training.losses import (
     kl_loss,
     sampled_cross_entropy,
 )
+from training.student.token_logprobs import TERM_ROWS, RowTerm
 
 WORLDS = [World(3, 4), World(4, 3), World(5, 3), World(3, 3, ends=False)]
 EXACT = 1e-9
@@ -264,3 +265,20 @@ def test_quantile_rewards_by_hand_and_in_the_limit() -> None:
     drawn = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # Uniform scores are their own quantiles.
     assert float((quantile_rewards(drawn, 4000).exp() - drawn).abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("count", [0, 1, TERM_ROWS, 2 * TERM_ROWS + 3])
+def test_a_few_rows_at_a_time_give_the_values_and_gradients_of_all_at_once(count: int) -> None:
+    logits = torch.randn(count, 20, requires_grad=True)
+    teacher = WholeDistribution(torch.randn(count + 2, 6), OutputLayer(torch.randn(20, 6)))
+    entries = torch.randn(count + 2, 20).log_softmax(-1).topk(4, -1)
+    weights, piece = torch.randn(count), slice(2, count + 2)
+    for term in (GeneralizedJSD(teacher, 0.3), ReverseKL(teacher), TailReverseKL(entries.indices, entries.values)):
+        expected = term(logits, piece)
+        (wanted,) = torch.autograd.grad((expected * weights).sum(), logits)
+        found = RowTerm.apply(logits, term, piece)
+        (gradient,) = torch.autograd.grad((found * weights).sum(), logits)
+        torch.testing.assert_close(found, expected.detach(), check_dtype=False)
+        torch.testing.assert_close(gradient, wanted)
+        with torch.no_grad():
+            torch.testing.assert_close(RowTerm.apply(logits, term, piece), expected.detach())

@@ -253,12 +253,15 @@ class Actor:
 
         terms = self._distribution_terms(scored, row, weights, seed)
         out = self.engine.engine(row.to(self.engine.device), temperature=self._config.sampling.temperature, terms=terms)
+        logprobs_S = out.logprobs_S
+        if weights.policy == 0 and (weights.kl == 0 or "kl" in terms):
+            logprobs_S = logprobs_S.detach()  # for the log only: no backward pass through them
         token_S = of_row(self._token_weights(plan, rollout.lengths_B)) * used
         importance_S = None if scored.importance_S is None else of_row(scored.importance_S)
         behavior_S = of_row(rollout.behavior_logprobs_S)
         old_S = behavior_S if scored.policy_logprobs_S is None else of_row(scored.policy_logprobs_S)
         tokens = PolicyTokens(
-            policy_logprobs_S=out.logprobs_S,
+            policy_logprobs_S=logprobs_S,
             old_logprobs_S=old_S,
             advantages_S=of_row(experience.advantages_S),
             weights_S=token_S,
@@ -273,16 +276,16 @@ class Actor:
         if scored.reference_logprobs_S is not None:
             reference_S = of_row(scored.reference_logprobs_S)
             with torch.no_grad():
-                k3 = torch.exp(reference_S - out.logprobs_S) - 1 + out.logprobs_S - reference_S
+                k3 = torch.exp(reference_S - logprobs_S) - 1 + logprobs_S - reference_S
                 k3 = k3 if importance_S is None else k3 * importance_S
                 log.add("kl/reference", k3.sum() * mean)
             if weights.kl > 0 and "kl" not in terms:
-                parts["kl"] = kl_loss(out.logprobs_S, reference_S, token_S, estimator=config.kl_estimator)
+                parts["kl"] = kl_loss(logprobs_S, reference_S, token_S, estimator=config.kl_estimator)
         for name in terms:  # a mean over all tokens, whatever the aggregation of the policy term
             value_S = out.terms[name] if importance_S is None else out.terms[name] * importance_S
             parts[name] = value_S.sum() * mean
         with torch.no_grad():
-            gap_S = (out.logprobs_S - behavior_S).abs()
+            gap_S = (logprobs_S - behavior_S).abs()
             log.add("entropy", out.entropy_S.sum() * mean)
             log.add("clip_share", clipped_S.sum() * mean)
             log.add("mismatch/mean", gap_S.sum() * mean)

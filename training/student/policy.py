@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from inference.attention.grouped import AttentionPlan, PackedPlan, register_with_transformers
 from inference.attention.packing import PackedRow, plain_rows
 from training.losses import TokenTerm, without_columns
-from training.student.token_logprobs import TokenLogprobs
+from training.student.token_logprobs import RowTerm, TokenLogprobs
 
 
 @unique
@@ -152,8 +152,9 @@ class Policy(nn.Module):
         terms: Mapping[str, TokenTerm],
     ) -> tuple[torch.Tensor, ...]:
         logits = self.logits(hidden_SD)
-        chosen, entropy = TokenLogprobs.apply(logits, labels_S, temperature, not terms)
-        return chosen, entropy, *(term(logits, piece) for term in terms.values())
+        values = [RowTerm.apply(logits, term, piece) for term in terms.values()]
+        chosen, entropy = TokenLogprobs.apply(logits, labels_S, temperature, True)  # last: it overwrites them
+        return chosen, entropy, *values
 
 
 def response_states(trunk: Any, row: PackedRow, *, grouped: bool) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from configs.schema import SamplingConfig
 from rewards.tokens import from_grid
@@ -31,13 +32,29 @@ class Samples:
     """float32 nats under the distribution that was drawn from, where that is a mixture with another."""
 
 
+BLOCK = 512
+"""Entries of the vocabulary that `draw` adds up before it looks at one by one."""
+
+
 def draw(logprobs_AV: torch.Tensor, uniform_A: torch.Tensor) -> torch.Tensor:
-    """Token ids [A] by inverting the cumulative distribution at `uniform_A` in [0, 1)."""
-    cumulative = logprobs_AV.exp().cumsum(-1, dtype=torch.float64)
+    """Token ids [A] by inverting the cumulative distribution at `uniform_A` in [0, 1).
+
+    First of blocks of the vocabulary, then of the entries of one block: the whole cumulative sum in float64 costs as
+    much as several layers of a small model.
+    """
+    blocks_ANb = F.pad(logprobs_AV.exp(), (0, -logprobs_AV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    cumulative = blocks_ANb.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted = uniform_A.double()[:, None] * cumulative[:, -1:]
+    block = _first_beyond(cumulative, wanted)
+    before = F.pad(cumulative, (1, 0)).gather(1, block)
+    chosen_Ab = blocks_ANb.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    return (block * BLOCK + _first_beyond(chosen_Ab, wanted - before))[:, 0]
+
+
+def _first_beyond(cumulative: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Index [A, 1] of the first entry above `wanted`, and never past the last that has any mass: rounding must not."""
     total = cumulative[:, -1:].contiguous()
-    drawn = torch.searchsorted(cumulative, uniform_A.double()[:, None] * total, right=True)
-    # Rounding at the top end must not reach past the last token that has any mass: the first to reach the total.
-    return torch.minimum(drawn, torch.searchsorted(cumulative, total)).squeeze(1)
+    return torch.minimum(torch.searchsorted(cumulative, wanted, right=True), torch.searchsorted(cumulative, total))
 
 
 Mixture = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -1,4 +1,4 @@
-"""Log-probability of the chosen token and the entropy of its distribution, with one [S, V] float32 tensor kept."""
+"""What is computed of vocabulary logits, a few rows at a time and with one [S, V] tensor kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from training.losses import TokenTerm
+
+ROWS = 64
+"""Rows of logits that are worked on at a time on a CPU, whose cache holds them; elsewhere GPU_ROWS."""
+TERM_ROWS = 128
+"""The same where another model's output layer, which is read each time, makes logits to compare with."""
+GPU_ROWS = 1024
+
 
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(logits / temperature) at the labels, and that distribution's entropy (no gradient through it).
 
     What is kept for the backward pass is exp(logit - largest) and its sum: the gradient of the logits is
-    (1[label] - p) / temperature, made in one pass. With `overwrite`, float32 logits at temperature 1 are overwritten:
-    the caller must not read them again.
+    (1[label] - p) / temperature, made in one pass. It is made a few rows at a time, which stay in the processor's cache
+    meanwhile. With `overwrite`, float32 logits are overwritten: the caller must not read them again.
     """
 
     @staticmethod
@@ -21,22 +29,30 @@ class TokenLogprobs(torch.autograd.Function):
         ctx: Any, logits_SV: torch.Tensor, labels_S: torch.Tensor, temperature: float, overwrite: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [S] each, nats."""
-        shifted = logits_SV.detach().float()
-        if temperature != 1.0:
-            shifted = shifted / temperature
-        elif shifted.dtype == logits_SV.dtype and not overwrite:
-            shifted = shifted.clone()
-        shifted.sub_(shifted.amax(-1, keepdim=True))
-        weights = shifted.exp()
-        total_S = weights.sum(-1)
-        chosen = shifted.gather(-1, labels_S[:, None])[:, 0] - total_S.log()
-        # sum of p log p as a product of rows: no third [S, V] tensor.
-        mean_S = (weights[:, None, :] @ shifted[:, :, None])[:, 0, 0] / total_S
-        ctx.save_for_backward(weights, total_S, labels_S)
+        logits_SV = logits_SV.detach()
+        wanted = ctx.needs_input_grad[0]
+        over = overwrite and logits_SV.dtype == torch.float32
+        weights = None
+        if wanted:
+            weights = logits_SV if over else torch.empty_like(logits_SV, dtype=torch.float32)
+        chosen, total, entropy = [], [], []
+        for rows in _pieces(logits_SV, ROWS):
+            shifted = logits_SV[rows].float()
+            shifted = shifted / temperature if temperature != 1.0 else shifted
+            shifted = shifted - shifted.amax(-1, keepdim=True)
+            powers = torch.exp(shifted, out=None if weights is None else weights[rows])
+            total_S = powers.sum(-1)
+            chosen.append(shifted.gather(-1, labels_S[rows, None])[:, 0] - total_S.log())
+            # sum of p log p as a product of rows: no further [S, V] tensor.
+            entropy.append(total_S.log() - (powers[:, None, :] @ shifted[:, :, None])[:, 0, 0] / total_S)
+            total.append(total_S)
+        nothing = logits_SV.new_zeros(0, dtype=torch.float32)
+        chosen_S, total_S, entropy_S = (torch.cat([nothing, *parts]) for parts in (chosen, total, entropy))
+        if wanted:
+            ctx.save_for_backward(weights, total_S, labels_S)
         ctx.temperature, ctx.dtype = temperature, logits_SV.dtype
-        entropy = total_S.log() - mean_S
-        ctx.mark_non_differentiable(entropy)
-        return chosen, entropy
+        ctx.mark_non_differentiable(entropy_S)
+        return chosen_S, entropy_S
 
     @staticmethod
     @once_differentiable
@@ -44,6 +60,40 @@ class TokenLogprobs(torch.autograd.Function):
         """Gradient of the logits, in their type."""
         weights, total_S, labels_S = ctx.saved_tensors
         grad_S = grad_S / ctx.temperature
-        grad_SV = weights * (-grad_S / total_S)[:, None]
+        grad_SV = weights.mul_((-grad_S / total_S)[:, None])
         grad_SV.scatter_add_(1, labels_S[:, None], grad_S[:, None])
         return grad_SV.to(ctx.dtype), None, None, None
+
+
+class RowTerm(torch.autograd.Function):
+    """A `TokenTerm` of logits, a few rows at a time: its gradient is made together with its value, so that one [S, V]
+    tensor is kept for the backward pass and not each of the term's steps."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_SV: torch.Tensor, term: TokenTerm, piece: slice) -> torch.Tensor:
+        """float32 [S]."""
+        wanted = ctx.needs_input_grad[0]
+        grad_SV, values = torch.empty_like(logits_SV) if wanted else None, []
+        for rows in _pieces(logits_SV, TERM_ROWS):
+            part = logits_SV[rows].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                value_S = term(part, slice(piece.start + rows.start, piece.start + rows.stop))
+            if grad_SV is not None:
+                (grad_SV[rows],) = torch.autograd.grad(value_S, part, torch.ones_like(value_S))
+            values.append(value_S.detach())
+        if wanted:
+            ctx.save_for_backward(grad_SV)
+        return torch.cat(values) if values else logits_SV.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_S: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of the logits."""
+        (grad_SV,) = ctx.saved_tensors
+        return grad_SV.mul_(grad_S[:, None]), None, None
+
+
+def _pieces(logits_SV: torch.Tensor, rows: int) -> list[slice]:
+    """All rows, some at a time."""
+    step, count = rows if logits_SV.device.type == "cpu" else GPU_ROWS, len(logits_SV)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -236,7 +236,7 @@ def all_read(rollout: Rollout, logprobs_S: torch.Tensor) -> TeacherView:
     return TeacherView(logprobs_S, rollout.lengths_B, torch.zeros_like(rollout.lengths_B))
 
 
-def chosen_logprobs(hidden_SD: torch.Tensor, head: Head, labels_S: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+def chosen_logprobs(hidden_SD: torch.Tensor, head: Head, labels_S: torch.Tensor, chunk: int = 128) -> torch.Tensor:
     """float32 [S] log-probabilities of `labels_S` from last hidden states and the head, in chunks.
 
     Computed where the head is; hidden states come from the teacher, and the answer goes, on the CPU.

@@ -55,3 +55,29 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     with pytest.raises(KeyError), few_rows(model, 4):
         raise KeyError("sampling broke")
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(256, 512), nn.Linear(256, 256), nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x), self.q_proj(x + 1.0), self.v_proj(x)], -1)
+
+
+def test_layers_of_the_same_rows_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    block, inputs = Block(), torch.randn(2, 3, 256)
+    packed: list[int] = []
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    with torch.no_grad():
+        expected = block(inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch.ops.mkldnn, "_reorder_linear_weight", lambda w, r: (packed.append(len(w)), reorder(w, r))[1]
+            )
+            with few_rows(block, 6):
+                for _ in range(2):  # also where the rows of the step before are other ones
+                    torch.testing.assert_close(block(inputs), expected, atol=1e-5, rtol=1e-5)
+    assert packed == [1024]

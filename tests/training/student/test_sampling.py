@@ -16,7 +16,7 @@ from training.data.order import random_stream
 from training.losses import GeneralizedJSD, OutputLayer, ReverseKL, WholeDistribution
 from training.student.loading import load_policy
 from training.student.policy import Policy
-from training.student.sampling import Drawing, draw, sample
+from training.student.sampling import BLOCK, Drawing, draw, sample
 
 PROMPTS = [(1, 2, 3, 4), (5, 6), (7, 8, 9)]
 
@@ -176,3 +176,22 @@ def test_columns_without_a_token_have_no_probability(tmp_path: Path) -> None:
         value = wide(row, terms={"term": term}).terms["term"]
         assert torch.isfinite(value).all()
         assert float(value.max()) < 100
+
+
+def test_blocks_of_the_vocabulary_draw_what_the_whole_cumulative_sum_draws() -> None:
+    """Three blocks, the last one not full; the entries in front of and behind the last one with mass have none."""
+    size = 2 * BLOCK + 100
+    logits = 3.0 * torch.randn(4, size, generator=torch.Generator().manual_seed(0))
+    logits[:, :3] = logits[:, BLOCK : BLOCK + 40] = logits[:, -20:] = -torch.inf
+    logits[3] = -torch.inf
+    logits[3, BLOCK - 1] = logits[3, 2 * BLOCK] = 0.0
+    logprobs = logits.log_softmax(-1)
+    whole = logprobs.double().exp().cumsum(-1)
+    for place in (0.0, 1e-12, 0.25, 0.499, 0.5, 0.75, 0.999, 1.0 - 2.0**-53):
+        found = draw(logprobs, torch.full((4,), place, dtype=torch.float64))
+        assert (logprobs.gather(1, found[:, None]) > -torch.inf).all()
+        upper = whole.gather(1, found[:, None])[:, 0] / whole[:, -1]
+        lower = upper - logprobs.double().exp().gather(1, found[:, None])[:, 0] / whole[:, -1]
+        assert ((lower - 1e-6 <= place) & (place <= upper + 1e-6)).all()
+    assert draw(logprobs[3:], torch.tensor([0.4]).double()).tolist() == [BLOCK - 1]
+    assert draw(logprobs[3:], torch.tensor([0.6]).double()).tolist() == [2 * BLOCK]
