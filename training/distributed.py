@@ -81,7 +81,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where tensors have to be for a collective."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -108,7 +109,7 @@ def max_over_ranks(value: float) -> float:
 def _reduced(values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
     if world_size() == 1:
         return values
-    moved = values.to(_device(), copy=True)
+    moved = values.to(device(), copy=True)
     dist.all_reduce(moved, op=operation)
     found = moved.cpu()
     beat()
@@ -175,7 +176,7 @@ def gather_strings(texts: Sequence[str], group: dist.ProcessGroup | None = None)
 
 def _gather_ragged(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
     """One-dimensional tensors of different lengths from all ranks, on the CPU."""
-    tensor = tensor if group is not None else tensor.to(_device())
+    tensor = tensor if group is not None else tensor.to(device())
     lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
     dist.all_gather(lengths, torch.tensor([len(tensor)], dtype=torch.int64, device=tensor.device), group=group)
     longest = max(int(n.item()) for n in lengths)

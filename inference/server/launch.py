@@ -19,7 +19,7 @@ from pathlib import Path
 
 from configs.io.files import read_json
 from configs.schema import TeacherConfig
-from inference.model.backend import BACKENDS, check_teacher
+from inference.model.backend import check_teacher
 from inference.model.files import safetensors_files
 
 SECRET = "GRPO_KD_TEACHER_SECRET"
@@ -112,7 +112,7 @@ def place(config: TeacherConfig, model_dir: Path) -> dict[str, str]:
 
     if not torch.cuda.is_available():
         return {}
-    if BACKENDS[config.backend].elsewhere:
+    if config.url is not None:
         return {"CUDA_VISIBLE_DEVICES": ""}
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

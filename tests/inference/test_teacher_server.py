@@ -358,7 +358,7 @@ def test_check_teacher_needs_no_model(tmp_path: Path, model: tuple[Any, Path]) -
         check(tmp_path, 1)
     assert check(tmp_path, 2, "auto") == "transformers"
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match=r"config\.json: .* hidden size \(8\) is not a multiple"):
         check(tmp_path, 1)
     with pytest.raises(ValueError, match="known are auto, megatron, transformers"):
         check(tmp_path, 1, "vllm")
@@ -367,6 +367,6 @@ def test_check_teacher_needs_no_model(tmp_path: Path, model: tuple[Any, Path]) -
 def test_check_teacher_imports_nothing_heavy() -> None:
     code = (
         f"import sys; sys.path[0] = {str(ROOT)!r}; import inference.model.backend;"
-        "assert not {'torch', 'megatron', 'transformers', 'safetensors'} & set(sys.modules)"
+        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

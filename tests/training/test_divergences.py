@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rewards.minillm import reverse_kl, tail_reverse_kl
 from tests.support.enumeration import World, cosine, gradient, off_by
@@ -267,6 +268,27 @@ def test_quantile_rewards_by_hand_and_in_the_limit() -> None:
     assert float((quantile_rewards(drawn, 4000).exp() - drawn).abs().max()) < 0.03
 
 
+@pytest.mark.parametrize("count", [0, 5])
+def test_a_term_of_a_recomputed_chunk_is_called_as_often_whatever_its_rows(count: int) -> None:
+    """Each call may be a collective, so that one more or less on a rank is a hang: once in the forward pass and once
+    in the backward pass for each part, also where there are no rows."""
+    calls = []
+
+    def term(logits: torch.Tensor, piece: slice) -> torch.Tensor:
+        calls.append(piece)
+        return logits.square().exp().sum(-1)
+
+    def chunk(hidden: torch.Tensor) -> torch.Tensor:
+        return RowTerm.apply(hidden.sin(), term, slice(0, count), 2)
+
+    hidden = torch.randn(count, 7, requires_grad=True)
+    out = checkpoint(chunk, hidden, use_reentrant=False)
+    assert len(calls) == 2
+    out.sum().backward()
+    assert len(calls) == 4
+    assert calls[:2] == calls[2:]
+
+
 @pytest.mark.parametrize("count", [0, 1, TERM_ROWS, 2 * TERM_ROWS + 3])
 def test_a_few_rows_at_a_time_give_the_values_and_gradients_of_all_at_once(count: int) -> None:
     logits = torch.randn(count, 20, requires_grad=True)
@@ -276,9 +298,9 @@ def test_a_few_rows_at_a_time_give_the_values_and_gradients_of_all_at_once(count
     for term in (GeneralizedJSD(teacher, 0.3), ReverseKL(teacher), TailReverseKL(entries.indices, entries.values)):
         expected = term(logits, piece)
         (wanted,) = torch.autograd.grad((expected * weights).sum(), logits)
-        found = RowTerm.apply(logits, term, piece)
+        found = RowTerm.apply(logits, term, piece, 3)
         (gradient,) = torch.autograd.grad((found * weights).sum(), logits)
         torch.testing.assert_close(found, expected.detach(), check_dtype=False)
         torch.testing.assert_close(gradient, wanted)
         with torch.no_grad():
-            torch.testing.assert_close(RowTerm.apply(logits, term, piece), expected.detach())
+            torch.testing.assert_close(RowTerm.apply(logits, term, piece, 3), expected.detach())

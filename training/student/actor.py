@@ -66,7 +66,7 @@ class Actor:
         self.end_tokens = end_tokens(policy, self.asked)
         """Whatever ends a response."""
         if config.actor.zero_stage == 3:
-            policy.agree = lambda chunks: int(distributed.max_over_ranks(chunks))
+            policy.agree = lambda tokens: int(distributed.max_over_ranks(tokens))
         self.engine = Engine(
             policy,
             config.actor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from inference.attention.grouped import AttentionPlan, PackedPlan, register_with_transformers
 from inference.attention.packing import PackedRow, plain_rows
 from training.losses import TokenTerm, without_columns
-from training.student.token_logprobs import RowTerm, TokenLogprobs
+from training.student.token_logprobs import TERM_ROWS, RowTerm, TokenLogprobs, rows_at_once
 
 
 @unique
@@ -47,7 +48,7 @@ class Policy(nn.Module):
     """Wraps the model so that one `forward` gives everything a loss needs, and no [T, V] float32 tensor is alive.
 
     `logit_chunk` tokens have their vocabulary logits alive at a time; with more than one chunk each is recomputed in
-    the backward pass. `agree` turns this rank's number of chunks into all ranks' (the largest): under ZeRO 3 each call
+    the backward pass. `agree` turns this rank's number of tokens into all ranks' (the largest): under ZeRO 3 each call
     of the output layer is a collective, so ranks with unequal numbers of response tokens would wait for each other.
     """
 
@@ -132,10 +133,12 @@ class Policy(nn.Module):
         """Log-probabilities of the row's response tokens at `temperature`, and `terms` of their distributions."""
         terms = terms or {}
         hidden = self.response_states(row)
-        count, pieces = self.agree(-(-max(len(hidden), 1) // self.logit_chunk)), []
+        most = self.agree(max(len(hidden), 1))  # of all ranks, which make as many calls as the one with most tokens
+        count, pieces = math.ceil(most / self.logit_chunk), []
+        parts = math.ceil(math.ceil(most / count) / rows_at_once(hidden.device, TERM_ROWS))
         for i in range(count):
             piece = slice(len(hidden) * i // count, len(hidden) * (i + 1) // count)
-            arguments = (hidden[piece], row.labels_S[piece], temperature, piece, terms)
+            arguments = (hidden[piece], row.labels_S[piece], temperature, piece, terms, parts)
             if torch.is_grad_enabled() and count > 1:
                 pieces.append(checkpoint(self._chunk, *arguments, use_reentrant=False))
             else:
@@ -150,9 +153,10 @@ class Policy(nn.Module):
         temperature: float,
         piece: slice,
         terms: Mapping[str, TokenTerm],
+        parts: int,
     ) -> tuple[torch.Tensor, ...]:
         logits = self.logits(hidden_SD)
-        values = [RowTerm.apply(logits, term, piece) for term in terms.values()]
+        values = [RowTerm.apply(logits, term, piece, parts) for term in terms.values()]
         chosen, entropy = TokenLogprobs.apply(logits, labels_S, temperature, True)  # last: it overwrites them
         return chosen, entropy, *values
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from training.losses import TokenTerm
 
@@ -36,7 +37,8 @@ class TokenLogprobs(torch.autograd.Function):
         if wanted:
             weights = logits_SV if over else torch.empty_like(logits_SV, dtype=torch.float32)
         chosen, total, entropy = [], [], []
-        for rows in _pieces(logits_SV, ROWS):
+        step, count = rows_at_once(logits_SV.device, ROWS), len(logits_SV)
+        for rows in (slice(start, start + step) for start in range(0, count, step)):
             shifted = logits_SV[rows].float()
             shifted = shifted / temperature if temperature != 1.0 else shifted
             shifted = shifted - shifted.amax(-1, keepdim=True)
@@ -67,33 +69,41 @@ class TokenLogprobs(torch.autograd.Function):
 
 class RowTerm(torch.autograd.Function):
     """A `TokenTerm` of logits, a few rows at a time: its gradient is made together with its value, so that one [S, V]
-    tensor is kept for the backward pass and not each of the term's steps."""
+    tensor is kept for the backward pass and not each of the term's steps.
+
+    The term is called `parts` times, for no rows too: under ZeRO 3 a reference's output layer is gathered in it, by all
+    ranks together.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits_SV: torch.Tensor, term: TokenTerm, piece: slice) -> torch.Tensor:
+    def forward(ctx: Any, logits_SV: torch.Tensor, term: TokenTerm, piece: slice, parts: int) -> torch.Tensor:
         """float32 [S]."""
-        wanted = ctx.needs_input_grad[0]
+        wanted, count = ctx.needs_input_grad[0], len(logits_SV)
         grad_SV, values = torch.empty_like(logits_SV) if wanted else None, []
-        for rows in _pieces(logits_SV, TERM_ROWS):
+        for rows in (slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)):
             part = logits_SV[rows].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
+            # The checkpoint of a chunk would take what is saved here, and recompute the chunk to give it back.
+            with torch.set_grad_enabled(wanted), saved_tensors_hooks(_itself, _itself):
                 value_S = term(part, slice(piece.start + rows.start, piece.start + rows.stop))
-            if grad_SV is not None:
+            if grad_SV is not None and len(part):
                 (grad_SV[rows],) = torch.autograd.grad(value_S, part, torch.ones_like(value_S))
             values.append(value_S.detach())
         if wanted:
             ctx.save_for_backward(grad_SV)
-        return torch.cat(values) if values else logits_SV.new_zeros(0, dtype=torch.float32)
+        return torch.cat(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_S: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradient of the logits."""
         (grad_SV,) = ctx.saved_tensors
-        return grad_SV.mul_(grad_S[:, None]), None, None
+        return grad_SV.mul_(grad_S[:, None]), None, None, None
 
 
-def _pieces(logits_SV: torch.Tensor, rows: int) -> list[slice]:
-    """All rows, some at a time."""
-    step, count = rows if logits_SV.device.type == "cpu" else GPU_ROWS, len(logits_SV)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+def _itself(saved: torch.Tensor) -> torch.Tensor:
+    return saved
+
+
+def rows_at_once(device: torch.device, rows: int) -> int:
+    """ROWS or TERM_ROWS on a CPU, GPU_ROWS elsewhere."""
+    return rows if device.type == "cpu" else GPU_ROWS

@@ -20,7 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from configs.schema import RunConfig
 from training import distributed
@@ -93,22 +92,21 @@ def collectives(config: RunConfig) -> Finding:
     """A sum over the ranks is right, and how fast a large one is."""
     if distributed.world_size() == 1:
         return Finding(None, "one rank has nobody to talk to")
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    device = distributed.device()
+    by = "gloo" if device.type == "cpu" else "NCCL"
     values = torch.full((COLLECTIVE,), float(distributed.rank() + 1), device=device)
-    expected = sum(range(1, distributed.world_size() + 1))
-    dist.all_reduce(values)
-    right = bool((values == expected).all())
+    right = bool((distributed.sum_in_place(values) == sum(range(1, distributed.world_size() + 1))).all())
     rounds, began = 3, time.perf_counter()
     for _ in range(rounds):
-        dist.all_reduce(values.fill_(1.0))
+        distributed.sum_in_place(values.fill_(1.0))
     float(values[0])  # waits for the device
     rate = rounds * values.nbytes / (time.perf_counter() - began) / 1e9
     wrong = distributed.any_rank(not right)
     return Finding(
         not wrong,
-        f"{dist.get_backend()} adds up {values.nbytes >> 20} MiB at {rate:.2f} GB/s"
+        f"{by} adds up {values.nbytes >> 20} MiB at {rate:.2f} GB/s"
         if not wrong
-        else f"{dist.get_backend()} gives a wrong sum; name the device between the nodes in GRPO_KD_INTERFACE",
+        else f"{by} gives a wrong sum; name the device between the nodes in GRPO_KD_INTERFACE",
     )
 
 
