@@ -44,16 +44,6 @@ def release(folder: Path) -> None:
             (folder / FILE).unlink()
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """The claim of a program that ends with the block."""
-    claim(folder)
-    try:
-        yield
-    finally:
-        release(folder)
-
-
 def in_use(folder: Path, environment: Mapping[str, str] = os.environ) -> str | None:
     """Who else writes into the folder, in a line with the mend; None where nobody does."""
     path = folder / FILE

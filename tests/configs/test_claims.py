@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from configs.io.claims import FILE, claim, claimed, in_use, release
+from configs.io.claims import FILE, claim, in_use, release
 from tests.support.runs import ROOT
 
 CLAIM = "from pathlib import Path; from configs.io.claims import claim; import sys, time; "
@@ -46,6 +46,10 @@ def written(folder: Path, **changes: Any) -> dict[str, Any]:
     return values
 
 
+def assert_mine(folder: Path) -> None:
+    assert json.loads((folder / FILE).read_text())["process"] == os.getpid()
+
+
 def test_a_second_program_is_told_who_is_there(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     said = rf"in use by process {holder.pid} on {os.uname().nodename} since 20.*kill {holder.pid}.*another name"
     before = (tmp_path / FILE).read_bytes()
@@ -62,7 +66,7 @@ def test_what_a_dead_process_left_is_taken_over(
     holder.send_signal(number)
     holder.wait()
     claim(tmp_path)
-    assert json.loads((tmp_path / FILE).read_text())["process"] == os.getpid()
+    assert_mine(tmp_path)
     release(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -70,14 +74,16 @@ def test_what_a_dead_process_left_is_taken_over(
 def test_a_zombie_is_dead(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
-    with claimed(tmp_path):
-        pass
+    claim(tmp_path)
+    assert_mine(tmp_path)
+    release(tmp_path)
 
 
 def test_a_number_that_was_given_to_another_process(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     """Alive, but it began at another time than the claim's process."""
     written(tmp_path, began="1")
     claim(tmp_path)
+    assert_mine(tmp_path)
 
 
 def test_another_machines_claim_stands(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
@@ -100,6 +106,7 @@ def test_a_containers_process_cannot_be_seen(tmp_path: Path, holder: subprocess.
 def test_a_machine_that_was_started_anew(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     written(tmp_path, boot="another", processes="pid:[1]")
     claim(tmp_path)
+    assert_mine(tmp_path)
 
 
 def test_a_slurm_job_that_is_started_again_elsewhere(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
