@@ -159,8 +159,8 @@ class RunConfig:
     """Folder of all runs."""
     cache_dir: str = "runs/cache"
     """Folder of what can be made again: demo models, teacher answers."""
-    demo_size: Literal["demo", "tiny"] = "demo"
-    """Size of the embedded demo's models; `tiny` is for tests and learns little."""
+    demo_size: Literal["demo", "small", "tiny"] = "demo"
+    """Size of the embedded demo's models; `small` has a smaller student, `tiny` is for tests and learns little."""
     seed: int = 0
     """Seed of sampling, data order and new weights."""
     steps: PositiveInt = 100

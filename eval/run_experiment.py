@@ -120,7 +120,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 def values_of(options: argparse.Namespace) -> dict[str, str]:
     """What `${NAME}` stands for; a path becomes absolute. Raises ValueError."""
-    found = {"runs": str(options.runs_dir)}
+    found = {"runs": str(options.runs_dir), "cache": str(options.cache_dir)}
     for word in options.given:
         name, equals, value = word.partition("=")
         if not equals:
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner = Runner(options.runs_dir / "logs", options.jobs)
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     with locked(options.runs_dir / ".prepare.lock"):  # the tasks of an array may all come here at once
-        done = runner.run({f"prepare-{file.stem}": words for file, words in made.items() if not file.exists()})
+        done = runner.run({f"prepare-{f.parent.name}-{f.stem}": words for f, words in made.items() if not f.exists()})
     done = done and runner.run(commands)
     if index is None and not runner.stopped:
         done = make_results(plan, options, runner) and done

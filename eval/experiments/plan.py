@@ -27,6 +27,8 @@ class Variant:
     """Key of `Plan.groups`."""
     program: str = "training/main.py"
     """The script that trains it, from the repository root."""
+    against: str = ""
+    """Name of the variant that it is compared with, seed by seed; empty: `Plan.whole`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,8 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The file. `${NAME}` in it stands for what `--with NAME=VALUE` gives, `${runs}` for the folder of the runs, and
-    under `measures` also for a setting of the runs: `${data.prompts}`."""
+    """The file. `${NAME}` in it stands for what `--with NAME=VALUE` gives, `${runs}` for the folder of the runs,
+    `${cache}` for that of the demo, and under `measures` also for a setting of the runs: `${data.prompts}`."""
 
     seeds: Sequence[int]
     variants: Sequence[Variant]
@@ -65,7 +67,7 @@ class Plan:
     groups: Mapping[str, str] = field(default_factory=lambda: {"": "Variants"})
     """Heading by key."""
     whole: str = ""
-    """Name of the variant that the others are compared with, seed by seed."""
+    """Name of the variant that those without `against` are compared with."""
     prepare: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Command (a script of ours and its arguments) by the file that it makes; left out where the file is there."""
     measures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -133,8 +135,10 @@ def read_plan(path: Path) -> Plan:
         raise ValueError(f"{path}: two variants have the same name")
     if unknown := {variant.group for variant in variants} - set(plan.groups):
         raise ValueError(f"{path}: no heading for the groups {', '.join(sorted(unknown))}")
-    if plan.whole and plan.whole not in names:
-        raise ValueError(f"{path}: whole = {plan.whole!r}: no such variant; there are {', '.join(names)}")
+    named = {"whole": plan.whole} | {f"against of {one.name}": one.against for one in variants}
+    for key, name in named.items():
+        if name and name not in names:
+            raise ValueError(f"{path}: {key} = {name!r}: no such variant; there are {', '.join(names)}")
     return plan
 
 

@@ -28,13 +28,15 @@ MARKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 
 
 def read_table(plan: Plan, tasks: Sequence[Task], runs_dir: Path) -> pandas.DataFrame:
-    """A row for each finished run and stage: variant, group, seed, stage, tokens, seconds and the plan's columns, NaN
-    where there is no such number."""
+    """A row for each finished run and stage: variant, group, seed, where the run began, the seconds of the run that had
+    made that, stage, tokens, seconds and the plan's columns, NaN where there is no such number."""
     rows = []
     for task in tasks:
         if (summary := summary_of(runs_dir / task.name)) is None:
             continue
-        for stage, model in models_of(runs_dir / task.name).items():
+        models = models_of(runs_dir / task.name)
+        before = summary_of(Path(models["start"]).parent) or {}
+        for stage, model in models.items():
             found = dict(summary.get(STAGES[stage]) or {})
             for name in plan.measures:
                 file = output_folder(model, runs_dir) / FILES.get(name, f"{name}.json")
@@ -44,6 +46,8 @@ def read_table(plan: Plan, tasks: Sequence[Task], runs_dir: Path) -> pandas.Data
                     "variant": task.variant.name,
                     "group": task.variant.group,
                     "seed": task.seed,
+                    "start": models["start"],
+                    "warmup": (before.get("seconds") or {}).get("total", math.nan),
                     "stage": stage,
                     "tokens": (summary.get("tokens") or {}).get("sampled", math.nan),
                     "seconds": (summary.get("seconds") or {}).get("total", math.nan),
@@ -74,16 +78,17 @@ def main_table(plan: Plan, table: pandas.DataFrame) -> list[str]:
     """Each variant, and how far it went from the start of the same run."""
     heads = [title for column in plan.columns.values() for title in (column.title, "change")]
     lines = [_row(["variant", *heads, "tokens (k)", "seconds"]), "| --- |" + " ---: |" * (len(heads) + 2)]
-    # The same for all variants of a seed; a program that does not evaluate its start leaves it to the others.
-    known = table.groupby(["stage", "seed"])[[*plan.columns]].first()
-    starts = known.loc["start"]
-    for stage in ("start", "teacher"):
-        cells = [spread(known.loc[stage][key].drop_duplicates(), c.digits) for key, c in plan.columns.items()]
-        lines.append(_row([f"*{stage}*", *(word for cell in cells for word in (cell, "")), "", ""]))
+    # The same for all that began alike with a seed; a program that does not evaluate its start leaves it to them.
+    starts = table[table.stage == "start"].groupby(["start", "seed"])[[*plan.columns]].first()
+    known = {_name_of(start, starts): of for start, of in starts.groupby("start", sort=False)}
+    known["teacher"] = table[table.stage == "teacher"].groupby("seed")[[*plan.columns]].first()
+    for name, of in known.items():
+        cells = [spread(of[key].drop_duplicates(), c.digits) for key, c in plan.columns.items()]
+        lines.append(_row([f"*{name}*", *(word for cell in cells for word in (cell, "")), "", ""]))
     for group, heading in plan.groups.items():
         rows = []
         for name, of in table[table.group == group].groupby("variant", sort=False):
-            after = of[of.stage == "after"].set_index("seed")
+            after = of[of.stage == "after"].set_index(["start", "seed"])
             change = after[[*plan.columns]] - starts.reindex(after.index)
             cells = [f"`{name}`"]
             for key, column in plan.columns.items():
@@ -95,21 +100,35 @@ def main_table(plan: Plan, table: pandas.DataFrame) -> list[str]:
     return lines
 
 
+def _name_of(start: str, starts: pandas.DataFrame) -> str:
+    """What a start is called beside others: its run."""
+    path = Path(start)
+    one = starts.index.get_level_values("start").nunique() == 1
+    return "start" if one else path.parent.name if path.name == "export" else path.name
+
+
+def differences(plan: Plan, table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
+    """By variant that is compared with another: how far it is from that one, a row a seed, with `warmup`."""
+    after = {name: of.set_index("seed") for name, of in table[table.stage == "after"].groupby("variant", sort=False)}
+    found = {}
+    for one in plan.variants:
+        other = one.against or plan.whole
+        if one.name in after and other in after and other != one.name:
+            mine, others = after[one.name], after[other].reindex(after[one.name].index)
+            gaps = mine[[*plan.columns]] - others[[*plan.columns]]
+            found[one.name] = gaps.dropna(how="all").assign(warmup=mine.warmup)
+    return found
+
+
 def paired_table(plan: Plan, table: pandas.DataFrame) -> list[str]:
-    """What changes against `plan.whole`, seed by seed: mean and 95 % interval of the t distribution; ` *` where that
+    """What changes against another variant, seed by seed: mean and 95 % interval of the t distribution; ` *` where that
     leaves zero out."""
-    after = table[table.stage == "after"].set_index(["variant", "seed"])[[*plan.columns]]
-    if plan.whole not in after.index.get_level_values("variant"):
-        return []
-    gaps = (after - after.loc[plan.whole].reindex(after.index, level="seed")).dropna(how="all")
+    own = {one.name: one.against for one in plan.variants if one.against}
     lines = []
-    for name, of in gaps.groupby("variant", sort=False):
-        cells = []
-        for key, column in plan.columns.items():
-            cells.append(paired(of[key].dropna(), column.digits))
-        if name != plan.whole:
-            lines.append(_row([f"`{name}`", *cells]))
-    head = _row([f"against `{plan.whole}`", *(column.title for column in plan.columns.values())])
+    for name, of in differences(plan, table).items():
+        cells = [paired(of[key].dropna(), column.digits) for key, column in plan.columns.items()]
+        lines.append(_row([f"`{name}`" + (f" against `{own[name]}`" if name in own else ""), *cells]))
+    head = _row(["" if own else f"against `{plan.whole}`", *(column.title for column in plan.columns.values())])
     return [head, "| --- |" + " ---: |" * len(plan.columns), *lines] if lines else []
 
 
@@ -134,9 +153,9 @@ def page(plan: Plan, table: pandas.DataFrame, missing: Sequence[str]) -> str:
         *(f"{column.title}: {column.better} is better." for column in plan.columns.values()),
         "Tokens: in the responses that were learnt from. Seconds: the steps of one run, median.",
     ]
-    if plan.whole and (differences := paired_table(plan, table)):
+    if rows := paired_table(plan, table):
         how = " with its 95 % interval (t distribution); `*`: without zero." if len(seeds) > 1 else "."
-        lines += ["", f"Differences to `{plan.whole}`, paired by seed: the mean{how}", "", *differences]
+        lines += ["", f"Differences, paired by seed: the mean{how}", "", *rows]
     lines += ["", "The variants:", "", *(f"- `{variant.name}`: {variant.what}." for variant in known)]
     if missing:
         lines += ["", f"Not finished, so not in the tables: {', '.join(missing)}."]
@@ -144,25 +163,59 @@ def page(plan: Plan, table: pandas.DataFrame, missing: Sequence[str]) -> str:
 
 
 def draw(plan: Plan, table: pandas.DataFrame) -> bytes:
-    """The PNG: a panel for each column, a row for each variant, a dot for each seed, a bar for the mean."""
+    """The PNG: of variants with rivals of their own how far they are from those, over the seconds of their warm-up;
+    else each variant beside the others."""
+    with rc_context(STYLE):
+        figure = _curves(plan, table) if any(one.against for one in plan.variants) else _rows(plan, table)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
+
+
+def _curves(plan: Plan, table: pandas.DataFrame) -> Figure:
+    """A panel for each column, a line through the means for each group, a dot for each seed."""
+    gaps = differences(plan, table)
+    figure = Figure(figsize=(3.1 * max(len(plan.columns), 2), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(plan.columns), squeeze=False)[0]
+    for axes, (key, column) in zip(panels, plan.columns.items(), strict=True):
+        for (group, heading), (colour, shape) in zip(plan.groups.items(), MARKS, strict=False):
+            of = pandas.concat(
+                [
+                    pandas.DataFrame(columns=["warmup", key]),
+                    *(gaps[one.name] for one in plan.variants if one.group == group and one.name in gaps),
+                ]
+            )
+            means = of.groupby("warmup")[key].mean()
+            axes.plot(of.warmup, of[key], shape, color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
+            axes.plot(means.index, means, color=colour, linewidth=1.6, label=heading)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_title(f"{column.title}\n{column.better} is better", fontsize=9, loc="left")
+        axes.set_xlabel("seconds of warm-up")
+        axes.grid(color=GRID)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _rows(plan: Plan, table: pandas.DataFrame) -> Figure:
+    """A panel for each column, a row for each variant, a dot for each seed, a bar for the mean."""
     places: dict[str, Any] = {}
     place = 0.0
     for number, group in enumerate(plan.groups):
         names = table[table.group == group].variant.unique()
         places |= {name: (place + i, MARKS[number % len(MARKS)]) for i, name in enumerate(names)}
         place += len(names) + 0.6 * bool(len(names))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(2.6 * max(len(plan.columns), 2), 0.9 + 0.27 * (place + 1)), layout="constrained")
-        panels = figure.subplots(1, len(plan.columns), sharey=True, squeeze=False)[0]
-        for axes, (key, column) in zip(panels, plan.columns.items(), strict=True):
-            _panel(axes, key, column, places, table)
-        panels[0].set_yticks([row for row, _ in places.values()], list(places), family="monospace")
-        panels[0].set_ylim(place - 0.2, -0.8)
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=130)
-    return out.getvalue()
+    figure = Figure(figsize=(2.6 * max(len(plan.columns), 2), 0.9 + 0.27 * (place + 1)), layout="constrained")
+    panels = figure.subplots(1, len(plan.columns), sharey=True, squeeze=False)[0]
+    for axes, (key, column) in zip(panels, plan.columns.items(), strict=True):
+        _panel(axes, key, column, places, table)
+    panels[0].set_yticks([row for row, _ in places.values()], list(places), family="monospace")
+    panels[0].set_ylim(place - 0.2, -0.8)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
 
 
 def _panel(axes: Axes, key: str, column: Column, places: dict[str, Any], table: pandas.DataFrame) -> None:

@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
@@ -24,8 +25,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -33,13 +36,16 @@ from transformers.utils import logging
 from configs.io.files import locked
 from configs.prompts import as_text, render
 from configs.schema import DataConfig
+from inference.server.launch import launcherless_environment
+from training import distributed
 from training.data.demo import sentences as demo_data
 from training.data.demo import splits as demo_splits
 from training.data.demo import tell as demo_tell
 from training.data.demo import world as demo_world
+from training.data.order import share_of_rank
 
 PAD, EOS = "<pad>", "</s>"
-Size = Literal["demo", "tiny"]
+Size = Literal["demo", "small", "tiny"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,7 @@ class ModelRecipe:
     batch: int
     """Sequences a step."""
     learning_rate: float
-    """Peak of AdamW; linear warm-up over the first 5 %, cosine to a tenth."""
+    """Peak of AdamW; linear warm-up over the first 5 %, cosine to zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +84,20 @@ class Recipe:
     student: ModelRecipe
 
 
+DEMO = Recipe(
+    vocabulary=1024,
+    teacher_contexts=12000,
+    context_share=0.4,
+    tell_share=0.3,
+    text_share=0.1,
+    prompt_weight=0.03,
+    teacher=ModelRecipe(hidden=96, layers=3, steps=2000, batch=32, learning_rate=5e-3),
+    student=ModelRecipe(hidden=64, layers=2, steps=800, batch=64, learning_rate=6e-3),
+)
 RECIPES: dict[Size, Recipe] = {
-    "demo": Recipe(
-        vocabulary=1024,
-        teacher_contexts=12000,
-        context_share=0.4,
-        tell_share=0.25,
-        text_share=0.15,
-        prompt_weight=0.03,
-        teacher=ModelRecipe(hidden=96, layers=3, steps=2000, batch=32, learning_rate=4e-3),
-        student=ModelRecipe(hidden=64, layers=2, steps=800, batch=64, learning_rate=6e-3),
-    ),
+    "demo": DEMO,
+    # A student that can hold still less of what the same teacher knows (configs/crossing.yaml).
+    "small": replace(DEMO, student=replace(DEMO.student, hidden=32)),
     "tiny": Recipe(
         vocabulary=512,
         teacher_contexts=500,
@@ -217,6 +226,14 @@ def batch_loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> torch.Te
     return (losses * weights_BT[:, 1:].flatten()).sum()
 
 
+def cut_in_two(batch: Sequence[Example]) -> list[Sequence[Example]]:
+    """The batch, sorted by length, as a part of short sequences and one of long ones, about as many tokens in each when
+    padded."""
+    lengths = [len(example.ids) for example in batch]
+    cut = min(range(1, len(batch)), key=lambda n: max(n * lengths[n - 1], (len(batch) - n) * lengths[-1]))
+    return [batch[:cut], batch[cut:]]
+
+
 def train(
     model: LlamaForCausalLM,
     streams: Sequence[tuple[float, Sequence[Example]]],
@@ -224,7 +241,8 @@ def train(
     seed: int,
     name: str,
 ) -> None:
-    """AdamW on batches that mix the streams by their shares. Each batch is cut in two by length to save padding."""
+    """AdamW on batches that mix the streams by their shares. Each batch is cut in two by length to save padding; of two
+    processes each takes a part."""
     rng = random.Random(f"{seed}-{name}")
     sources = [(round(share * recipe.batch), cycle(examples, rng)) for share, examples in streams]
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
@@ -236,19 +254,24 @@ def train(
     )
     warmup = max(1, recipe.steps // 20)
     model.train()
-    for step in (
-        progress := tqdm(range(recipe.steps), desc=name, unit="step", leave=False, position=int(name == "demo student"))
-    ):
-        decay = 0.1 + 0.45 * (1 + math.cos(math.pi * step / recipe.steps))
+    progress = tqdm(
+        range(recipe.steps), desc=name, unit="step", leave=False, position=int(name == "demo student"),
+        disable=not distributed.is_main(),
+    )  # fmt: skip
+    for step in progress:
+        decay = (1 + math.cos(math.pi * step / recipe.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / warmup) * decay
         batch = sorted((next(source) for count, source in sources for _ in range(count)), key=lambda one: len(one.ids))
         total = sum(sum(example.weights) for example in batch)
         value = 0.0
-        for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+        for part in share_of_rank(cut_in_two(batch), distributed.rank(), distributed.world_size()):
             loss = batch_loss(model, part) / total
             loss.backward()
             value += loss.item()
+        if distributed.world_size() > 1:
+            gradients = [cast(torch.Tensor, parameter.grad) for parameter in model.parameters()]
+            vector_to_parameters(distributed.sum_in_place(parameters_to_vector(gradients)), gradients)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -307,21 +330,33 @@ def build(root: Path, *, seed: int, size: Size) -> None:
     tokenizer = train_tokenizer(tokenizer_corpus(data), RECIPES[size].vocabulary)
     paths = DemoPaths.below(root)
     builders = []
-    for path in (paths.teacher, paths.student_base):
+    for path, ranks in ((paths.teacher, 2), (paths.student_base, 1)):
         tokenizer.save_pretrained(path)
-        builders.append(subprocess.Popen([sys.executable, __file__, str(path), str(seed), size]))
-    if any([builder.wait() for builder in builders]):
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port()), "WORLD_SIZE": str(ranks)}
+        for rank in range(ranks):
+            environment = launcherless_environment() | meeting | {"RANK": str(rank)}
+            line = [sys.executable, __file__, str(path), str(seed), size]
+            builders.append(subprocess.Popen(line, env=environment))
+    while any(builder.poll() is None for builder in builders):
+        if any(builder.returncode for builder in builders):  # the others may wait for it
+            for builder in builders:
+                builder.terminate()
+        time.sleep(0.1)
+    if any(builder.returncode for builder in builders):
         raise RuntimeError("a model of the demo was not built; what went wrong is above")
 
 
 def build_model(path: Path, seed: int, size: Size) -> None:
-    """Train the model of the folder `path` (teacher or student-base), beside its tokenizer. One thread: matrices this
-    small gain nothing from a second one, so both models are trained side by side."""
+    """Train the model of the folder `path` (teacher or student-base), beside its tokenizer. Matrices this small gain
+    nothing from a second thread, so the models are trained side by side, and the teacher by two processes."""
     torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
     logging.disable_progress_bar()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     make = build_teacher if path.name == "teacher" else build_student
-    make(demo_data.build_demo_data(seed), tokenizer, RECIPES[size], seed).save_pretrained(path)
+    model = make(demo_data.build_demo_data(seed), tokenizer, RECIPES[size], seed)
+    if distributed.is_main():
+        model.save_pretrained(path)
 
 
 def ensure_demo(cache_dir: str | Path, *, seed: int = 0, size: Size = "demo") -> DemoPaths:

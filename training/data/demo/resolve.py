@@ -29,6 +29,7 @@ STAGE1_SOURCES = (
 """Files that the student after stage 1 depends on; a change in one builds it anew."""
 STAGE1: dict[str, dict[str, Any]] = {
     "demo": {},
+    "small": {},
     # The tiny teacher says little that is worth learning.
     "tiny": {"sft.answers": "data", "sft.steps": 160, "sft.learning_rate": 2.0e-3},
 }
