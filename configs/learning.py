@@ -28,6 +28,9 @@ class SamplingConfig:
     """Longest response, in tokens."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature of sampling and of every policy log-probability."""
+    prompts_at_once: NonNegativeInt = 0
+    """Prompts that a rank samples at a time: the cache is that much smaller, and the teacher scores them while the next
+    ones are sampled. 0: all of the step."""
     teacher_mix: ZeroToBelowOne = 0.0
     """alpha: share of the teacher in what is sampled from (MiniLLM, arXiv 2306.08543, section 2.2). 0: student only."""
     mix_by: Literal["token", "response"] = "token"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 
 import torch
 
@@ -18,7 +20,7 @@ from rewards.tokens import sum_by_response
 from training import distributed
 from training.advantages import has_signal
 from training.algorithms import ALGORITHMS
-from training.data.order import replacement_positions
+from training.data.order import replacement_positions, share_of_rank
 from training.experience import Corpus, Experience, Prompt, Rewarded, Rollout, Scored, join, take
 from training.losses import truncated_importance
 from training.objective import LossWeights
@@ -87,7 +89,7 @@ def collect(run: Run, prompts: Sequence[Prompt], step: Step) -> Rewarded:
     """Answer the prompts; where grpo.no_signal is `resample`, answer others in place of groups that teach nothing.
     Collective."""
     config = run.config
-    batch = reward(run, score(run, answer(run, prompts, step), step), step)
+    batch = reward(run, score(run, *answer(run, prompts, step), step), step)
     if not (learns_from_groups(config) and config.grpo.no_signal == "resample"):
         return batch
     pool, count = run.corpus.prompts, len(prompts)
@@ -99,15 +101,39 @@ def collect(run: Run, prompts: Sequence[Prompt], step: Step) -> Rewarded:
         # A rank without such a group answers one prompt as well, which is then not used: sampling is in step.
         slots = [first + n for n in silent] or [first]
         chosen = replacement_positions(slots, len(pool), config.seed, step.number, attempt)
-        fresh = reward(run, score(run, answer(run, [pool[i] for i in chosen], step), step), step)
+        fresh = reward(run, score(run, *answer(run, [pool[i] for i in chosen], step), step), step)
         batch = take(join(batch, fresh), [count + silent.index(n) if n in silent else n for n in range(count)])
     return batch
 
 
-def answer(run: Run, prompts: Sequence[Prompt], step: Step) -> Rollout:
-    """Responses of the student, of the teacher, or of both. Collective."""
-    with step.clock("sample"):
-        return distributed.together(lambda: _answer(run, prompts, step.number), TeacherLost)
+def answer(run: Run, prompts: Sequence[Prompt], step: Step) -> tuple[Rollout, list[PendingView]]:
+    """Responses of the student, of the teacher, or of both, and what each teacher is to say of them: it is asked about
+    sampling.prompts_at_once prompts while the next ones are answered. Collective."""
+    at_once = run.config.sampling.prompts_at_once or len(prompts)
+    # As many times on each rank, and nowhere without a prompt: sampling is in step.
+    times = int(distributed.max_over_ranks(math.ceil(len(prompts) / max(at_once, 1))))
+    times = max(min(times, int(-distributed.max_over_ranks(-len(prompts)))), 1)
+    rollouts, asked = [], []
+    for part in range(times):
+        with step.clock("sample"):
+            some = share_of_rank(prompts, part, times)
+            rollouts.append(distributed.together(partial(_answer, run, some, step.number), TeacherLost))
+        asked.append(_ask(run, rollouts[-1], step))
+    return reduce(join, rollouts), [joined(views) for views in zip(*asked, strict=True)]
+
+
+def _ask(run: Run, rollout: Rollout, step: Step) -> list[PendingView]:
+    """Send a rollout to each teacher."""
+    exact, entries = step.weights.single_step > 0, run.config.loss.single_step_entries
+    return [
+        run.models.teacher.ask(rollout, whole_distribution=exact, entries=entries),
+        *(link.ask(rollout, whole_distribution=False) for link in run.models.others),
+    ]
+
+
+def joined(views: Sequence[PendingView]) -> PendingView:
+    """Waits for all of them."""
+    return lambda: reduce(join, [wait() for wait in views])
 
 
 def _answer(run: Run, prompts: Sequence[Prompt], step: int) -> Rollout:
@@ -125,14 +151,9 @@ def _answer(run: Run, prompts: Sequence[Prompt], step: int) -> Rollout:
         mixture.close()
 
 
-def score(run: Run, rollout: Rollout, step: Step) -> Scored:
+def score(run: Run, rollout: Rollout, asked: Sequence[PendingView], step: Step) -> Scored:
     """What the teachers say, while reference and critic run. Collective."""
     config, models = run.config, run.models
-    exact = step.weights.single_step > 0
-    asked: list[PendingView] = [
-        models.teacher.ask(rollout, whole_distribution=exact, entries=config.loss.single_step_entries),
-        *(link.ask(rollout, whole_distribution=False) for link in models.others),
-    ]
     translated = models.bilingual.ask(rollout) if models.bilingual else None
     with step.clock("reference"):
         full_kl = config.loss.kl_estimator == "full" and step.weights.kl > 0

@@ -15,7 +15,7 @@ from training.objective import pt_coef, single_step_coef
 from training.run.cli import COMMON, DEMO_CONFIGS, dump_config, instantiate, load_config, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-PLANS = ("frames.yaml", "ablation.yaml", "miniature.yaml", "sentiment.yaml")
+PLANS = ("frames.yaml", "ablation.yaml", "crossing.yaml", "miniature.yaml", "sentiment.yaml")
 RUNS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name not in PLANS)
 
 
@@ -185,3 +185,25 @@ def test_a_number_out_of_its_range_is_named_wherever_it_stands(key: str, value: 
 
     with pytest.raises(ValueError, match=rf"^{re.escape(key)} = {value!r}: must .*{mend}"):
         validate(changed(RunConfig(), key.split(".")))
+
+
+def test_the_demos_settings_are_for_the_demos_models() -> None:
+    """Its learning rate would ruin any other model that comes without a file of its own."""
+    from training.run.cli import demo_config, parse, parse_supervised
+
+    def rate(*flags: str) -> float:
+        return parse(flags, "test", demo_config).actor.learning_rate
+
+    assert (
+        rate()
+        == rate("--student.path", "runs/warm/export")
+        == load_config(DEMO_CONFIGS / "grpo_minillm.yaml").actor.learning_rate
+    )
+    assert rate("--student.path", "own/7b", "--teacher.path", "own/70b") == RunConfig().actor.learning_rate
+    assert rate("--student.path", "own/7b", "--data.warmup", "own.jsonl") == RunConfig().actor.learning_rate
+
+    def supervised(*flags: str) -> float:
+        return parse_supervised(flags, "test", "warm").sft.learning_rate
+
+    assert supervised() == load_config(DEMO_CONFIGS / "sft.yaml").sft.learning_rate
+    assert supervised("--student.path", "own/7b", "--data.warmup", "own.jsonl") == RunConfig().sft.learning_rate

@@ -13,6 +13,7 @@ from typing import NoReturn
 import jsonargparse
 import yaml
 
+from configs.models import DEMO, DEMO_STAGE1
 from configs.schema import RunConfig, validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,10 +73,10 @@ def make_parser(description: str) -> _Parser:
 def parse(
     argv: Sequence[str],
     description: str,
-    default_config: Callable[[RunConfig], Path],
+    default_config: Callable[[RunConfig], Path | None],
     tools: Mapping[str, str] | None = None,
 ) -> RunConfig:
-    """Read `argv`. Without `--config`, `default_config` names the YAML for the algorithm and reward asked for.
+    """Read `argv`. Without `--config`, `default_config` names the YAML for what is asked for; None: defaults alone.
 
     `tools`: flags that do something else in place of the run, with their help; which of them were asked for is the
     caller's to see in `argv`.
@@ -88,15 +89,15 @@ def parse(
     arguments = [a for a in argv if not a.startswith("--local_rank") and a not in (tools or {})]
     arguments = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):
-        asked = instantiate(parser, arguments)
-        arguments = ["--config", str(default_config(asked)), *arguments]
+        found = default_config(instantiate(parser, arguments))
+        arguments = arguments if found is None else ["--config", str(found), *arguments]
     return instantiate(parser, arguments)
 
 
 def parse_supervised(argv: Sequence[str], description: str, name: str) -> RunConfig:
-    """Read and check the arguments of stage 0 or 1, whose YAML is configs/demo/sft.yaml without `--config`; the run is
-    called `name` unless `--name` says otherwise."""
-    config = parse(argv, description, lambda _: DEMO_CONFIGS / "sft.yaml")
+    """Read and check the arguments of stage 0 or 1, for the demo with configs/demo/sft.yaml without `--config`; the run
+    is called `name` unless `--name` says otherwise."""
+    config = parse(argv, description, lambda asked: DEMO_CONFIGS / "sft.yaml" if is_demo(asked) else None)
     try:
         validate(config)
     except ValueError as error:
@@ -111,10 +112,19 @@ def instantiate(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -
     return RunConfig(**fields)
 
 
-def demo_config(config: RunConfig) -> Path:
-    """The demo's YAML for the pair of algorithm and reward; the default pair's for a pair that has none."""
+def is_demo(config: RunConfig) -> bool:
+    """Whether a run is the demo's, or goes on with what came of its student. The demo's settings are for models of less
+    than a million parameters: their learning rate would ruin any other."""
+    known = config.student.path in (DEMO, DEMO_STAGE1)
+    return known or (config.teacher.path == DEMO and config.data.warmup == DEMO)
+
+
+def demo_config(config: RunConfig) -> Path | None:
+    """The demo's YAML for the pair of algorithm and reward, the default pair's for a pair that has none; None where the
+    run is not the demo's."""
     file = DEMO_CONFIGS / f"{config.algo}_{config.reward}.yaml"
-    return file if file.is_file() else DEMO_CONFIGS / "grpo_minillm.yaml"
+    found = file if file.is_file() else DEMO_CONFIGS / "grpo_minillm.yaml"
+    return found if is_demo(config) else None
 
 
 def load_config(path: Path) -> RunConfig:

@@ -42,12 +42,12 @@ class TeacherFacts:
             layer_VD[rows] = layer_VD[list(self.exchanged.values())]
         return layer_VD
 
-    @property
+    @cached_property
     def softcap(self) -> float | None:
         """See `logit_softcap`."""
         return logit_softcap(self.path)
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Rows of the teacher's output layer."""
         return int(AutoConfig.from_pretrained(self.path).get_text_config().vocab_size)

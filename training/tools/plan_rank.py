@@ -232,7 +232,7 @@ def rank_memory(config: RunConfig, tracer: Tracer, world: int, device: Device = 
     row_prompts, rows = rows_of(config, facts.prompt_tokens, mini)
     key, blocks = _trace_key(config), _text_blocks(config, world)
     questions = replace(config.sampling, group_size=config.eval.kl_samples)
-    sampled = tracer.sampling(config.sampling, mine)
+    sampled = tracer.sampling(config.sampling, min(mine, config.sampling.prompts_at_once or mine))
     asked = tracer.sampling(questions, _questions(config, world))
     extra = forward_extra(tracer.student, actor)
     moments = {

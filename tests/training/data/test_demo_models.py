@@ -67,7 +67,7 @@ def test_the_full_demo_is_quick_and_its_teacher_knows(tmp_path: Path) -> None:
     def f1(model: Path) -> float:
         greedy = Drawing(end_tokens=[tokenizer.eos_token_id], generators=None)
         samples = sample(load_policy(model, "float32").eval(), prompts, config, greedy)
-        answers = tokenizer.batch_decode([list(r) for r in samples.responses], skip_special_tokens=True)
+        answers = tokenizer.batch_decode([list(r) for r in samples.responses_B], skip_special_tokens=True)
         return 100 * sum(token_f1(a, row["answers"]) for a, row in zip(answers, rows, strict=True)) / len(rows)
 
     assert f1(paths.teacher) >= 85

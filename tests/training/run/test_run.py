@@ -81,7 +81,11 @@ def test_two_ranks_sample_and_learn_what_one_rank_does(finished_run: Path, tmp_p
 
 def test_zero_3_on_two_ranks_changes_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
     """The other stages: tests/training/student/test_ranks.py."""
-    finish(command(tmp_path, demo_cache, "--steps", "3", "--actor.zero_stage", "3", ranks=2))
+    finish(
+        command(
+            tmp_path, demo_cache, "--steps", "3", "--actor.zero_stage", "3", "--sampling.prompts_at_once", "3", ranks=2
+        )
+    )
     for one, other in zip(timeless(metrics(finished_run)), timeless(metrics(tmp_path / "grpo-minillm")), strict=True):
         for key in one:
             assert other[key] == pytest.approx(one[key], abs=1e-3), key
