@@ -24,6 +24,13 @@ KEYS = ("reward/mean", "kl/teacher", "kl/reference", "length/mean", "loss/policy
         "loss/value", "grad_norm", "entropy", "clip_share", "tokens/sampled")  # fmt: skip
 
 
+RATES = {"minillm": "3e-3", "teacher_logprob": "3e-4"}
+CRITIC = {
+    "minillm": ("--critic.learning_rate", "3e-3"),
+    "teacher_logprob": ("--critic.learning_rate", "1e-3", "--ppo.kl_penalty", "0.1"),
+}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> tuple[Path, Path, dict[str, Any]]:
     """Student and teacher of seeded random weights with the demo's tokenizer, and the demo's settings."""
@@ -56,7 +63,8 @@ def test_five_steps_are_what_they_were(
         command(
             tmp_path, demo_cache, *paths, "--algo", algo, "--reward", reward, "--steps", "5", "--eval.questions", "4",
             "--student.path", str(student), "--teacher.path", str(teacher), "--name", "run", "--loss.kl_coef", "0.05",
-            "--actor.updates_per_rollout", "2", "--sampling.max_new_tokens", "12",
+            "--actor.updates_per_rollout", "2", "--sampling.max_new_tokens", "12", "--actor.learning_rate", RATES[reward],
+            "--actor.schedule", "cosine", "--actor.warmup_steps", "10", *(CRITIC[reward] if algo == "ppo" else ()),
         )
     )  # fmt: skip
     assert f"reward/{reward}" in metrics(tmp_path / "run")[-1]

@@ -84,7 +84,8 @@ def test_the_share_of_finished_answers_does_not_fall(
     assert f"({turn}) for the teacher, and each stands for the other" in done.stderr
     shares = [row["length/finished_share"] for row in metrics(tmp_path / "runs" / "grpo-minillm")]
     assert sum(shares[:4]) / 4 > 0.1
-    assert sum(shares[-4:]) >= sum(shares[:4]) - 0.2
+    # Of 256 answers each: where they no longer end the sum falls by more than 1, and chance moves it by 0.15.
+    assert sum(shares[-4:]) >= sum(shares[:4]) - 0.4
 
 
 def pair_of(pair: str, template: str, finished_run: Path, tmp_path: Path, demo_cache: Path) -> tuple[list[str], int]:
@@ -100,5 +101,6 @@ def pair_of(pair: str, template: str, finished_run: Path, tmp_path: Path, demo_c
     files = {"prompts": "warmup", "warmup": "warmup", "heldout": "heldout", "text": "text"}
     data = [f"--data.{name}={config['data'][file]}" for name, file in files.items()]
     models = [f"--student.path={student}", f"--teacher.path={teacher}", "--student.prompt=plain"]
-    learning = ["--steps=20", "--actor.learning_rate=3e-3", "--teacher.tensor_parallel=1"]
+    learning = ["--steps=20", "--actor.learning_rate=3e-3", "--actor.schedule=cosine", "--actor.warmup_steps=10"]
+    learning += ["--teacher.tensor_parallel=1"]
     return [*command(tmp_path / "runs", demo_cache), *data, *models, *learning], turn
