@@ -220,10 +220,12 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 27,
                           "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 896, "patch_size": 14},
     },
+    "small": {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 4},
     "gpt-sw3-6.7b": {"model_type": "gpt2", "vocab_size": 64000, "n_embd": 4096, "n_layer": 32, "n_head": 32,
                      "n_inner": 16384, "n_positions": 2048, "activation_function": "gelu"},
 }  # fmt: skip
-"""The numbers of the published config.json."""
+"""The numbers of the published config.json, and a small student."""
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +304,7 @@ def test_every_teacher_is_planned_and_one_that_transformers_runs_says_so(
     shape = {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32}
     (tmp_path / "bloom" / "config.json").write_text(json.dumps(shape))
     config = {
-        "student": {"path": str(public / "llama-2-7b")},
+        "student": {"path": str(public / "small")},
         "teacher": {"path": str(tmp_path / "bloom"), "dtype": "bfloat16"},
         "teachers": [{"name": "big", "path": str(public / "llama-2-70b"), "dtype": "bfloat16"}],
     }
