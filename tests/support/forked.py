@@ -36,7 +36,7 @@ SCRIPTS = {
         "training/tools/doctor.py", "training/teacher/api_teacher.py", "inference/serve_teacher.py",
         "eval/report.py", "eval/heldout.py", "eval/measure.py", "eval/run_experiment.py", "eval/run_euroeval.py",
         "tests/support/rank_worker.py", "tests/support/doctor_worker.py", "tests/support/teacher_ranks.py",
-        "tests/support/teacher_loading.py",
+        "tests/support/teacher_loading.py", "tests/support/started.py",
     )
 }  # fmt: skip
 MODULES = {"deepspeed.launcher.launch"}
@@ -87,7 +87,7 @@ class Forker:
             ends = [given if given >= 0 else n for n, given in enumerate((in_read, out_write, err_write))]
             with self._lock:
                 if self._connection is None:
-                    self._connection = _prepare(self._base, self._execute)
+                    self._connection = _prepare(self._base)
                 self._libc.prctl(_SUBREAPER, 1, 0, 0, 0)  # a process whose parent ends becomes a child of this one
                 try:
                     socket.send_fds(self._connection, [json.dumps(message).encode()], ends)
@@ -120,12 +120,16 @@ def _same_imports(wanted: Mapping[str, str], base: Mapping[str, str]) -> bool:
 
 
 def install(base: Mapping[str, str]) -> None:
-    """From now on `subprocess` forks our programs. What is imported for them is imported with the variables `base`."""
-    if sys.platform.startswith("linux"):
+    """From now on `subprocess` forks our programs. What is imported for them is imported with the variables `base`.
+
+    Not where CUDA may be in use, which no fork survives, nor where coverage is measured, which begins with a process.
+    """
+    measured = any(name.startswith("COVERAGE_") for name in base)
+    if sys.platform.startswith("linux") and not Path("/dev/nvidiactl").exists() and not measured:
         subprocess._fork_exec = Forker(base)  # type: ignore[attr-defined]
 
 
-def _prepare(base: Mapping[str, str], execute: Any) -> socket.socket:
+def _prepare(base: Mapping[str, str]) -> socket.socket:
     """Start the process that forks; it ends when this one has closed the socket."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
