@@ -40,7 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all processes of a test run (pytest-xdist gives each a folder of its own below the same one)."""
+    """One folder for all processes of a test run (pytest-xdist gives each a folder of its own below the same one);
+    GRPO_KD_TESTS_SHARED names one for several runs."""
+    if given := os.environ.get("GRPO_KD_TESTS_SHARED"):
+        return Path(given)
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 

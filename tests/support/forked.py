@@ -215,7 +215,7 @@ def _run(words: list[str]) -> None:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = str(Path(name).resolve().parent)
-        runpy.run_path(name, run_name="__main__")
+        runpy.run_path(os.path.abspath(name), run_name="__main__")
 
 
 if __name__ == "__main__":
