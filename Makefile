@@ -5,11 +5,12 @@ ENV := export GRPO_KD_NEEDS=dev; source slurm/env.sh
 
 .PHONY: test test-slow test-slurm lint format demo clean
 
-# Files side by side, a process for each core; then, one after the other, what is held to seconds.
+# Files side by side, a process for each core; then, one after the other, what is held to seconds. Both use one demo.
 test: lint
-	@$(ENV) && python -m pytest -m "not slow and not gpu and not alone" -n "$$(nproc)" --dist loadfile \
-		--no-loadscope-reorder --durations 30 --durations-min 10
-	@$(ENV) && python -m pytest -m "alone and not slow and not gpu" --durations 10
+	@$(ENV) && export GRPO_KD_TESTS_SHARED=$$(mktemp -d) && trap 'rm -rf $$GRPO_KD_TESTS_SHARED' EXIT && \
+	python -m pytest -m "not slow and not gpu and not alone" -n "$$(nproc)" --dist loadfile \
+		--no-loadscope-reorder --durations 30 --durations-min 10 && \
+	python -m pytest -m "alone and not slow and not gpu" --durations 10
 
 test-slow:
 	@$(ENV) && python -m pytest -m "slow and not gpu" --timeout 3600

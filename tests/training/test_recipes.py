@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,14 @@ def test_warp_exports_a_student_half_way_from_the_start(tmp_path: Path, demo_cac
 
 
 def test_everything_around_the_loop_at_once(tmp_path: Path, demo_cache: Path) -> None:
-    options = ["--steps", "3", "--sampling.teacher_mix", "0.3", "--reference.update", "ema", "--loss.kl_coef", "0.1",
+    options = ["--steps", "4", "--sampling.teacher_mix", "0.3", "--reference.update", "ema", "--loss.kl_coef", "0.1",
                "--loss.kl_estimator", "full", "--loss.pt_schedule.kind", "linear", "--loss.pt_schedule.steps", "3",
                "--loss.gradient_shares_every", "2",
                "--phases.every", "2", "--phases.steps", "2", "--loss.importance_cap", "2",
                "--reference.kl_limit", "100"]  # fmt: skip
     folder = run(tmp_path, demo_cache, *options, "--checkpoint.every", "1")
-    rows = metrics(folder)
+    unbroken = metrics(folder)
+    rows = unbroken[:3]
     assert rows[0]["kl/start"] == pytest.approx(0.0, abs=1e-9)
     assert rows[2]["kl/start"] > 0
     assert rows[1]["loss/kl"] > 0  # full KL to the reference
@@ -91,10 +93,13 @@ def test_everything_around_the_loop_at_once(tmp_path: Path, demo_cache: Path) ->
     for step, row in enumerate(rows):  # lambda_PT falls from 0.1 to 0 over three steps
         terms = row["loss/policy"] + 0.1 * row["loss/kl"] + row["loss/single_step"]
         assert row["loss/total"] == pytest.approx(terms + 0.1 * (1 - step / 3) * row["loss/pt"], rel=1e-4)
-    # A moving reference is part of the checkpoint: the run goes on as if it had not stopped.
-    unbroken = run(tmp_path / "again", demo_cache, *options, "--steps", "4")
-    finish(command(tmp_path, demo_cache, *FEW, *options, "--checkpoint.every", "1", "--steps", "4"))
-    assert timeless(metrics(folder)) == timeless(metrics(unbroken))
+    # A moving reference is part of the checkpoint: from that of step 3 the run goes on as if it had not stopped.
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    (folder / "checkpoints" / "latest").write_text("step-000003")
+    run(tmp_path, demo_cache, *options, "--checkpoint.every", "1")
+    assert timeless(metrics(folder)) == timeless(unbroken)
+    assert metrics(folder)[3] != unbroken[3], "it was done again"
 
 
 def test_responses_of_the_teacher_among_the_students_carry_their_weight(tmp_path: Path, demo_cache: Path) -> None:
@@ -105,12 +110,14 @@ def test_responses_of_the_teacher_among_the_students_carry_their_weight(tmp_path
     assert all("groups/without_signal" in row for row in rows)
 
 
-def test_the_teachers_likeliest_entries_bound_the_single_step_term_from_below(tmp_path: Path, demo_cache: Path) -> None:
-    def first(*options: str) -> dict[str, float]:
-        name = options[-1] if options else "exact"
-        return metrics(run(tmp_path / name, demo_cache, "--steps", "1", *options))[0]
+def test_the_teachers_likeliest_entries_bound_the_single_step_term_from_below(
+    finished_run: Path, tmp_path: Path, demo_cache: Path
+) -> None:
+    def first(entries: str) -> dict[str, float]:
+        options = ["--steps", "1", "--loss.single_step_entries", entries]
+        return metrics(run(tmp_path / entries, demo_cache, *options))[0]
 
-    exact, most, few = first(), first("--loss.single_step_entries", "64"), first("--loss.single_step_entries", "2")
+    exact, most, few = metrics(finished_run)[0], first("64"), first("2")
     assert 0 < few["loss/single_step"] < most["loss/single_step"] < exact["loss/single_step"]
     assert few["kl/teacher"] == pytest.approx(exact["kl/teacher"], rel=1e-4)  # the same samples, the same scores
 

@@ -143,16 +143,3 @@ def test_stage_1_with_the_teachers_answers_asks_no_question_twice(tmp_path: Path
     finish([*start, *rest, "--threads", "1", "--name", "again"])
     assert newest.stat().st_mtime_ns == written
     assert (tmp_path / "again" / "export" / "model.safetensors").is_file()
-
-
-def test_another_student_is_asked_beside_and_is_what_its_own_run_says(
-    finished_run: Path, tmp_path: Path, demo_cache: Path
-) -> None:
-    """The start itself as the baseline: its numbers are those of the start, and the table has them."""
-    start = yaml.safe_load((finished_run / "config.yaml").read_text())["student"]["path"]
-    done = finish(command(tmp_path, demo_cache, "--steps", "1", "--eval.beside", start, "--name", "beside"))
-    summary = json.loads((tmp_path / "beside" / "summary.json").read_text())
-    for name, value in summary["eval_before"].items():
-        assert summary["eval_beside"][name] == pytest.approx(value, abs=1e-4), name
-    assert "student beside" in done.stdout
-    assert summary["eval_beside"] != summary["eval_after"]

@@ -106,7 +106,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def early(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> Path:
     """An unbroken run that is validated every second step and stops early."""
     runs = tmp_path_factory.mktemp("early")
-    finish(command(runs, demo_cache, "--steps", "12", "--name", "run", *EARLY))
+    finish(command(runs, demo_cache, "--steps", "12", "--name", "run", *EARLY), page=True)
     return runs / "run"
 
 
@@ -149,15 +149,19 @@ def test_a_resumed_run_decides_as_the_unbroken_one(early: Path, tmp_path: Path, 
     assert "finished already" in done.stdout
 
 
-def test_validation_changes_no_number_of_training(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
-    """Questions of a file of their own: the same three steps as without."""
+def test_validation_and_a_student_beside_change_no_number_of_training(
+    finished_run: Path, tmp_path: Path, demo_cache: Path
+) -> None:
+    """Questions of a file of their own, and the start as the baseline, whose numbers are then those of the start: the
+    same three steps as without."""
+    start = yaml.safe_load((finished_run / "config.yaml").read_text())["student"]["path"]
     file = tmp_path / "validation.jsonl"
     rows = [{"question": f"Hvat er {n} og {n}?", "answers": [str(2 * n)]} for n in range(5)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finish(
+    done = finish(
         command(
             tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2", "--eval.every", "1",
-            "--data.validation", str(file), "--eval.metric", "reverse_kl",
+            "--data.validation", str(file), "--eval.metric", "reverse_kl", "--eval.beside", start,
         )
     )  # fmt: skip
     run = tmp_path / "grpo-minillm"
@@ -170,6 +174,11 @@ def test_validation_changes_no_number_of_training(finished_run: Path, tmp_path: 
     assert all(torch.equal(one[name], other[name]) for name in one)
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["eval"]["every"] == 1
+    summary = json.loads((run / "summary.json").read_text())
+    for name, value in summary["eval_before"].items():
+        assert summary["eval_beside"][name] == pytest.approx(value, abs=1e-4), name
+    assert "student beside" in done.stdout
+    assert summary["eval_beside"] != summary["eval_after"]
 
 
 def test_held_out_questions_as_validation_are_refused(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:

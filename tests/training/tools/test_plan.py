@@ -220,10 +220,15 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 27,
                           "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 896, "patch_size": 14},
     },
+    "small": {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 4},
     "gpt-sw3-6.7b": {"model_type": "gpt2", "vocab_size": 64000, "n_embd": 4096, "n_layer": 32, "n_head": 32,
                      "n_inner": 16384, "n_positions": 2048, "activation_function": "gelu"},
 }  # fmt: skip
-"""The numbers of the published config.json."""
+"""The numbers of the published config.json, and a small student."""
+SHORT = ["--data.max_prompt_tokens", "256", "--sampling.max_new_tokens", "8", "--sampling.group_size", "4",
+         "--actor.micro_batch_tokens", "512"]  # fmt: skip
+"""Rows that are traced in little time; what is asserted of a pair does not depend on them."""
 
 
 @pytest.fixture(scope="module")
@@ -273,18 +278,19 @@ def test_only_an_adapter_is_trained(public: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "student", "teacher", "equal"),
+    ("config", "student", "teacher", "equal", "rows"),
     [
-        pytest.param("gemma3_27b_mistral_7b", "mistral-7b", "gemma-3-27b", False, marks=pytest.mark.slow),
-        ("llama2_70b_llama2_7b", "llama-2-7b", "llama-2-70b", True),
-        ("gemma3_27b_gptsw3_6_7b", "gpt-sw3-6.7b", "gemma-3-27b", False),
+        pytest.param("gemma3_27b_mistral_7b", "mistral-7b", "gemma-3-27b", False, [], marks=pytest.mark.slow),
+        ("llama2_70b_llama2_7b", "llama-2-7b", "llama-2-70b", True, SHORT),
+        ("gemma3_27b_gptsw3_6_7b", "gpt-sw3-6.7b", "gemma-3-27b", False, SHORT),
     ],
 )
 def test_real_pairs_from_config_json_alone(
-    config: str, student: str, teacher: str, equal: bool, public: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    config: str, student: str, teacher: str, equal: bool, rows: list[str], public: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     paths = ["--student.path", str(public / student), "--teacher.path", str(public / teacher)]
-    assert main(["--plan", "--config", str(ROOT / "configs" / f"{config}.yaml"), *paths]) == 0
+    assert main(["--plan", "--config", str(ROOT / "configs" / f"{config}.yaml"), *paths, *rows]) == 0
     page = capsys.readouterr().out
     assert f"taken as {'equal' if equal else 'different'}" in page
     assert ("teacher's output layer" in page) is equal
@@ -302,12 +308,12 @@ def test_every_teacher_is_planned_and_one_that_transformers_runs_says_so(
     shape = {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32}
     (tmp_path / "bloom" / "config.json").write_text(json.dumps(shape))
     config = {
-        "student": {"path": str(public / "llama-2-7b")},
+        "student": {"path": str(public / "small")},
         "teacher": {"path": str(tmp_path / "bloom"), "dtype": "bfloat16"},
         "teachers": [{"name": "big", "path": str(public / "llama-2-70b"), "dtype": "bfloat16"}],
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    assert main(["--plan", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert main(["--plan", "--config", str(tmp_path / "run.yaml"), *SHORT]) == 0
     page = capsys.readouterr().out
     assert "teacher: transformers runs it (bloom, bfloat16), in one process: 14.14 GB of weights" in page
     assert "One rank of teachers[0] by tensor-parallel size (llama, bfloat16), GB" in page
@@ -317,7 +323,7 @@ def test_every_teacher_is_planned_and_one_that_transformers_runs_says_so(
     config["teachers"][0]["path"] = str(tmp_path / "nothing")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit):
-        main(["--plan", "--config", str(tmp_path / "run.yaml")])
+        main(["--plan", "--config", str(tmp_path / "run.yaml"), *SHORT])
     assert capsys.readouterr().err.startswith("error: teachers[0].path = ")
 
 
