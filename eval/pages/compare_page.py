@@ -19,7 +19,14 @@ from eval.pages.run_files import RunFiles
 SHOWN_TRANSLATIONS = 6
 NOT_COMPARED = ("name", "runs_dir", "cache_dir", "report_to", "threads")
 """Settings that change no number."""
-HEADLINES = ("heldout/f1", "heldout/reverse_kl", "euroeval/foqa/f1", "euroeval/scala-fo/mcc", "bits/fo")
+HEADLINES = (
+    "heldout/f1",
+    "heldout/reverse_kl",
+    "heldout/open_kl",
+    "euroeval/foqa/f1",
+    "euroeval/scala-fo/mcc",
+    "bits/fo",
+)
 
 
 def render_comparison(comparison: Comparison, plots: Mapping[str, list[Plot]], title: str) -> str:

@@ -74,6 +74,9 @@ _KNOWN = {
     "heldout/f1": Measure("heldout", "F1, %", True, 1),
     "heldout/exact_match": Measure("heldout", "Exact match, %", True, 1),
     "heldout/reverse_kl": Measure("heldout", "Reverse KL, nats a token", False, 3),
+    "heldout/open_right": Measure("heldout", "Open: right, %", True, 1),
+    "heldout/open_different": Measure("heldout", "Open: right and different, %", True, 1),
+    "heldout/open_kl": Measure("heldout", "Open: reverse KL", False, 3),
     "euroeval/foqa/f1": Measure("euroeval", "FoQA F1", True, 1),
     "euroeval/foqa/em": Measure("euroeval", "FoQA exact match", True, 1),
     "euroeval/scala-fo/mcc": Measure("euroeval", "ScaLA-fo MCC", True, 1),
@@ -125,8 +128,9 @@ def read_heldout(result: Result, folder: Path) -> Scores:
         if key in result.values:
             examples = means(ids, [row[key] for row in rows]) if len(set(ids)) == len(ids) else None
             found[f"heldout/{key}"] = _score(result.values[key].value, examples, conditions)
-    if "reverse_kl" in result.values and math.isfinite(distance := result.numbers["reverse_kl"]):
-        found["heldout/reverse_kl"] = Score(value=distance, conditions=conditions)
+    for key in ("reverse_kl", "open_right", "open_different", "open_kl"):  # of all samples together: no examples
+        if key in result.values and math.isfinite(value := result.numbers[key]):
+            found[f"heldout/{key}"] = Score(value=value, conditions=conditions)
     return found
 
 
