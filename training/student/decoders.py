@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from inference.attention.grouped import DecodePlan, PrefillPlan
+from inference.attention.grouped import DecodePlan, PrefillPlan, PromptCache
 from inference.attention.packing import Group, pack_row
 from training.student.plain_decoders import PlainDecoder, UncachedDecoder
 from training.student.policy import Policy, Way
@@ -34,18 +34,23 @@ def make_decoder(policy: Policy, prompts: Sequence[tuple[int, ...]], group_size:
     return (PlainDecoder if policy.way is Way.PLAIN else UncachedDecoder)(policy, prompts, group_size)
 
 
+def prefilled(policy: Policy, prompts: Sequence[tuple[int, ...]], group_size: int) -> tuple[PromptCache, torch.Tensor]:
+    """Keys and values of the prompts, and the logits [B, V] of each response's first token."""
+    row = pack_row([Group(prompt=tuple(p), responses=()) for p in prompts]).to(next(policy.parameters()).device)
+    prefill = PrefillPlan(row)
+    hidden = policy.hidden(row.tokens_T, row.positions_T, prefill)
+    last = torch.cumsum(prefill.cache.lengths_N, 0) - 1
+    return prefill.cache, policy.logits(hidden[last]).repeat_interleave(group_size, 0)
+
+
 class GroupedDecoder:
     """Each prompt is prefilled once; its responses decode against that one cache, each with a suffix of its own."""
 
     def __init__(self, policy: Policy, prompts: Sequence[tuple[int, ...]], group_size: int, longest: int) -> None:
         self._policy = policy
         self._device = next(policy.parameters()).device
-        row = pack_row([Group(prompt=tuple(p), responses=()) for p in prompts]).to(self._device)
-        prefill = PrefillPlan(row)
-        hidden = policy.hidden(row.tokens_T, row.positions_T, prefill)
-        last = torch.cumsum(prefill.cache.lengths_N, 0) - 1
-        self.first_BV = policy.logits(hidden[last]).repeat_interleave(group_size, 0)
-        self._plan = DecodePlan(prefill.cache, group_size, longest)
+        cache, self.first_BV = prefilled(policy, prompts, group_size)
+        self._plan = DecodePlan(cache, group_size, longest)
 
     def advance(self, rows_A: torch.Tensor, tokens_A: torch.Tensor) -> torch.Tensor:
         """See `Decoder.advance`."""
