@@ -13,10 +13,9 @@ import torch.nn.functional as F
 
 from configs.schema import SamplingConfig
 from rewards.tokens import from_grid
-from training.student.decoders import Decoder, make_decoder
+from training.student.decoders import Decoder, StaticDecoder, make_decoder
 from training.student.few_rows import few_rows
 from training.student.policy import Policy, Way
-from training.student.static_decoder import StaticDecoder
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,7 @@ def _decode_on_device(
 
     def choose(logits_BV: torch.Tensor, t_1: torch.Tensor) -> torch.Tensor:
         logprobs = _at_temperature(logits_BV, config.temperature)
-        greedy = uniform_BR is None
-        chosen = logprobs.argmax(-1) if greedy else draw(logprobs, uniform_BR.index_select(1, t_1)[:, 0])
+        chosen = logprobs.argmax(-1) if uniform_BR is None else draw(logprobs, uniform_BR.index_select(1, t_1)[:, 0])
         tokens_BR.index_copy_(1, t_1, chosen[:, None])
         logprobs_BR.index_copy_(1, t_1, logprobs.gather(-1, chosen[:, None]))
         return chosen

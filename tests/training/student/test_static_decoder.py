@@ -19,7 +19,7 @@ from tests.support.model_zoo import FAMILIES, PROMPTS, make
 from tests.support.recorded_graph import Refused, recorded
 from tests.training.student.test_model_zoo import DOCS
 from training.data.order import random_stream
-from training.student import sampling, static_decoder
+from training.student import decoders, sampling
 from training.student.policy import Policy, Way
 from training.student.sampling import LOOK, Drawing, Samples, sample
 
@@ -39,8 +39,8 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Capture], None]:
     """Sample as on CUDA from now on, with this in place of the graph; spans are short."""
 
     def switch(capture: Capture) -> None:
-        monkeypatch.setattr(static_decoder, "SPAN", 8)
-        monkeypatch.setattr(static_decoder, "captured", capture)
+        monkeypatch.setattr(decoders, "SPAN", 8)
+        monkeypatch.setattr(decoders, "captured", capture)
         monkeypatch.setattr(sampling, "stays_on_device", lambda *_: True)
 
     return switch
@@ -122,7 +122,7 @@ def test_a_step_that_no_graph_can_hold_is_said_once(
     assert_same(drawn(policy), want)
     assert not policy.capturable
     assert_same(drawn(policy), want)
-    line = "a decoding step of LlamaForCausalLM cannot be a CUDA graph, sampling goes on without: Refused: nonzero "
+    line = "a decoding step of LlamaForCausalLM cannot be a CUDA graph, sampling goes on without: nonzero "
     assert [record.getMessage() for record in caplog.records] == [line + "waits for the device"]
 
 
