@@ -91,14 +91,14 @@ class StaticDecoder:
         self._plan = StaticDecodePlan(cache, group_size, longest)
         self._tokens_B = choose(first_BV, self._plan.step_1)
         self._passes = 0
-        self._run: Callable[[], None] = self._step
+        self._replay: Callable[[], None] | None = None
 
     def advance(self) -> None:
         """Choose the next token of each response."""
         if self._passes % SPAN:
-            self._run()
+            (self._replay or self._step)()
         else:
-            self._run = self._step  # lets go of the graph before, and of its memory
+            self._replay = None  # lets go of the graph before, and of its memory
             self._read = min(self._passes + SPAN, self._longest)
             self._step()  # makes what is made once: the cache, workspaces of the kernels
             self._capture()
@@ -116,11 +116,11 @@ class StaticDecoder:
         if not self._policy.capturable or self._passes + 2 >= self._longest:
             return
         try:
-            self._run = captured(self._step)
+            self._replay = captured(self._step)
         except Exception as error:  # a model's class may do anything in a step: wait for the device, copy from the host
             self._policy.capturable = False
-            reason = error.__context__ or error  # ending a broken capture fails as well
-            text, name = " ".join(str(reason).split())[:200], type(self._policy.model).__name__
+            # Ending a broken capture fails as well, and says less.
+            text, name = " ".join(str(error.__context__ or error).split())[:200], type(self._policy.model).__name__
             log.warning("a decoding step of %s cannot be a CUDA graph, sampling goes on without: %s", name, text)
 
 

@@ -6,7 +6,9 @@ itself is tests/gpu/test_gpu_sampling.py's.
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +46,14 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Capture], None]:
         monkeypatch.setattr(sampling, "stays_on_device", lambda *_: True)
 
     return switch
+
+
+def broken(step: Callable[[], None]) -> Callable[[], None]:
+    """A capture in which something waited for the device."""
+    try:
+        raise Refused("nonzero waits\nfor the device")
+    finally:  # as the end of a capture does
+        raise RuntimeError("operation failed due to a previous error during capture")
 
 
 def assert_same(ours: Samples, want: Samples) -> None:
@@ -112,18 +122,30 @@ def test_a_step_that_no_graph_can_hold_is_said_once(
     policy = Policy(make("llama"))
     want = drawn(policy)
 
-    def broken(step: Callable[[], None]) -> Callable[[], None]:
-        try:
-            raise Refused("nonzero waits\nfor the device")
-        finally:  # as the end of a capture does
-            raise RuntimeError("operation failed due to a previous error during capture")
-
     on_device(broken)
     assert_same(drawn(policy), want)
     assert not policy.capturable
     assert_same(drawn(policy), want)
     line = "a decoding step of LlamaForCausalLM cannot be a CUDA graph, sampling goes on without: nonzero "
     assert [record.getMessage() for record in caplog.records] == [line + "waits for the device"]
+
+
+@pytest.mark.parametrize("capture", [recorded, broken])
+def test_its_cache_goes_with_it(capture: Capture, on_device: Callable[[Capture], None]) -> None:
+    """Gigabytes on a GPU, which the update needs: they may not wait for Python's collector of cycles."""
+    on_device(capture)
+    decoder = decoders.StaticDecoder(Policy(make("llama")), PROMPTS, 4, 22, lambda logits, t: logits.argmax(-1))
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                decoder.advance()
+        cache = weakref.ref(decoder._plan)
+        del decoder
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_where_it_is_chosen() -> None:
