@@ -302,7 +302,6 @@ class Bench:
         torch.manual_seed(0)
         with self.device:
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
-        model.set_attn_implementation(attention.register_with_transformers())
         return Policy(model)
 
     def actor(self) -> Actor:
