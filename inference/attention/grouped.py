@@ -260,8 +260,10 @@ class DecodePlan:
         self._values: dict[int, torch.Tensor] = {}
         self._rows_A = torch.empty(0, dtype=torch.int64)
         self._everybody = False
-        self._hidden: dict[int | None, torch.Tensor | None] = {}
+        self._hidden: dict[int | None, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self._step = -1
+        self._read = 0
+        """Own slots that a query reads."""
 
     def advance(self, rows_A: torch.Tensor) -> torch.Tensor:
         """Start the next step with the active responses `rows_A` (int64 [A], indices in [0, N*G)).
@@ -271,6 +273,7 @@ class DecodePlan:
         self._step += 1
         if self._step >= self._max_new:
             raise ValueError(f"step {self._step} is past the {self._max_new} preallocated slots")
+        self._read = self._step + 1
         self._rows_A = rows_A
         self._everybody = len(rows_A) == len(self._prompts.lengths_N) * self._group
         # What the full view hides (padding) does not change from step to step; a window moves.
@@ -291,34 +294,36 @@ class DecodePlan:
         """See `AttentionPlan.attend`; T = A active responses, one query each."""
         prompt_key, prompt_value = self._prompts.keys[layer], self._prompts.values[layer]
         N, K, P, D = prompt_key.shape
-        G, per_kv, step = self._group, query_THD.shape[1] // K, self._step
+        G, per_kv = self._group, query_THD.shape[1] // K
         if layer not in self._keys:
             self._keys[layer] = prompt_key.new_zeros(N, K, G, self._max_new, D)
             self._values[layer] = prompt_key.new_zeros(N, K, G, self._max_new, D)
         keys, values = self._keys[layer], self._values[layer]
         # [A, ...] in the order of the batch; slots of finished responses hold zeros that nobody reads.
         query_BHD, key_BKD, value_BKD = (self._all_slots(t) for t in (query_THD, key_TKD, value_TKD))
-        keys[:, :, :, step] = key_BKD.view(N, G, K, D).transpose(1, 2)
-        values[:, :, :, step] = value_BKD.view(N, G, K, D).transpose(1, 2)
+        self._write(keys, key_BKD.view(N, G, K, D).transpose(1, 2))
+        self._write(values, value_BKD.view(N, G, K, D).transpose(1, 2))
 
         query = query_BHD.mul(scale).view(N, G, K, per_kv, D).transpose(1, 2).contiguous()
         scores = torch.cat(
             [
                 (query.view(N * K, G * per_kv, D) @ prompt_key.flatten(0, 1).transpose(1, 2)).view(-1, per_kv, P),
-                query.view(-1, per_kv, D) @ keys.view(-1, self._max_new, D)[:, : step + 1].transpose(1, 2),
+                query.view(-1, per_kv, D) @ keys.view(-1, self._max_new, D)[:, : self._read].transpose(1, 2),
             ],
             -1,
         )
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        blocked = self._blocked(window)
-        if blocked is not None:
-            scores.view(N, K * G * per_kv, -1)[..., :P].masked_fill_(blocked[:, None], -torch.inf)
-        if window is not None and step >= window:
-            scores[:, :, P : P + step - window + 1].fill_(-torch.inf)
+        if window not in self._hidden:
+            self._hidden[window] = self._blocked(window)
+        of_prompt, own = self._hidden[window]
+        if of_prompt is not None:
+            scores.view(N, K * G * per_kv, -1)[..., :P].masked_fill_(of_prompt[:, None], -torch.inf)
+        if own is not None:
+            scores[..., P:].masked_fill_(own, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         from_prompt = weights.view(N * K, G * per_kv, -1)[..., :P] @ prompt_value.flatten(0, 1)
-        suffix_value = values.view(-1, self._max_new, D)[:, : step + 1]
+        suffix_value = values.view(-1, self._max_new, D)[:, : self._read]
         out = torch.baddbmm(from_prompt.view(-1, per_kv, D), weights[..., P:], suffix_value)
         out_BHD = out.view(N, K, G, per_kv, D).transpose(1, 2).reshape(N * G, K * per_kv, D)
         return out_BHD if self._everybody else out_BHD[self._rows_A]
@@ -331,21 +336,52 @@ class DecodePlan:
         slots[self._rows_A] = active
         return slots
 
-    def _blocked(self, window: int | None) -> torch.Tensor | None:
-        """bool [N, P], true where a prompt slot is padding or has left the window; None: nowhere. Once a step."""
-        if window not in self._hidden:
-            longest = max(self._prompts.lengths)
-            padded = min(self._prompts.lengths) < longest
-            if not padded and (window is None or longest + self._step < window):
-                self._hidden[window] = None
-                return None
-            lengths = self._prompts.lengths_N[:, None]
-            column = torch.arange(self._prompts.longest, device=lengths.device)[None]
-            blocked = column >= lengths
-            if window is not None:
-                blocked |= lengths + self._step - column >= window
-            self._hidden[window] = blocked
-        return self._hidden[window]
+    def _write(self, cache_NKGRD: torch.Tensor, new_NKGD: torch.Tensor) -> None:
+        """Put this step's keys or values into their slots."""
+        cache_NKGRD[:, :, :, self._step] = new_NKGD
+
+    def _blocked(self, window: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """bool [N, P], true where a prompt slot is padding or has left the window; bool [slots read], the same of
+        their own. None: nowhere. Once a step."""
+        longest, own = max(self._prompts.lengths), None
+        if window is not None and self._step >= window:
+            own = torch.arange(self._read, device=self._prompts.lengths_N.device) <= self._step - window
+        padded = min(self._prompts.lengths) < longest
+        if not padded and (window is None or longest + self._step < window):
+            return None, own
+        return self._hidden_prompt(window, self._step), own
+
+    def _hidden_prompt(self, window: int | None, step: int | torch.Tensor) -> torch.Tensor:
+        lengths = self._prompts.lengths_N[:, None]
+        column = torch.arange(self._prompts.longest, device=lengths.device)[None]
+        blocked = column >= lengths
+        return blocked if window is None else blocked | (lengths + step - column >= window)
+
+
+class StaticDecodePlan(DecodePlan):
+    """`DecodePlan` as a CUDA graph needs it: the step is a tensor, a query reads a fixed number of its own slots, and
+    every response stays in the batch. Shapes and the host's part are the same in each step."""
+
+    def __init__(self, prompts: PromptCache, group_size: int, max_new_tokens: int) -> None:
+        super().__init__(prompts, group_size, max_new_tokens)
+        self._everybody = True
+        self._first_B = prompts.lengths_N.repeat_interleave(group_size)
+        self.step_1 = torch.zeros(1, dtype=torch.int64, device=prompts.lengths_N.device)
+        """int64 [1] the slot that the next pass writes; whoever makes the pass counts it on."""
+
+    def begin(self, read: int) -> torch.Tensor:
+        """Start a pass in which each response reads its first `read` slots, more than `step_1`. Returns positions,
+        int64 [B]."""
+        self._read, self._hidden = read, {}
+        return self._first_B + self.step_1
+
+    def _write(self, cache_NKGRD: torch.Tensor, new_NKGD: torch.Tensor) -> None:
+        cache_NKGRD.index_copy_(3, self.step_1, new_NKGD[:, :, :, None])
+
+    def _blocked(self, window: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        slot = torch.arange(self._read, device=self.step_1.device)
+        own = slot > self.step_1 if window is None else (slot > self.step_1) | (slot <= self.step_1 - window)
+        return self._hidden_prompt(window, self.step_1), own
 
 
 def _transformers_attention(

@@ -17,7 +17,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,11 @@ from inference.attention.packing import pack
 from tests.gpu import bench_shapes as shapes
 from tests.gpu.bench_shapes import GROUP, Shape, Work
 from tests.support.experiences import experience_of, prompts_of, rollout_of
+from tests.support.recorded_graph import recorded
 from training.experience import Prompt, Rollout
 from training.objective import LossWeights, UpdateInput
 from training.student import actor as actor_module
+from training.student import decoders, sampling
 from training.student.actor import Actor
 from training.student.decoders import make_decoder
 from training.student.deepspeed_engine import start_distributed
@@ -129,12 +131,16 @@ class Bench:
                 self.measure("reference", label, kernel, once, reference)
                 if actor is not None:
                     self.measure("update", label, kernel, replace(once, factor=3), update)
-        variant = "grouped" if grouped else "plain rows"
         work = shapes.decode(self.prompts, P, R)
-        few, more = (self.decoding(policy, tokens, length) for length in (FEW, MORE))
-        self.measure("decode", label, variant, work, self.decoding(policy, tokens, R), (few, more))
+        for variant in ("grouped, graph", "grouped, no graph") if grouped else ("plain rows",):
+            graph = variant == "grouped, graph"
+            whole, few, more = (self.decoding(policy, tokens, length, graph=graph) for length in (R, FEW, MORE))
+            with self.graph(graph):
+                self.measure("decode", label, variant, work, whole, (few, more))
 
-    def decoding(self, policy: Policy, prompts: list[tuple[int, ...]], response: int) -> Callable[[], float]:
+    def decoding(
+        self, policy: Policy, prompts: list[tuple[int, ...]], response: int, *, graph: bool
+    ) -> Callable[[], float]:
         """Our sampler to the last token; it returns the seconds after the first."""
         config = SamplingConfig(group_size=GROUP, max_new_tokens=response)
 
@@ -143,7 +149,10 @@ class Bench:
             streams = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
             drawing = Drawing((), streams, on_step=lambda t: clock.start() if t == 0 else None)
             sample(policy, prompts, config, drawing)
-            return clock.stop()
+            seconds = clock.stop()
+            if graph and not policy.capturable:
+                raise RuntimeError("the decoding step could not be captured: the log says why")
+            return seconds
 
         return run
 
@@ -276,6 +285,16 @@ class Bench:
             with mock.patch.object(attention, "flash_attention", lambda device: None):  # noqa: PT008
                 yield
 
+    @contextmanager
+    def graph(self, wanted: bool) -> Iterator[None]:
+        """Decode by a captured graph (on a CPU: by a recording of the step), or without."""
+        with ExitStack() as stack:
+            if not wanted or self.device.type == "cpu":
+                stack.enter_context(mock.patch.object(sampling, "stays_on_device", return_value=wanted))
+            if self.device.type == "cpu":
+                stack.enter_context(mock.patch.object(decoders, "captured", recorded))
+            yield
+
     # What it is measured on ------------------------------------------------------------------------------------------
 
     def policy(self) -> Policy:
@@ -283,7 +302,6 @@ class Bench:
         torch.manual_seed(0)
         with self.device:
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
-        model.set_attn_implementation(attention.register_with_transformers())
         return Policy(model)
 
     def actor(self) -> Actor:

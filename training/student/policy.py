@@ -60,6 +60,8 @@ class Policy(nn.Module):
         self._way = Way.PACKED if getattr(model, "_supports_attention_backend", False) else Way.PLAIN
         self.unknown_V: torch.Tensor | None = None
         """bool [V] columns that no token has; None: every column has one."""
+        self.capturable = True
+        """Whether a decoding step may be a CUDA graph; false once that has failed."""
         self._own_attention = model.config._attn_implementation
 
         if self.grouped:

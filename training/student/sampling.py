@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from configs.schema import SamplingConfig
 from rewards.tokens import from_grid
-from training.student.decoders import Decoder, make_decoder
+from training.student.decoders import Decoder, StaticDecoder, make_decoder
 from training.student.few_rows import few_rows
-from training.student.policy import Policy
+from training.student.policy import Policy, Way
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def _first_beyond(cumulative: torch.Tensor, wanted: torch.Tensor) -> torch.Tenso
     return torch.minimum(torch.searchsorted(cumulative, wanted, right=True), torch.searchsorted(cumulative, total))
 
 
+LOOK = 16
+"""Tokens between two looks at which responses have ended, where tokens stay on the device: a look waits for it."""
 Mixture = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From step t, the active responses [A], the token that each chose last (nothing at t = 0) and the policy's
 log-probabilities [A, V] to those that are drawn from, [A, V]."""
@@ -83,28 +85,31 @@ class Drawing:
 def sample(policy: Policy, prompts: Sequence[tuple[int, ...]], config: SamplingConfig, drawing: Drawing) -> Samples:
     """Sample `config.group_size` responses to each prompt."""
     with few_rows(policy.model, len(prompts) * config.group_size):
+        if stays_on_device(policy, drawing):
+            return _decode_on_device(policy, prompts, config, drawing)
         decoder = make_decoder(policy, prompts, config.group_size, config.max_new_tokens)
         return _decode(decoder, config, drawing)
+
+
+def stays_on_device(policy: Policy, drawing: Drawing) -> bool:
+    """Whether the host leaves the steps to the device: on CUDA, in packed rows, where no other distribution and no
+    other rank has a say in each of them, and a graph has not failed yet."""
+    alone = drawing.mixture is None and drawing.any_rank is bool
+    return next(policy.parameters()).device.type == "cuda" and policy.way is Way.PACKED and alone and policy.capturable
 
 
 def _decode(decoder: Decoder, config: SamplingConfig, drawing: Drawing) -> Samples:
     """Token by token; a finished response leaves the batch."""
     logits, longest = decoder.first_BV, config.max_new_tokens
     batch, device = len(logits), logits.device  # the model's work is done there, the bookkeeping on the CPU
-    uniform_BR = None
-    if drawing.generators is not None:
-        numbers = [torch.rand(config.group_size, longest, generator=g, dtype=torch.float64) for g in drawing.generators]
-        uniform_BR = torch.cat(numbers)
+    uniform_BR = _uniform(config, drawing)
     ends = torch.tensor(sorted(drawing.end_tokens), dtype=torch.int64)
     tokens = torch.zeros(batch, longest, dtype=torch.int64)
     full, drawn_from = torch.zeros(batch, longest), torch.zeros(batch, longest)
-    lengths = torch.zeros(batch, dtype=torch.int64)
-    finished = torch.zeros(batch, dtype=torch.bool)
     active = torch.arange(batch)
     for t in range(longest):
         if len(active):
-            scaled = logits.float() if config.temperature == 1.0 else logits.float() / config.temperature
-            logprobs = scaled.log_softmax(-1)
+            logprobs = _at_temperature(logits, config.temperature)
             if uniform_BR is None:
                 source, chosen = logprobs, logprobs.argmax(-1)
             else:
@@ -114,16 +119,63 @@ def _decode(decoder: Decoder, config: SamplingConfig, drawing: Drawing) -> Sampl
             full[active, t] = logprobs.gather(-1, chosen[:, None])[:, 0].cpu()
             drawn_from[active, t] = source.gather(-1, chosen[:, None])[:, 0].cpu()
             tokens[active, t] = chosen = chosen.cpu()
-            lengths[active] += 1
-            ended = torch.isin(chosen, ends)
-            finished[active[ended]] = True
-            active = active[~ended]
+            active = active[~torch.isin(chosen, ends)]
         drawing.on_step(t)
         if t + 1 == longest or not drawing.any_rank(len(active) > 0):
             break
         # A rank that has finished keeps step with the others on one dummy response; nothing of it is kept.
         rows = active if len(active) else torch.zeros(1, dtype=torch.int64)
         logits = decoder.advance(rows, tokens[rows, t])
+    return _up_to_the_end(tokens, ends, full, drawn_from)
+
+
+def _decode_on_device(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], config: SamplingConfig, drawing: Drawing
+) -> Samples:
+    """The same tokens; a finished response stays in the batch, and what it goes on to say is cut off."""
+    device, longest = next(policy.parameters()).device, config.max_new_tokens
+    uniform_BR = _uniform(config, drawing)
+    uniform_BR = None if uniform_BR is None else uniform_BR.to(device)
+    ends = torch.tensor(sorted(drawing.end_tokens), dtype=torch.int64)
+    tokens_BR = torch.zeros(len(prompts) * config.group_size, longest, dtype=torch.int64, device=device)
+    logprobs_BR = torch.zeros(tokens_BR.shape, device=device)
+
+    def choose(logits_BV: torch.Tensor, t_1: torch.Tensor) -> torch.Tensor:
+        logprobs = _at_temperature(logits_BV, config.temperature)
+        chosen = logprobs.argmax(-1) if uniform_BR is None else draw(logprobs, uniform_BR.index_select(1, t_1)[:, 0])
+        tokens_BR.index_copy_(1, t_1, chosen[:, None])
+        logprobs_BR.index_copy_(1, t_1, logprobs.gather(-1, chosen[:, None]))
+        return chosen
+
+    decoder = StaticDecoder(policy, prompts, config.group_size, longest, choose)
+    drawing.on_step(0)
+    for t in range(1, longest):
+        if t % LOOK == 0 and bool(torch.isin(tokens_BR[:, :t].cpu(), ends).any(1).all()):
+            break
+        decoder.advance()
+        drawing.on_step(t)
+    logprobs = logprobs_BR.cpu()
+    return _up_to_the_end(tokens_BR.cpu(), ends, logprobs, logprobs)
+
+
+def _uniform(config: SamplingConfig, drawing: Drawing) -> torch.Tensor | None:
+    """float64 [B, R] the random number of each token; None: greedy."""
+    if drawing.generators is None:
+        return None
+    shape = (config.group_size, config.max_new_tokens)
+    return torch.cat([torch.rand(shape, generator=g, dtype=torch.float64) for g in drawing.generators])
+
+
+def _at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """float32 log-probabilities [A, V]."""
+    return (logits.float() if temperature == 1.0 else logits.float() / temperature).log_softmax(-1)
+
+
+def _up_to_the_end(tokens: torch.Tensor, ends: torch.Tensor, full: torch.Tensor, drawn_from: torch.Tensor) -> Samples:
+    """Of grids [B, R]: each response to its first end symbol; one without is as long as the grid."""
+    is_end = torch.isin(tokens, ends)
+    finished = is_end.any(1)
+    lengths = torch.where(finished, is_end.int().argmax(1) + 1, tokens.shape[1])
     return Samples(
         responses_B=tuple(tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)),
         finished_B=finished,
