@@ -63,8 +63,9 @@ def test_five_steps_are_what_they_were(
         command(
             tmp_path, demo_cache, *paths, "--algo", algo, "--reward", reward, "--steps", "5", "--eval.questions", "4",
             "--student.path", str(student), "--teacher.path", str(teacher), "--name", "run", "--loss.kl_coef", "0.05",
-            "--actor.updates_per_rollout", "2", "--sampling.max_new_tokens", "12", "--actor.learning_rate", RATES[reward],
-            "--actor.schedule", "cosine", "--actor.warmup_steps", "10", *(CRITIC[reward] if algo == "ppo" else ()),
+            "--actor.updates_per_rollout", "2", "--sampling.max_new_tokens", "12",
+            "--actor.learning_rate", RATES[reward], "--actor.schedule", "cosine",
+            "--actor.warmup_steps", "10", *(CRITIC[reward] if algo == "ppo" else ()),
         )
     )  # fmt: skip
     assert f"reward/{reward}" in metrics(tmp_path / "run")[-1]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+import transformers
 
 from tests.support.model_zoo import FAMILIES, ROOT, Found, try_student
+from training.student.loading import mean_gap, own_logprobs, probe
+from training.student.policy import Policy
 
 DOCS = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
@@ -29,3 +33,25 @@ def test_what_is_refused_says_why() -> None:
     found = try_student("bert")
     assert found == Found(found.way, None)
     assert re.match(r"student.path = 'bert': BertLMHeadModel cannot be trained here: its log-probabilities", found.way)
+
+
+def test_what_rounding_does_is_measured_in_the_models_own_type() -> None:
+    """Half of the embedding's numbers one step lower: little in float32, in bfloat16 at least
+    a thousand times as much. The weights stay as they were."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.3,
+        )  # fmt: skip
+        policy = Policy(transformers.LlamaForCausalLM(config).to(dtype).eval())
+        before = policy.model.get_input_embeddings().weight.detach().clone()
+        groups = probe(policy)
+        with torch.no_grad():
+            own_S = own_logprobs(policy, groups)
+            found[dtype] = mean_gap(own_logprobs(policy, groups, rounded=True), own_S)
+            assert torch.equal(own_logprobs(policy, groups), own_S)
+        assert torch.equal(policy.model.get_input_embeddings().weight, before)
+    assert 0 < found[torch.float32] < 1e-5
+    assert found[torch.bfloat16] > 1000 * found[torch.float32]
