@@ -79,7 +79,7 @@ def main_table(plan: Plan, table: pandas.DataFrame) -> list[str]:
     heads = [title for column in plan.columns.values() for title in (column.title, "change")]
     lines = [_row(["variant", *heads, "tokens (k)", "seconds"]), "| --- |" + " ---: |" * (len(heads) + 2)]
     # The same for all that began alike with a seed; a program that does not evaluate its start leaves it to them.
-    starts = table[table.stage == "start"].groupby(["start", "seed"])[[*plan.columns]].first()
+    starts = table[table.stage == "start"].groupby(["start", "seed"], sort=False)[[*plan.columns]].first()
     known = {_name_of(start, starts): of for start, of in starts.groupby("start", sort=False)}
     known["teacher"] = table[table.stage == "teacher"].groupby("seed")[[*plan.columns]].first()
     for name, of in known.items():
@@ -194,6 +194,7 @@ def _curves(plan: Plan, table: pandas.DataFrame) -> Figure:
         axes.grid(color=GRID)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
+    panels[0].set_ylabel("difference to the rival")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
