@@ -29,14 +29,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SWITCH, PAGES = "GRPO_KD_TESTS_FORK", "GRPO_KD_TESTS_PAGES"
 REPORT = [sys.executable, str(ROOT / "eval" / "report.py")]
+# Not those that measure their own memory: a fork begins with that of all imports.
 SCRIPTS = {
     ROOT / name
     for name in (
         "training/main.py", "training/sft.py", "training/pretrain.py", "training/data/demo/models.py",
         "training/tools/doctor.py", "training/teacher/api_teacher.py", "inference/serve_teacher.py",
-        "eval/report.py", "eval/heldout.py", "eval/measure.py", "eval/run_experiment.py", "eval/run_euroeval.py",
+        "eval/report.py", "eval/heldout.py", "eval/measure.py", "eval/run_experiment.py",
         "tests/support/rank_worker.py", "tests/support/doctor_worker.py", "tests/support/teacher_ranks.py",
-        "tests/support/teacher_loading.py", "tests/support/started.py",
+        "tests/support/started.py",
     )
 }  # fmt: skip
 MODULES = {"deepspeed.launcher.launch"}

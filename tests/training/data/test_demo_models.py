@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.training.run.test_leaving import wait_until
+from training.data.demo import models
 from training.data.demo.models import DemoPaths, ensure_demo
 
 
@@ -23,15 +27,28 @@ def test_the_demo_is_built_once_and_found_again(demo_cache: Path) -> None:
     assert ensure_demo(demo_cache, size="tiny").teacher.parent != demo_cache
 
 
+def ensure_untrained(folder: Path) -> None:
+    """`ensure_demo` with a builder that trains nothing, and is not done before two processes have come this far."""
+
+    def build(root: Path, *, seed: int, size: models.Size) -> None:
+        (root / f"by-{os.getpid()}").touch()
+        assert wait_until(lambda: len([*folder.glob("came-*")]) == 2, 150)
+
+    (folder / f"came-{os.getpid()}").touch()
+    with mock.patch.object(models, "build", build):
+        ensure_demo(folder / "cache", size="tiny")
+
+
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=ensure_demo, args=(tmp_path,), kwargs={"size": "tiny"}) for _ in "ab"]
+    workers = [context.Process(target=ensure_untrained, args=(tmp_path,)) for _ in "ab"]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(200)
         assert worker.exitcode == 0
-    assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 1
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert len([*folder.iterdir()]) == 1
 
 
 def test_student_and_teacher_share_a_tokenizer_that_reads_faroese(demo_cache: Path) -> None:
