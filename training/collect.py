@@ -89,7 +89,7 @@ def collect(run: Run, prompts: Sequence[Prompt], step: Step) -> Rewarded:
     """Answer the prompts; where grpo.no_signal is `resample`, answer others in place of groups that teach nothing.
     Collective."""
     config = run.config
-    batch = reward(run, score(run, *answer(run, prompts, step), step), step)
+    batch = _rewarded(run, prompts, step)
     if not (learns_from_groups(config) and config.grpo.no_signal == "resample"):
         return batch
     pool, count = run.corpus.prompts, len(prompts)
@@ -101,9 +101,14 @@ def collect(run: Run, prompts: Sequence[Prompt], step: Step) -> Rewarded:
         # A rank without such a group answers one prompt as well, which is then not used: sampling is in step.
         slots = [first + n for n in silent] or [first]
         chosen = replacement_positions(slots, len(pool), config.seed, step.number, attempt)
-        fresh = reward(run, score(run, *answer(run, [pool[i] for i in chosen], step), step), step)
+        fresh = _rewarded(run, [pool[i] for i in chosen], step)
         batch = take(join(batch, fresh), [count + silent.index(n) if n in silent else n for n in range(count)])
     return batch
+
+
+def _rewarded(run: Run, prompts: Sequence[Prompt], step: Step) -> Rewarded:
+    rollout, asked = answer(run, prompts, step)
+    return reward(run, score(run, rollout, step, asked), step)
 
 
 def answer(run: Run, prompts: Sequence[Prompt], step: Step) -> tuple[Rollout, list[PendingView]]:
@@ -151,9 +156,10 @@ def _answer(run: Run, prompts: Sequence[Prompt], step: int) -> Rollout:
         mixture.close()
 
 
-def score(run: Run, rollout: Rollout, asked: Sequence[PendingView], step: Step) -> Scored:
-    """What the teachers say, while reference and critic run. Collective."""
+def score(run: Run, rollout: Rollout, step: Step, asked: Sequence[PendingView] | None = None) -> Scored:
+    """What the teachers say, while reference and critic run; `asked` is what they were asked already. Collective."""
     config, models = run.config, run.models
+    asked = _ask(run, rollout, step) if asked is None else asked
     translated = models.bilingual.ask(rollout) if models.bilingual else None
     with step.clock("reference"):
         full_kl = config.loss.kl_estimator == "full" and step.weights.kl > 0
