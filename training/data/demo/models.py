@@ -254,10 +254,8 @@ def train(
     )
     warmup = max(1, recipe.steps // 20)
     model.train()
-    progress = tqdm(
-        range(recipe.steps), desc=name, unit="step", leave=False, position=int(name == "demo student"),
-        disable=not distributed.is_main(),
-    )  # fmt: skip
+    place, quiet = int(name == "demo student"), not distributed.is_main()
+    progress = tqdm(range(recipe.steps), name, leave=False, unit="step", position=place, disable=quiet)
     for step in progress:
         decay = (1 + math.cos(math.pi * step / recipe.steps)) / 2
         for group in optimizer.param_groups:
