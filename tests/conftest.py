@@ -10,26 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from tests.support import forked
-from tests.support.runs import environment
-
-
-def pytest_sessionstart() -> None:
-    """Programs are forks of one process that has imported what they import (tests/support/forked.py)."""
-    forked.install(environment())
-
-
-@pytest.fixture(scope="module")
-def real_starts() -> Iterator[None]:
-    """Programs are executed as users execute them: for tests of starts, launchers and signals."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(forked.SWITCH, "0")
-        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,5 +48,5 @@ def finished_run(shared_folder: Path, demo_cache: Path) -> Path:
     runs = shared_folder / "finished"
     with locked(shared_folder / "finished.lock"):
         if not (runs / "grpo-minillm" / "summary.json").is_file():
-            finish(command(runs, demo_cache, "--steps", "3", "--checkpoint.every", "2"), page=True)
+            finish(command(runs, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
     return runs / "grpo-minillm"

@@ -17,8 +17,6 @@ from tests.support.runs import ROOT, TINY, environment, finish
 from training.data.preflight import check_world
 from training.run.cli import TOOLS, load_config, make_parser
 
-pytestmark = pytest.mark.usefixtures("real_starts")
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 OURS = ("bash", "deepspeed", "make", "python", "sbatch", "torchrun")

@@ -49,6 +49,11 @@ def ensure_launcher_environment() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
+def join_on_cpu() -> None:
+    """Meet the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of, without DeepSpeed."""
+    dist.init_process_group("gloo")
+
+
 def check_port() -> None:
     """Raises ValueError where rank 0 cannot have the port at which the ranks meet: the launcher's is always 29500, so
     of two runs on one machine the second would end in a trace. (torchrun has opened its port by now.)"""

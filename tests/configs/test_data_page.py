@@ -17,8 +17,6 @@ from tests.support.tiny_tokenizers import build_tokenizer, save_tiny
 from training.data.prompts import load_prompts
 from training.run.cli import load_config
 
-pytestmark = pytest.mark.usefixtures("real_starts")
-
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 FIRST = [["Tórshavn", "Havn"], ["1920"], ["1920"], [" Tórshavn"], ["Tórshavn"], ["Tórshavn"], ["Tórshavn"], ["1920"]]
 

@@ -25,7 +25,7 @@ from inference.protocol.wire import Request
 from tests.support.teacher_models import VOCAB, build, save_tokenizer
 from tests.support.teacher_servers import SECRET, commands_with, memory_kib, serve, wait_until_gone
 
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("real_starts")]
+pytestmark = pytest.mark.alone
 
 GROUPS = (Group((5, 6, 7), ((8, 9), (10,))),)
 SESSIONS = 1000

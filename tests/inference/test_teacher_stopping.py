@@ -25,8 +25,6 @@ from tests.support.runs import free_port
 from tests.support.teacher_models import build, save_tokenizer
 from tests.support.teacher_servers import SECRET, SERVER, serve, wait_ready
 
-pytestmark = pytest.mark.usefixtures("real_starts")
-
 GROUPS = (Group((5, 6, 7), ((8, 9), (10,)), 0),)
 
 

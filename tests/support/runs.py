@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.forked import PAGES
-
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--demo_size", "tiny", "--prompts_per_step", "8", "--threads", "1", "--eval.questions", "24"]
 TINY += ["--sampling.max_new_tokens", "12"]
@@ -47,14 +45,10 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def finish(
-    command: Sequence[str], code: int = 0, timeout: float = 400, page: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Run to the end; the exit code is asserted with the output in the message. The pictures and report.html of a run,
-    which make no difference to it, are drawn for those who ask for the `page`."""
-    env = environment() | ({} if page else {PAGES: "0"})
+def finish(command: Sequence[str], code: int = 0, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the exit code is asserted with the output in the message."""
     done = subprocess.run(
-        list(command), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
+        list(command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done

@@ -24,7 +24,7 @@ from tests.support.runs import ROOT, command, environment, finish_ranks, metrics
 from tests.support.teacher_models import save_tokenizer
 from tests.training.run.test_leaving import processes_of, wait_until
 
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("real_starts")]
+pytestmark = pytest.mark.alone
 
 FOREVER = ["--steps", "100000", "--checkpoint.every", "2", "--eval.questions", "2"]
 NAME = "grpo-minillm"

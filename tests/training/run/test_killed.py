@@ -25,8 +25,6 @@ from safetensors.torch import load_file
 from tests.support.runs import ROOT, command, environment, finish, metrics, timeless
 from tests.training.run.test_leaving import processes_of
 
-pytestmark = pytest.mark.usefixtures("real_starts")
-
 PROMPTS, PER_STEP = 10, 4
 SETTINGS = ["--algo", "ppo", "--ppo.kl_target", "0.01", "--reference.update", "ema",
             "--loss.kl_coef", "0.05", "--actor.learning_rate", "1e-4", "--eval.questions",

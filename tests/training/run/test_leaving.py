@@ -12,8 +12,6 @@ import pytest
 
 from tests.support.runs import ROOT, command, environment
 
-pytestmark = pytest.mark.usefixtures("real_starts")
-
 
 def processes_of(folder: Path) -> list[int]:
     """Living processes (zombies left out) with `folder` in their command line."""

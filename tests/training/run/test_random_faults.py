@@ -31,8 +31,6 @@ from tests.training.run.test_faults import fill
 from tests.training.run.test_killed import SETTINGS, few_prompts, metrics_so_far
 from tests.training.run.test_leaving import processes_of
 
-pytestmark = pytest.mark.usefixtures("real_starts")
-
 STEPS = 8
 MINUTES = float(os.environ.get("GRPO_KD_FAULT_MINUTES", "5"))
 SEED = int(os.environ.get("GRPO_KD_FAULT_SEED", str(int(time.time()))))

@@ -106,7 +106,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def early(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> Path:
     """An unbroken run that is validated every second step and stops early."""
     runs = tmp_path_factory.mktemp("early")
-    finish(command(runs, demo_cache, "--steps", "12", "--name", "run", *EARLY), page=True)
+    finish(command(runs, demo_cache, "--steps", "12", "--name", "run", *EARLY))
     return runs / "run"
 
 

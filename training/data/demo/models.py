@@ -25,7 +25,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -348,7 +347,7 @@ def build_model(path: Path, seed: int, size: Size) -> None:
     """Train the model of the folder `path` (teacher or student-base), beside its tokenizer. Matrices this small gain
     nothing from a second thread, so the models are trained side by side, and the teacher by two processes."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    distributed.join_on_cpu()
     logging.disable_progress_bar()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     make = build_teacher if path.name == "teacher" else build_student
