@@ -20,9 +20,7 @@ from training.teacher.check import warning
 def checked(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> tuple[Path, str]:
     """(the folder of a run that asked for 16 pairs, what it said)."""
     runs = tmp_path_factory.mktemp("checked")
-    done = finish(
-        command(runs, demo_cache, "--steps", "1", "--eval.questions", "4", "--eval.minimal_pairs", "16"), page=True
-    )
+    done = finish(command(runs, demo_cache, "--steps", "1", "--eval.questions", "4", "--eval.minimal_pairs", "16"))
     return runs / "grpo-minillm", done.stderr
 
 
