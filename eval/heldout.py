@@ -51,12 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models = args.model or [str(newest_export(args.runs_dir))]
         for model in models:
             check_model(model)
-        settings, dtype, source = _settings(models, args.data, args.runs_dir)
+        settings, dtype, source, opened = _settings(models, args.data, args.runs_dir)
         print(f"{len(read_questions(settings['data']))} questions of {settings['data']}, greedy; {source}")
         # Imported late: a mistake in the arguments is answered at once, not after seconds of importing torch.
         from eval.measures.heldout import HeldoutSettings
+        from eval.measures.open_questions import OpenSettings
 
         results = run("heldout", models, HeldoutSettings(**settings), dtype, args.runs_dir)
+        if opened and args.data is None:
+            print(f"open questions of {opened}, answers sampled")
+            run("open_questions", models, OpenSettings(**settings | {"data": Path(opened)}), dtype, args.runs_dir)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -67,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _settings(models: list[str], data: Path | None, runs_dir: Path) -> tuple[dict[str, Any], str, str]:
-    """(fields of HeldoutSettings, dtype, where they are from); ValueError names what to mend."""
+def _settings(models: list[str], data: Path | None, runs_dir: Path) -> tuple[dict[str, Any], str, str, str | None]:
+    """(fields of HeldoutSettings, dtype, where they are from, open questions); ValueError names what to mend."""
     run = _run_of_settings(models, runs_dir)
     config = run_config(run) if run else {}
     asked = {
@@ -80,7 +84,7 @@ def _settings(models: list[str], data: Path | None, runs_dir: Path) -> tuple[dic
         raise ValueError(f"--data: no held-out questions to ask ({place}); give --data FILE.jsonl")
     dtype = config.get("student", {}).get("dtype", RunConfig().student.dtype)
     source = f"settings of {run / 'config.yaml'}" if run else "default settings"
-    return {**asked, "data": Path(heldout)}, dtype, source
+    return {**asked, "data": Path(heldout)}, dtype, source, config.get("data", {}).get("open")
 
 
 def _run_of_settings(models: list[str], runs_dir: Path) -> Path | None:

@@ -3,6 +3,7 @@
     python eval/measure.py perplexity --model DIR --text fo=FILE da=FILE    # bits a byte of several languages
     python eval/measure.py minimal_pairs --model DIR --text FILE            # right and wrong sentences
     python eval/measure.py translate --model DIR                            # FLORES-200: chrF++, BLEU
+    python eval/measure.py open_questions --model DIR --data FILE           # sampled answers, right by a pattern
     python eval/measure.py NAME --help                                      # what a measure does, and its options
 
 Prints a table, and writes one result file a model (configs/io/results.py): runs/NAME/eval/, or for a model outside of
@@ -15,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -74,7 +75,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     """An option for each field of a dataclass: its name, type, default, and the docstring below it."""
     from docstring_parser import parse_from_object
 
-    said = {one.arg_name: one.description for one in parse_from_object(settings).params}
+    classes = [one for one in settings.__mro__ if is_dataclass(one)]
+    said = {param.arg_name: param.description for one in classes for param in parse_from_object(one).params}
     hints = get_type_hints(settings)
     for one in fields(settings):
         kind, several = hints[one.name], get_origin(hints[one.name]) is tuple

@@ -65,9 +65,14 @@ def open_scores(patterns: Sequence[str], texts: Sequence[str]) -> dict[str, floa
 
     `open_right`: answers that match theirs whole. `open_different`: right answers that differ from the others to the
     same pattern, so that nobody is good who says one thing again and again. Both in percent of all answers."""
-    right = [(pattern, text) for pattern, text in zip(patterns, texts, strict=True) if re.fullmatch(pattern, text)]
+    right = right_answers(patterns, texts)
     share = 100.0 / max(len(texts), 1)
     return {"open_right": share * len(right), "open_different": share * len(set(right))}
+
+
+def right_answers(patterns: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(pattern, text) of the answers that match the pattern of their question whole."""
+    return [(pattern, text) for pattern, text in zip(patterns, texts, strict=True) if re.fullmatch(pattern, text)]
 
 
 def _accepted(answers: Sequence[str]) -> Sequence[str]:

@@ -14,6 +14,7 @@ from eval.measures.heldout import heldout
 from eval.measures.language import language
 from eval.measures.minimal_pairs import minimal_pairs
 from eval.measures.model import Model
+from eval.measures.open_questions import open_questions
 from eval.measures.perplexity import perplexity
 from eval.measures.translate import translate
 
@@ -23,4 +24,5 @@ MEASURES: Mapping[str, Callable[[Model, Any], Result]] = {
     "translate": translate,
     "language": language,
     "heldout": heldout,
+    "open_questions": open_questions,
 }

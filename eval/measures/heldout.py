@@ -59,19 +59,9 @@ class HeldoutSettings:
 def heldout(model: Model, settings: HeldoutSettings) -> Result:
     """Every question that fits, answered. Raises ValueError where none does."""
     questions = read_questions(settings.data)
-    asked = settings.asked(model.tokenizer)
-    prompts = [list(asked.prompt(render(one, settings.template))) for one in questions]
-    room, longest = context_length(model.network), settings.max_prompt_tokens
-    if room is not None:  # for prompt and answer
-        longest = min(longest, room - settings.max_new_tokens)
-    fitting = [index for index, prompt in enumerate(prompts) if len(prompt) <= longest]
-    if not fitting:
-        raise ValueError(
-            f"data.max_prompt_tokens: every prompt is longer than {longest} tokens (the shortest has "
-            f"{min(map(len, prompts))}); raise it in the run's config.yaml, or shorten the contexts"
-        )
-    kept = fitting[: settings.questions]
-    replies = greedy_replies(model, [prompts[index] for index in kept], settings)
+    prompts = fitting_prompts(model, questions, settings)
+    kept = list(prompts)[: settings.questions]
+    replies = answers(model, [prompts[index] for index in kept], settings)
     rows = [answer_row(questions[index], reply) for index, reply in zip(kept, replies, strict=True)]
     places = [str(place) for place in range(len(rows))]
     how = asdict(settings)
@@ -81,7 +71,7 @@ def heldout(model: Model, settings: HeldoutSettings) -> Result:
         model=model.path,
         data={
             **about_file(settings.data, len(rows), len(questions)),
-            "skipped_too_long": len(questions) - len(fitting),
+            "skipped_too_long": len(questions) - len(prompts),
         },
         settings={**how, "dtype": model.dtype},
         versions=versions("torch", "transformers"),
@@ -90,8 +80,27 @@ def heldout(model: Model, settings: HeldoutSettings) -> Result:
     )
 
 
-def greedy_replies(model: Model, prompts: Sequence[list[int]], settings: HeldoutSettings) -> list[str]:
-    """The model's answer to each prompt: the likeliest token each time, up to its end or max_new_tokens.
+def fitting_prompts(model: Model, questions: Sequence[Question], settings: HeldoutSettings) -> dict[int, list[int]]:
+    """Prompts by the places of their questions, where there is room for an answer. Raises ValueError if nowhere."""
+    asked = settings.asked(model.tokenizer)
+    prompts = [list(asked.prompt(render(one, settings.template))) for one in questions]
+    room, longest = context_length(model.network), settings.max_prompt_tokens
+    if room is not None:  # for prompt and answer
+        longest = min(longest, room - settings.max_new_tokens)
+    fitting = {index: prompt for index, prompt in enumerate(prompts) if len(prompt) <= longest}
+    if not fitting:
+        raise ValueError(
+            f"data.max_prompt_tokens: every prompt is longer than {longest} tokens (the shortest has "
+            f"{min(map(len, prompts))}); raise it in the run's config.yaml, or shorten the contexts"
+        )
+    return fitting
+
+
+def answers(
+    model: Model, prompts: Sequence[list[int]], settings: HeldoutSettings, *, sampled: bool = False
+) -> list[str]:
+    """The model's answer to each prompt, up to its end or max_new_tokens: the likeliest token each time, or sampled at
+    temperature 1 from torch's generator.
 
     The whole answer is given back, stripped; a model that does not stop is not helped by cutting at a new line.
     """
@@ -100,10 +109,10 @@ def greedy_replies(model: Model, prompts: Sequence[list[int]], settings: Heldout
     from eval.measures.generation import Decoding, generate
 
     ends = end_tokens(model.network, model.tokenizer) | {settings.asked(model.tokenizer).end}
-    decoding = Decoding(max_new_tokens=settings.max_new_tokens, batch=settings.batch, ends=ends)
+    decoding = Decoding(max_new_tokens=settings.max_new_tokens, batch=settings.batch, ends=ends, sampled=sampled)
     path = Path(model.path)
     label = path.parent.name if path.name == "export" else path.name
-    with tqdm(total=len(prompts), desc=label, unit="question", dynamic_ncols=True) as bar:
+    with tqdm(total=len(prompts), desc=label, unit="answer", dynamic_ncols=True) as bar:
         found = generate(model.network, prompts, decoding, progress=bar.update)
     tokens = [one.tokens[:-1] if one.tokens[-1] in ends else one.tokens for one in found]
     return [model.tokenizer.decode(one, skip_special_tokens=True).strip() for one in tokens]

@@ -19,6 +19,7 @@ import numpy as np
 from configs.io.jsonl import read_jsonl
 from configs.io.results import Result, Value, read_result
 from eval.measures.intervals import Examples, interval, means, translations
+from eval.measures.open_questions import shares
 from eval.pages.page_parts import answer_key
 from rewards.answers import exact_match, token_f1
 
@@ -65,6 +66,7 @@ class Score:
 Scores = dict[str, Score]
 GROUPS = {
     "heldout": "Held-out questions",
+    "open": "Open questions",
     "euroeval": "EuroEval",
     "bits": "Bits a byte",
     "pairs": "Right and wrong sentences",
@@ -77,6 +79,8 @@ _KNOWN = {
     "heldout/open_right": Measure("heldout", "Open: right, %", True, 1),
     "heldout/open_different": Measure("heldout", "Open: right and different, %", True, 1),
     "heldout/open_kl": Measure("heldout", "Open: reverse KL", False, 3),
+    "open/right": Measure("open", "Right, %", True, 1),
+    "open/different": Measure("open", "Right and different, %", True, 1),
     "euroeval/foqa/f1": Measure("euroeval", "FoQA F1", True, 1),
     "euroeval/foqa/em": Measure("euroeval", "FoQA exact match", True, 1),
     "euroeval/scala-fo/mcc": Measure("euroeval", "ScaLA-fo MCC", True, 1),
@@ -132,6 +136,18 @@ def read_heldout(result: Result, folder: Path) -> Scores:
         if key in result.values and math.isfinite(value := result.numbers[key]):
             found[f"heldout/{key}"] = Score(value=value, conditions=conditions)
     return found
+
+
+def read_open(result: Result, folder: Path) -> Scores:
+    """open_questions.json: right and different answers, by pattern."""
+    conditions = {
+        "questions": str(result.data["sha256"]),
+        "prompt and length": _digest([str(result.settings.get(k)) for k in (*ASKED, "samples")]),
+    }
+    return {
+        f"open/{key}": _score(result.values[f"open_{key}"].value, shares(result.rows, key), conditions)
+        for key in ("right", "different")
+    }
 
 
 def read_perplexity(result: Result, folder: Path) -> Scores:
@@ -230,6 +246,7 @@ def _questions(folder: Path, task: Mapping[str, Any], metric: str) -> Examples |
 
 READERS: Mapping[str, Callable[[Result, Path], Scores]] = {
     "heldout.json": read_heldout,
+    "open_questions.json": read_open,
     "euroeval.json": read_euroeval,
     "perplexity.json": read_perplexity,
     "pairs.json": read_pairs,

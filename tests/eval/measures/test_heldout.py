@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from configs.io.results import Result, read_result
 from configs.prompts import as_text, render
 from eval.heldout import main
-from eval.measures.heldout import HeldoutSettings, greedy_replies
+from eval.measures.heldout import HeldoutSettings, answers
 from eval.measures.model import Model, prompt_tokens
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -148,7 +148,7 @@ def test_batched_answers_equal_single_ones(tmp_path: Path) -> None:
             with torch.no_grad():
                 ids.append(int(model.network(torch.tensor([ids])).logits[0, -1].argmax()))
         expected.append(model.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
-    assert greedy_replies(model, prompts, settings) == expected
+    assert answers(model, prompts, settings) == expected
     assert len(set(expected)) > 1  # the model does look at its prompt
 
 
