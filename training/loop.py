@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,17 +14,17 @@ from training import distributed
 from training.advantages import has_signal
 from training.algorithms import ALGORITHMS
 from training.collect import Models, Run, Step, collect, make_experience
-from training.data.order import positions_of_step, share_of_rank
+from training.data.order import items_of_step
 from training.data.text import flat
 from training.evaluation import validate
-from training.experience import Corpus, Experience, Prompt, Rewarded, take
+from training.experience import Experience, Rewarded, take
+from training.losses import k3
 from training.objective import SUPERVISED, UpdateInput
 from training.recipes import RECIPES
 from training.run.checkpoints import Saveable
 from training.run.run_folder import Progress
 from training.run.safe_points import StepAbandoned, nothing
 
-Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
@@ -51,7 +50,8 @@ def train(run: Run, progress: Progress) -> str:
         step = Step.of(run, progress.step)
 
         try:
-            batch = collect(run, prompts_of_step(run.corpus, config, step.number), step)
+            prompts = items_of_step(run.corpus.prompts, config.prompts_per_step, step.number, config.seed)
+            batch = collect(run, prompts, step)
             experience, dropped = make_experience(run, batch, progress.kl_coef)
             with step.clock("update"):
                 metrics = update(run, experience, step)
@@ -102,21 +102,6 @@ def train(run: Run, progress: Progress) -> str:
     return status
 
 
-def prompts_of_step(corpus: Corpus, config: RunConfig, step: int) -> list[Prompt]:
-    """This rank's prompts of a step."""
-    chosen = positions_of_step(step, config.prompts_per_step, len(corpus.prompts), config.seed)
-    mine = share_of_rank(chosen, distributed.rank(), distributed.world_size())
-    return [corpus.prompts[i] for i in mine]
-
-
-def _groups_of_step(groups: Sequence[Item], count: int, step: int, seed: int) -> list[Item]:
-    """This rank's share of `count` text blocks or examples."""
-    if not groups:
-        return []
-    chosen = positions_of_step(step, count, len(groups), seed)
-    return [groups[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
-
-
 def update(run: Run, experience: Experience, step: Step) -> dict[str, float]:
     """All optimizer steps on one batch of samples. Collective. Raises StepAbandoned before the first one."""
     config, models = run.config, run.models
@@ -131,7 +116,7 @@ def update(run: Run, experience: Experience, step: Step) -> dict[str, float]:
     for i, mini in enumerate(minis):
         number = step.number * parts + i
         blocks = min(config.loss.pt_batch, len(run.corpus.text))
-        text = flat(_groups_of_step(run.corpus.text, blocks, number, config.seed))
+        text = flat(items_of_step(run.corpus.text, blocks, number, config.seed))
         batches.append(UpdateInput(mini, text, _cloning(run, mini, number), step.weights))
     every = config.loss.gradient_shares_every
     shares = every > 0 and step.number % every == 0
@@ -143,7 +128,7 @@ def _cloning(run: Run, experience: Experience, number: int) -> list[Group]:
     imitated = RECIPES[run.config.recipe].imitated
     if imitated is not None:
         return imitated(experience)
-    return _groups_of_step(run.corpus.cloning, run.config.loss.pt_batch, number, run.config.seed)
+    return items_of_step(run.corpus.cloning, run.config.loss.pt_batch, number, run.config.seed)
 
 
 def _supervised_phase(run: Run, step: Step) -> dict[str, float]:
@@ -155,7 +140,7 @@ def _supervised_phase(run: Run, step: Step) -> dict[str, float]:
     first = (step.number + 1) // every * count
     losses = []
     for i in range(count):
-        examples = _groups_of_step(run.corpus.cloning, config.sft.batch, first + i, config.seed + 1)
+        examples = items_of_step(run.corpus.cloning, config.sft.batch, first + i, config.seed + 1)
         batch = UpdateInput(None, [], examples, SUPERVISED)
         losses.append(run.models.actor.update([batch], step.number)["loss/bc"])
     return {"loss/supervised_phase": sum(losses) / count}
@@ -164,41 +149,30 @@ def _supervised_phase(run: Run, step: Step) -> dict[str, float]:
 def describe(batch: Rewarded, dropped: int) -> dict[str, float]:
     """Numbers of a step that do not come from the update, over all ranks. Collective."""
     scored, rollout, reward = batch.scored, batch.rollout, batch.reward
-    importance_S = scored.importance_S
-    sums = {
-        "responses": float(len(rollout.lengths_B)),
-        "tokens": float(rollout.lengths_B.sum()),
-        "finished": float(rollout.finished_B.sum()),
-        "scored": float(scored.teacher.scored_tokens_B.sum()),
-        "unread": float(scored.teacher.unread_tokens_B.sum()),
-        "dropped": float(dropped),
-        "silent": float((~has_signal(batch)).sum()),
-        "kl": float((rollout.behavior_logprobs_S - scored.teacher.logprobs_S).nan_to_num().sum()),
-        "reward": float(reward.rewards_S.nan_to_num().sum()),
-        **{f"part/{k}": float(v.nan_to_num().sum()) for k, v in reward.parts_B.items()},
+    importance_S, lengths_B = scored.importance_S, rollout.lengths_B
+    by_response = {
+        "reward/mean": reward.rewards_S,
+        **{f"reward/{name}": part_B for name, part_B in reward.parts_B.items()},
+        "length/mean": lengths_B,
+        "length/finished_share": rollout.finished_B,
     }
+    by_token = {"kl/teacher": rollout.behavior_logprobs_S - scored.teacher.logprobs_S}
     if scored.start_logprobs_S is not None:
-        moved_S = scored.start_logprobs_S - rollout.behavior_logprobs_S
-        k3_S = moved_S.exp() - 1 - moved_S
-        sums["start"] = float((k3_S if importance_S is None else k3_S * importance_S).nan_to_num().sum())
+        k3_S = k3(rollout.behavior_logprobs_S, scored.start_logprobs_S)
+        by_token["kl/start"] = k3_S if importance_S is None else k3_S * importance_S
     if importance_S is not None:
-        sums["importance"] = float(importance_S.nan_to_num().sum())
-    sums = distributed.sum_metrics(sums)
-    responses, tokens = max(sums["responses"], 1.0), max(sums["tokens"], 1.0)
-    extra = {"kl/start": "start", "importance/mean": "importance"}
-    return {
-        "reward/mean": sums["reward"] / responses,
-        **{f"reward/{k}": sums[f"part/{k}"] / responses for k in reward.parts_B},
-        "kl/teacher": sums["kl"] / tokens,
-        **{name: sums[key] / tokens for name, key in extra.items() if key in sums},
-        "length/mean": sums["tokens"] / responses,
-        "length/finished_share": sums["finished"] / responses,
-        "groups/dropped": sums["dropped"],
-        "groups/without_signal": sums["silent"],
-        "tokens/sampled": sums["tokens"],
-        "tokens/scored": sums["scored"],
-        "tokens/unread": sums["unread"],
+        by_token["importance/mean"] = importance_S
+    counted = {
+        "groups/without_signal": ~has_signal(batch),
+        "tokens/sampled": lengths_B,
+        "tokens/scored": scored.teacher.scored_tokens_B,
+        "tokens/unread": scored.teacher.unread_tokens_B,
     }
+    own = {name: float(values.nan_to_num().sum()) for name, values in {**by_response, **by_token, **counted}.items()}
+    sums = distributed.sum_metrics(own | {"groups/dropped": dropped, "responses": len(lengths_B)})
+    responses, tokens = max(sums.pop("responses"), 1.0), max(sums["tokens/sampled"], 1.0)
+    per = {name: responses for name in by_response} | {name: tokens for name in by_token}
+    return {name: total / per.get(name, 1.0) for name, total in sums.items()}
 
 
 def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -> None:

@@ -30,7 +30,7 @@ from configs.schema import RunConfig, require
 from inference.attention.packing import Group
 from training import distributed
 from training.data.demo.resolve import resolve_demo
-from training.data.order import positions_of_step, share_of_rank
+from training.data.order import items_of_step, share_of_rank
 from training.data.overlap import data_warnings
 from training.data.preflight import check_files, room_for_prompt, with_model_directories
 from training.data.prompts import answer_group, format_of, load_prompts
@@ -172,8 +172,7 @@ def train(
     stage.stop.defer()
     stopping = False
     for step in bar:
-        chosen = positions_of_step(step, config.sft.batch, len(items), config.seed)
-        mine = [items[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
+        mine = items_of_step(items, config.sft.batch, step, config.seed)
         clock = Clock()
         metrics = actor.update([learnt(mine)], step) | clock.finish()
         progress.seconds["total"] = progress.seconds.get("total", 0.0) + metrics["seconds/total"]

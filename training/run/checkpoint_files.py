@@ -1,10 +1,10 @@
-"""Files of a checkpoint: written with a checksum and forced to disk, listed in a manifest, checked against it."""
+"""Files of a checkpoint: written with a checksum and forced to disk, listed in a manifest."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 """Of what a checkpoint consists; counted up when that changes. 2 is the first with its number in the manifest; files of
 format 1 are the same, and are read."""
-_CHUNK = 1 << 24
-"""Bytes read at a time while checking."""
 
 
 class UnknownFormat(ValueError):
@@ -140,35 +138,4 @@ def wrong_size(directory: Path, files: Mapping[str, Written]) -> str | None:
             return f"{name} is missing"
         if size != expected.size:
             return f"{name} has {size} bytes in place of {expected.size}"
-    return None
-
-
-def wrong_content(directory: Path, names: Iterable[str], files: Mapping[str, Written]) -> str | None:
-    """The first of these files whose content is not what was written, in words; None where all are as they were."""
-    for name in names:
-        digest = xxhash.xxh3_128()
-        try:
-            with (directory / name).open("rb", buffering=0) as file:
-                while block := file.read(_CHUNK):
-                    digest.update(block)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if digest.hexdigest() != files[name].xxh3:
-            return f"{name} is damaged (its checksum differs)"
-    return None
-
-
-def not_data(directory: Path, names: Iterable[str]) -> str | None:
-    """The first of these files of torch.save that names something other than data, in words; None where there is none.
-
-    Nothing is loaded. What counts as data is torch's list and what training/student/deepspeed_engine.py adds to it.
-    """
-    for name in names:
-        if name.endswith(".pt"):
-            try:
-                found = torch.serialization.get_unsafe_globals_in_checkpoint(directory / name)
-            except Exception as error:  # a pickle can be broken in many ways
-                return f"{name} is no file of torch.save ({' '.join(str(error).split())[:100]})"
-            if found:
-                return f"{name} names {', '.join(sorted(found)[:3])}: no data, so reading it could run a program"
     return None

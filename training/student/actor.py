@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from configs.prompts import Format
 from configs.schema import RunConfig, SamplingConfig
-from inference.attention.packing import PackedRow, pack
+from inference.attention.packing import PackedRow
 from rewards.lpt_reward import lpt_loss
 from training import distributed
 from training.data.order import random_stream
@@ -26,6 +26,7 @@ from training.losses import (
     TailReverseKL,
     TokenTerm,
     WholeDistribution,
+    k3,
     kl_loss,
     policy_loss,
     token_weights,
@@ -37,7 +38,7 @@ from training.run.safe_points import nothing
 from training.student.adapters import adapter_off, plain_parameters
 from training.student.deepspeed_engine import Engine, Job, Optimisation
 from training.student.loading import load_policy
-from training.student.passes import Passes, each_token, in_step
+from training.student.passes import Passes, each_token, rows_in_step
 from training.student.policy import Policy
 from training.student.sampling import Drawing, Mixture, sample
 
@@ -203,15 +204,13 @@ class Actor:
         batch, weights = plan.batch, plan.batch.weights
         jobs: list[Job] = []
         if batch.experience is not None and max(weights.policy, weights.kl, weights.single_step) > 0:
-            for i, (row, used) in enumerate(in_step(pack(batch.experience.rollout.groups(), tokens))):
+            for i, row in enumerate(rows_in_step(batch.experience.rollout.groups(), tokens)):
                 seed = self._config.seed * 1_000_003 + plan.step * 1_009 + i
-                jobs.append(partial(self._policy_terms, plan, row, used, seed, log))
+                jobs.append(partial(self._policy_terms, plan, row, seed, log))
         for name, groups, coef in (("pt", batch.text, weights.pt), ("bc", batch.cloning, weights.bc)):
             if plan.counts[name] > 0 and coef > 0:
-                jobs += [
-                    partial(self._language_model_term, plan, row, used, name, log)
-                    for row, used in in_step(pack(groups, tokens))
-                ]
+                rows = rows_in_step(groups, tokens)
+                jobs += [partial(self._language_model_term, plan, row, name, log) for row in rows]
         return jobs
 
     def _gradient_shares(self, plan: _Update, tokens: int) -> dict[str, float]:
@@ -240,9 +239,7 @@ class Actor:
             terms["kl"] = ReverseKL(WholeDistribution(hidden_SD, reference.head))
         return terms
 
-    def _policy_terms(
-        self, plan: _Update, row: PackedRow, used: float, seed: int, log: MetricSums
-    ) -> dict[str, torch.Tensor]:
+    def _policy_terms(self, plan: _Update, row: PackedRow, seed: int, log: MetricSums) -> dict[str, torch.Tensor]:
         """The weighted terms of one packed row of sampled responses; token weights hold the global denominators."""
         experience, weights = plan.batch.experience, plan.batch.weights
         assert experience is not None
@@ -256,44 +253,35 @@ class Actor:
         logprobs_S = out.logprobs_S
         if weights.policy == 0 and (weights.kl == 0 or "kl" in terms):
             logprobs_S = logprobs_S.detach()  # for the log only: no backward pass through them
-        token_S = of_row(self._token_weights(plan, rollout.lengths_B)) * used
-        importance_S = None if scored.importance_S is None else of_row(scored.importance_S)
         behavior_S = of_row(rollout.behavior_logprobs_S)
-        old_S = behavior_S if scored.policy_logprobs_S is None else of_row(scored.policy_logprobs_S)
+        importance_S = torch.ones_like(behavior_S) if scored.importance_S is None else of_row(scored.importance_S)
         tokens = PolicyTokens(
             policy_logprobs_S=logprobs_S,
-            old_logprobs_S=old_S,
+            old_logprobs_S=behavior_S if scored.policy_logprobs_S is None else of_row(scored.policy_logprobs_S),
             advantages_S=of_row(experience.advantages_S),
-            weights_S=token_S,
+            weights_S=of_row(self._token_weights(plan, rollout.lengths_B)) * importance_S,
             response_S=row.response_S.to(self.engine.device),
-            importance_S=importance_S,
         )
         loss, clipped_S = policy_loss(tokens, config)
         parts = {"policy": loss}
-        if importance_S is not None:
-            token_S = token_S * importance_S
-        mean = used / max(plan.counts["tokens"], 1.0)
+        mean = 1.0 / max(plan.counts["tokens"], 1.0)
         if scored.reference_logprobs_S is not None:
             reference_S = of_row(scored.reference_logprobs_S)
-            with torch.no_grad():
-                k3 = torch.exp(reference_S - logprobs_S) - 1 + logprobs_S - reference_S
-                k3 = k3 if importance_S is None else k3 * importance_S
-                log.add("kl/reference", k3.sum() * mean)
+            log.add("kl/reference", (k3(logprobs_S.detach(), reference_S) * importance_S).sum() * mean)
             if weights.kl > 0 and "kl" not in terms:
-                parts["kl"] = kl_loss(logprobs_S, reference_S, token_S, estimator=config.kl_estimator)
+                parts["kl"] = kl_loss(logprobs_S, reference_S, tokens.weights_S, estimator=config.kl_estimator)
         for name in terms:  # a mean over all tokens, whatever the aggregation of the policy term
-            value_S = out.terms[name] if importance_S is None else out.terms[name] * importance_S
-            parts[name] = value_S.sum() * mean
+            parts[name] = (out.terms[name] * importance_S).sum() * mean
         with torch.no_grad():
             gap_S = (logprobs_S - behavior_S).abs()
             log.add("entropy", out.entropy_S.sum() * mean)
             log.add("clip_share", clipped_S.sum() * mean)
             log.add("mismatch/mean", gap_S.sum() * mean)
-            if used and len(gap_S):
+            if len(gap_S):
                 log.largest("mismatch/max", gap_S.max())
         weighted = {name: value * getattr(weights, name) for name, value in parts.items()}
         for name, value in parts.items():
-            log.add(f"loss/{name}", value.detach())
+            log.add(f"loss/{name}", value)
         log.add("loss/total", torch.stack([v.detach().double() for v in weighted.values()]).sum())
         return weighted
 
@@ -308,15 +296,15 @@ class Actor:
         )
 
     def _language_model_term(
-        self, plan: _Update, row: PackedRow, used: float, name: str, log: MetricSums
+        self, plan: _Update, row: PackedRow, name: str, log: MetricSums
     ) -> dict[str, torch.Tensor]:
         """Weighted cross-entropy of the row's response tokens: L_PT or L_BC."""
         out = self.engine.engine(row.to(self.engine.device))
         loss = lpt_loss(out.logprobs_S, plan.counts[name])
-        weight = used * getattr(plan.batch.weights, name)
-        log.add(f"loss/{name}", loss.detach() * used)
-        log.add("loss/total", loss.detach() * weight)
-        return {name: loss * weight}
+        weighted = loss * getattr(plan.batch.weights, name)
+        log.add(f"loss/{name}", loss)
+        log.add("loss/total", weighted)
+        return {name: weighted}
 
     def plain_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every parameter as Hugging Face has it, adapters merged. Collective under ZeRO 3."""

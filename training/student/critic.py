@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from configs.schema import RunConfig
-from inference.attention.packing import PackedRow, pack
+from inference.attention.packing import PackedRow
 from training import distributed
 from training.experience import Experience, Rollout
 from training.losses import value_loss
@@ -19,7 +19,7 @@ from training.run.memory import TokenBudget
 from training.run.safe_points import nothing
 from training.student.deepspeed_engine import Engine, Optimisation
 from training.student.loading import load_policy
-from training.student.passes import Passes, each_token, in_step
+from training.student.passes import Passes, each_token, rows_in_step
 from training.student.policy import Way, backbone, response_states
 
 
@@ -89,8 +89,8 @@ class Critic:
             ) -> tuple[float, float]:
                 losses: list[torch.Tensor] = []
                 jobs = [
-                    partial(self._loss, experience, row, used / tokens, losses)
-                    for row, used in in_step(pack(experience.rollout.groups(), most))
+                    partial(self._loss, experience, row, 1.0 / tokens, losses)
+                    for row in rows_in_step(experience.rollout.groups(), most)
                 ]
                 norm, _, _ = self.engine.update(
                     jobs, step * len(experiences) + number, between=between if number == 0 else nothing

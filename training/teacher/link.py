@@ -32,9 +32,8 @@ class TeacherLink:
     """One rank's connection to the teacher server."""
 
     def __init__(self, client: TeacherClient, facts: TeacherFacts, head: Head | None) -> None:
-        self._client = client
-        self._facts = facts
-        self._head = head
+        self._client, self._head = client, head
+        self.facts = facts
         self._tokenizer = facts.teacher.tokenizer
         self._translator: Translator | None = None
         if not facts.same_tokenizer:
@@ -43,16 +42,6 @@ class TeacherLink:
                 TokenBytes(self._tokenizer, f"teacher.path = {str(facts.path)!r}"),
                 space=len(facts.teacher.lead) - len(facts.student.lead),
             )
-
-    @property
-    def same_tokenizer(self) -> bool:
-        """Student tokens are teacher tokens."""
-        return self._facts.same_tokenizer
-
-    @property
-    def exchanged(self) -> dict[int, int]:
-        """See `TeacherFacts.exchanged`."""
-        return self._facts.exchanged
 
     @property
     def info(self) -> TeacherInfo:
@@ -104,7 +93,7 @@ class TeacherLink:
     def _groups(self, rollout: Rollout) -> list[Group]:
         """One tokenizer: the rollout in its tokens, behind the teacher's own prompts; each side's end stands for the
         other's."""
-        ends = self._facts.exchanged
+        ends = self.facts.exchanged
         responses = [
             (*response[:-1], ends.get(response[-1], response[-1])) if finished else response
             for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
@@ -114,14 +103,14 @@ class TeacherLink:
     def _exchanged(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids with each side's end in the place of the other's."""
         out = ids.clone()
-        for ours, theirs in self._facts.exchanged.items():
+        for ours, theirs in self.facts.exchanged.items():
             out[ids == theirs] = ours
         return out
 
     def _ask_for_text(self, rollout: Rollout, translator: Translator) -> PendingView:
         prompts = [self.prompt_tokens(p) for p in rollout.prompts_N]
         read = [
-            translator.translate(response, finished=finished, end_token=self._facts.teacher.end)
+            translator.translate(response, finished=finished, end_token=self.facts.teacher.end)
             for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
         ]
         future = self._client.score(groups_of(prompts, [r.tokens for r in read], rollout.group_size))
@@ -146,10 +135,10 @@ class TeacherLink:
         """Send texts that follow prompts, neither of them the student's; call the result to wait for float32 [S]
         log-probabilities of all texts' tokens, the teacher's end symbol last in each, and how many each has. What the
         teacher has no room for is cut off: of a text its end beyond half of the room, of a prompt its beginning."""
-        end = self._facts.teacher.end_of_text
-        settings = AutoConfig.from_pretrained(self._facts.path).get_text_config()
+        end = self.facts.teacher.end_of_text
+        settings = AutoConfig.from_pretrained(self.facts.path).get_text_config()
         room = int(getattr(settings, "max_position_embeddings", None) or 2**30)
-        read = [(*self._facts.teacher.text(" " + t), end) if t else (end,) for t in texts]
+        read = [(*self.facts.teacher.text(" " + t), end) if t else (end,) for t in texts]
         read = [tokens[: room // 2] for tokens in read]
         asked = [
             tuple(self._tokenizer(prompt)["input_ids"])[-(room - len(tokens)) :]
@@ -184,12 +173,12 @@ class TeacherLink:
             return []
         if self._translator is None:
             answers = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
-            ends, own = self._facts.exchanged, [self._ended(r) for r in answers]
+            ends, own = self.facts.exchanged, [self._ended(r) for r in answers]
             return [
                 ((*r[:-1], ends.get(r[-1], r[-1])) if ended else r, ended)
                 for r, ended in zip(answers, own, strict=True)
             ]
-        out, student = [], self._facts.student
+        out, student = [], self.facts.student
         for text, ended in self.answer(prompts, max_new_tokens, temperature=temperature, seed=seed):
             words = self._translator.student.encode(student.lead + text).tokens if text else ()
             tokens = (*words, student.end) if ended else words
@@ -211,7 +200,7 @@ class TeacherLink:
     @cached_property
     def _ends(self) -> tuple[int, ...]:
         """Whatever ends an answer of the teacher: what the model names, and what its chat template puts there."""
-        return tuple(sorted({*self._client.info().eos_ids, self._facts.teacher.end}))
+        return tuple(sorted({*self._client.info().eos_ids, self.facts.teacher.end}))
 
     def decode(self, prompts: Sequence[tuple[int, ...]], samples: int, max_new_tokens: int) -> TeacherDecoding:
         """Token by token beside the student; `whole_distribution` reads its answers."""
@@ -228,7 +217,7 @@ class TeacherLink:
 
     def prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt as the teacher reads it."""
-        return self._facts.teacher.prompt(prompt.asked)
+        return self.facts.teacher.prompt(prompt.asked)
 
 
 def all_read(rollout: Rollout, logprobs_S: torch.Tensor) -> TeacherView:

@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from configs.schema import SamplingConfig
-from inference.attention.packing import groups_of, pack_row, plain_rows
+from inference.attention.packing import groups_of, pack_row
+from inference.attention.plain_rows import plain_rows
 from tests.support.student_models import build, plain_logprobs, save
 from training.data.order import random_stream
 from training.student.loading import load_policy
