@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,13 +80,8 @@ class Stage:
         """The student as the stage begins; with a teacher it can be compared with its whole distribution."""
         torch.manual_seed(self.config.seed)
         sft, path = self.config.sft, self.config.student.path
-        output_VD = teacher.output_layer(torch.float32) if teacher and teacher.same_tokenizer else None
-        actor = Actor(
-            self.config, path, total_steps=sft.steps, learning_rate=sft.learning_rate, teacher_output_VD=output_VD
-        )
-        if actor.teacher_head is not None and teacher is not None:
-            actor.teacher_head = replace(actor.teacher_head, softcap=teacher.softcap)
-        return actor
+        head = teacher.head() if teacher else None
+        return Actor(self.config, path, total_steps=sft.steps, learning_rate=sft.learning_rate, teacher_head=head)
 
     def finish(self, results: Mapping[str, Any], how: str, scores: Scores, data: str | None) -> None:
         """Write summary.json and the export's card, and upload it where that is asked for."""
@@ -312,8 +307,8 @@ def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack) -> TeacherL
     """This rank's session with the running server, or with one that starts here and ends with `stack`. Collective."""
     teacher = stage.config.teacher
     link = connect(teacher, find_teacher(teacher, stage.run.folder.path / "teacher", stack), facts, stack)
-    if "hidden" not in link.info.kinds:
-        link.leave_distribution()
+    if "hidden" not in link.client.info().kinds:
+        link.head = None
     return link
 
 

@@ -132,7 +132,9 @@ class PackedPlan:
                 self._keep(layer, key_TKD, value_TKD)
             return self._varlen.attend(kernel, query_THD, key_TKD, value_TKD, scale=rule.scale, window=rule.window)
         prompt_key, prompt_value = self._keep(layer, key_TKD, value_TKD)
-        causal, prompt_mask, own_mask = self._masks_of(rule.window, query_THD.dtype)
+        if (asked := (rule.window, query_THD.dtype)) not in self._masks:
+            self._masks[asked] = self._make_masks(*asked)
+        causal, prompt_mask, own_mask = self._masks[asked]
         query = self._prompts.take(query_THD).transpose(1, 2)
         if rule.softcap is None:
             out = F.scaled_dot_product_attention(
@@ -162,17 +164,12 @@ class PackedPlan:
         key, value = (self._prompts.take(t).transpose(1, 2).contiguous() for t in (key_TKD, value_TKD))
         return key, value
 
-    def _masks_of(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    def _make_masks(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Within a prompt (bool, None: causal), from responses to their prompt (None: all of it), within a response.
 
         The last two are added to scores. Padding is on the right, so a causal mask hides it from every real query.
         """
-        if (window, dtype) not in self._masks:
-            self._masks[window, dtype] = self._make_masks(window, torch.promote_types(dtype, torch.float32))
-        return self._masks[window, dtype]
-
-    def _make_masks(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-        P = self._prompts.shape[1]
+        P, dtype = self._prompts.shape[1], torch.promote_types(dtype, torch.float32)
         causal = _band(P, window, self._device) if window is not None and window < P else None
         if self._responses is None:
             return causal, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -69,55 +70,42 @@ class Manifest:
             raise ValueError(f"{MANIFEST}: {error}") from None
 
 
-class _HashedFile:
-    """A file for torch.save: hashes what passes, and keeps the first error, which torch replaces by one of its own."""
+class _HashedFile(io.BufferedWriter):
+    """Hashes what passes, and keeps the first error, which torch.save replaces by one of its own."""
 
     def __init__(self, path: Path) -> None:
-        self.size = 0
+        super().__init__(path.open("wb", buffering=0))
+        self.digest = xxhash.xxh3_128()
         self.error: OSError | None = None
-        self._hash, self._out = xxhash.xxh3_128(), path.open("wb", buffering=0)
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self.size += len(view)
+        self.digest.update(data)
         try:
-            done = 0
-            while done < len(view):
-                done += self._out.write(view[done:])
+            return super().write(data)
         except OSError as error:
             self.error = self.error or error
             raise
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is buffered here."""
-
-    def finish(self) -> Written:
-        os.fsync(self._out.fileno())
-        return Written(self.size, self._hash.hexdigest())
-
-    def close(self) -> None:
-        self._out.close()
 
 
 def write_state(path: Path, state: Any) -> Written:
     """Write bytes as they are and everything else by torch.save, and force it to disk. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    out = _HashedFile(path)
     checked = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # the zip archive's own checksum halves the speed
     try:
-        torch.serialization.set_crc32_options(False)  # the zip archive's own checksum halves the speed
-        if isinstance(state, bytes):
-            out.write(state)
-        else:
-            torch.save(state, out)  # type: ignore[arg-type]
-        return out.finish()
-    except RuntimeError as error:
-        raise (out.error or error) from None
+        with _HashedFile(path) as out:
+            try:
+                if isinstance(state, bytes):
+                    out.write(state)
+                else:
+                    torch.save(state, out)
+            except RuntimeError as error:
+                raise (out.error or error) from None
+            out.flush()
+            os.fsync(out.fileno())
+            return Written(out.tell(), out.digest.hexdigest())
     finally:
         torch.serialization.set_crc32_options(checked)
-        out.close()
 
 
 def sync(path: Path) -> None:

@@ -53,7 +53,7 @@ class Actor:
         *,
         total_steps: int,
         learning_rate: float,
-        teacher_output_VD: torch.Tensor | None = None,
+        teacher_head: OutputLayer | None = None,
     ) -> None:
         self._config, self.path, self.dtype = config, Path(path), config.student.dtype
         self.asked = format_of("student", replace(config.student, path=str(path)), config.data)
@@ -78,13 +78,13 @@ class Actor:
         self.engine.module.eval()
         self.on_step: Callable[[int], None] = lambda _: distributed.beat()
         """Called after each decoding step."""
-        self.teacher_head: OutputLayer | None = None
+        self.teacher_head = teacher_head
         """What makes the teacher's logits of its hidden states, for the student's vocabulary and on its device."""
-        if teacher_output_VD is not None:
-            policy.limit(len(teacher_output_VD))
-            shared_VD, device = teacher_output_VD[: policy.columns], self.engine.device
+        if teacher_head is not None:
+            policy.limit(len(teacher_head.weight_VD))
+            shared_VD, device = teacher_head.weight_VD[: policy.columns], self.engine.device
             unknown_V = None if policy.unknown_V is None else policy.unknown_V[: len(shared_VD)].to(device)
-            self.teacher_head = OutputLayer(shared_VD.to(device), unknown_V)
+            self.teacher_head = replace(teacher_head, weight_VD=shared_VD.to(device), unknown_V=unknown_V)
 
     @property
     def policy(self) -> Policy:
@@ -175,29 +175,25 @@ class Actor:
         merged: dict[str, float] = {}
         for i, batch in enumerate(batches):
             plan = _Update(batch, distributed.sum_metrics(counts_of(batch)), step * len(batches) + i)
-
-            def take(tokens: int, plan: _Update = plan, first: bool = i == 0) -> dict[str, float]:
-                measured = self._gradient_shares(plan, tokens) if shares and first else {}
-                log = MetricSums()
-                norm, rate, applied = self.engine.update(
-                    self._jobs(plan, tokens, log),
-                    plan.step,
-                    between=between if first else nothing,
-                )
-                return {
-                    **log.over_ranks(),
-                    **measured,
-                    "grad_norm": norm,
-                    "learning_rate": rate,
-                    "skipped": float(not applied),
-                }
-
-            for key, value in self.budget.spend(take).items():
+            if i == 0:
+                metrics = self.budget.spend(partial(self._optimizer_step, plan, shares, between))
+            else:
+                metrics = self.budget.spend(partial(self._optimizer_step, plan, False, nothing))
+            for key, value in metrics.items():
                 if key.startswith("mismatch/") and i > 0:
                     continue  # after the first optimizer step the policy is meant to differ
                 merged[key] = merged.get(key, 0.0) + value
         whole = ("mismatch/", "skipped", "gradient/")
         return {k: v if k.startswith(whole) else v / len(batches) for k, v in merged.items()}
+
+    def _optimizer_step(
+        self, plan: _Update, shares: bool, between: Callable[[], None], tokens: int
+    ) -> dict[str, float]:
+        """One optimizer step in packed rows of at most `tokens`; its metrics over all ranks."""
+        measured, log = self._gradient_shares(plan, tokens) if shares else {}, MetricSums()
+        norm, rate, applied = self.engine.update(self._jobs(plan, tokens, log), plan.step, between=between)
+        done = {"grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
+        return log.over_ranks() | measured | done
 
     def _jobs(self, plan: _Update, tokens: int, log: MetricSums) -> list[Job]:
         """One job a packed row of at most `tokens`."""

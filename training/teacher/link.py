@@ -12,11 +12,9 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
-from transformers import AutoConfig
 
 from inference.attention.packing import Group, groups_of
-from inference.client import TeacherClient, TeacherDecoding
-from inference.protocol.replies import TeacherInfo
+from inference.client import TeacherClient
 from rewards.alignment import carry
 from training.experience import Prompt, Rollout, TeacherView
 from training.losses import Head
@@ -32,8 +30,8 @@ class TeacherLink:
     """One rank's connection to the teacher server."""
 
     def __init__(self, client: TeacherClient, facts: TeacherFacts, head: Head | None) -> None:
-        self._client, self._head = client, head
-        self.facts = facts
+        """`head` makes logits of the teacher's hidden states; None: only log-probabilities of tokens are asked for."""
+        self.client, self.facts, self.head = client, facts, head
         self._tokenizer = facts.teacher.tokenizer
         self._translator: Translator | None = None
         if not facts.same_tokenizer:
@@ -42,15 +40,6 @@ class TeacherLink:
                 TokenBytes(self._tokenizer, f"teacher.path = {str(facts.path)!r}"),
                 space=len(facts.teacher.lead) - len(facts.student.lead),
             )
-
-    @property
-    def info(self) -> TeacherInfo:
-        """What the server says of its teacher."""
-        return self._client.info()
-
-    def leave_distribution(self) -> None:
-        """Ask for log-probabilities of tokens only from now on: the server has no hidden states to give."""
-        self._head = None
 
     def ask(self, rollout: Rollout, *, whole_distribution: bool, entries: int = 0) -> PendingView:
         """Send a rollout to be scored; call the result to wait for it.
@@ -63,16 +52,16 @@ class TeacherLink:
             return self._ask_for_text(rollout, self._translator)
         if whole_distribution and entries > 0:
             return self._ask_for_entries(rollout, entries)
-        if whole_distribution and self._head is not None:
-            return self._ask_for_hidden(rollout, self._head)
+        if whole_distribution and self.head is not None:
+            return self._ask_for_hidden(rollout, self.head)
         return self._ask_for_tokens(rollout)
 
     def _ask_for_tokens(self, rollout: Rollout) -> PendingView:
-        future = self._client.score(self._groups(rollout))
+        future = self.client.score(self._groups(rollout))
         return lambda: all_read(rollout, future.result())
 
     def _ask_for_entries(self, rollout: Rollout, count: int) -> PendingView:
-        tokens, likeliest = self._ask_for_tokens(rollout), self._client.topk(self._groups(rollout), count)
+        tokens, likeliest = self._ask_for_tokens(rollout), self.client.topk(self._groups(rollout), count)
 
         def wait() -> TeacherView:
             logprobs_SK, ids_SK = likeliest.result()
@@ -81,7 +70,7 @@ class TeacherLink:
         return wait
 
     def _ask_for_hidden(self, rollout: Rollout, head: Head) -> PendingView:
-        future = self._client.hidden(self._groups(rollout))
+        future = self.client.hidden(self._groups(rollout))
 
         def wait() -> TeacherView:
             hidden_SD = future.result()
@@ -113,7 +102,7 @@ class TeacherLink:
             translator.translate(response, finished=finished, end_token=self.facts.teacher.end)
             for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
         ]
-        future = self._client.score(groups_of(prompts, [r.tokens for r in read], rollout.group_size))
+        future = self.client.score(groups_of(prompts, [r.tokens for r in read], rollout.group_size))
 
         def wait() -> TeacherView:
             of_response = future.result().split([len(r.tokens) for r in read])
@@ -126,28 +115,6 @@ class TeacherLink:
                 scored_tokens_B=torch.tensor([len(r.tokens) for r in read], dtype=torch.int64),
                 unread_tokens_B=torch.tensor([r.unread for r in read], dtype=torch.int64),
             )
-
-        return wait
-
-    def ask_for_texts(
-        self, prompts: Sequence[str], texts: Sequence[str]
-    ) -> Callable[[], tuple[torch.Tensor, list[int]]]:
-        """Send texts that follow prompts, neither of them the student's; call the result to wait for float32 [S]
-        log-probabilities of all texts' tokens, the teacher's end symbol last in each, and how many each has. What the
-        teacher has no room for is cut off: of a text its end beyond half of the room, of a prompt its beginning."""
-        end = self.facts.teacher.end_of_text
-        settings = AutoConfig.from_pretrained(self.facts.path).get_text_config()
-        room = int(getattr(settings, "max_position_embeddings", None) or 2**30)
-        read = [(*self.facts.teacher.text(" " + t), end) if t else (end,) for t in texts]
-        read = [tokens[: room // 2] for tokens in read]
-        asked = [
-            tuple(self._tokenizer(prompt)["input_ids"])[-(room - len(tokens)) :]
-            for prompt, tokens in zip(prompts, read, strict=True)
-        ]
-        future = self._client.score(groups_of(asked, read, 1))
-
-        def wait() -> tuple[torch.Tensor, list[int]]:
-            return future.result(), [len(tokens) for tokens in read]
 
         return wait
 
@@ -190,7 +157,7 @@ class TeacherLink:
     ) -> list[tuple[int, ...]]:
         """The teacher's answers in its own tokens."""
         asked = [self.prompt_tokens(p) for p in prompts]
-        return self._client.generate(
+        return self.client.generate(
             asked, max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=self._ends, seed=seed
         ).result()
 
@@ -200,20 +167,7 @@ class TeacherLink:
     @cached_property
     def _ends(self) -> tuple[int, ...]:
         """Whatever ends an answer of the teacher: what the model names, and what its chat template puts there."""
-        return tuple(sorted({*self._client.info().eos_ids, self.facts.teacher.end}))
-
-    def decode(self, prompts: Sequence[tuple[int, ...]], samples: int, max_new_tokens: int) -> TeacherDecoding:
-        """Token by token beside the student; `whole_distribution` reads its answers."""
-        return self._client.decode(prompts, max_new_tokens=max_new_tokens, samples=samples)
-
-    def whole_distribution(self, hidden_AH: torch.Tensor) -> torch.Tensor:
-        """float32 [A, V] the teacher's log-probabilities of the next token."""
-        assert self._head is not None
-        return self._head(hidden_AH).float().log_softmax(-1)
-
-    def close(self) -> None:
-        """End the session."""
-        self._client.close()
+        return tuple(sorted({*self.client.info().eos_ids, self.facts.teacher.end}))
 
     def prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt as the teacher reads it."""
