@@ -243,7 +243,7 @@ def bits_per_byte(actor: Actor, blocks: TextBlocks) -> float:
     """Bits that the student needs for a byte of the blocks' text behind each one's first token; the end symbols cost
     bits and are no bytes. Collective."""
     mine = flat(share_of_rank(blocks, distributed.rank(), distributed.world_size()))
-    nats = -float(each_token(actor.passes, mine, lambda row: actor.policy(row).logprobs_S).double().sum())
+    nats = -float(each_token(actor.engine.passes, mine, lambda row: actor.policy(row).logprobs_S).double().sum())
     texts = actor.tokenizer.batch_decode([list(b.responses[0]) for b in mine], skip_special_tokens=True)
     total = distributed.sum_metrics({"nats": nats, "bytes": float(sum(len(text.encode()) for text in texts))})
     return total["nats"] / math.log(2) / max(total["bytes"], 1.0)

@@ -33,12 +33,11 @@ from training.losses import (
 )
 from training.objective import TERMS, LossWeights, UpdateInput, counts_of
 from training.recipes import RECIPES
-from training.run.memory import TokenBudget
 from training.run.safe_points import nothing
 from training.student.adapters import adapter_off, plain_parameters
 from training.student.deepspeed_engine import Engine, Job, Optimisation
 from training.student.loading import load_policy
-from training.student.passes import Passes, each_token, rows_in_step
+from training.student.passes import each_token, rows_in_step
 from training.student.policy import Policy
 from training.student.sampling import Drawing, Mixture, sample
 
@@ -63,7 +62,6 @@ class Actor:
         policy = load_policy(
             path, student.dtype, gradient_checkpointing=student.gradient_checkpointing, adapter=student.adapter
         )
-        self.budget = TokenBudget(config.actor.micro_batch_tokens)
         self.end_tokens = end_tokens(policy, self.asked)
         """Whatever ends a response."""
         if config.actor.zero_stage == 3:
@@ -92,11 +90,6 @@ class Actor:
         module = self.engine.module
         assert isinstance(module, Policy)
         return module
-
-    @property
-    def passes(self) -> Passes:
-        """How packed rows reach the student."""
-        return Passes(self.budget, self.engine.device, collective=self.engine.zero_stage == 3)
 
     def sample(
         self,
@@ -143,7 +136,9 @@ class Actor:
         """
         scale = self._config.sampling.temperature if temperature is None else temperature
         with adapter_off(self.policy.model) if start_of_run else nullcontext():
-            return each_token(self.passes, rollout.groups(), lambda row: self.policy(row, temperature=scale).logprobs_S)
+            return each_token(
+                self.engine.passes, rollout.groups(), lambda row: self.policy(row, temperature=scale).logprobs_S
+            )
 
     def teacher_kl(self, rollout: Rollout, teacher_hidden_SD: torch.Tensor) -> torch.Tensor:
         """Exact KL(student || teacher) before each response token, nats, float32 [S]. Temperature 1. Collective."""
@@ -152,7 +147,7 @@ class Actor:
             terms = {"kl": ReverseKL(self._teacher(teacher_hidden_SD, row))}
             return self.policy(row, terms=terms).terms["kl"]
 
-        return each_token(self.passes, rollout.groups(), one)
+        return each_token(self.engine.passes, rollout.groups(), one)
 
     def _teacher(self, hidden_SD: torch.Tensor, row: PackedRow) -> WholeDistribution:
         """The teacher's distribution before the row's response tokens."""
@@ -176,9 +171,9 @@ class Actor:
         for i, batch in enumerate(batches):
             plan = _Update(batch, distributed.sum_metrics(counts_of(batch)), step * len(batches) + i)
             if i == 0:
-                metrics = self.budget.spend(partial(self._optimizer_step, plan, shares, between))
+                metrics = self.engine.passes.budget.spend(partial(self._optimizer_step, plan, shares, between))
             else:
-                metrics = self.budget.spend(partial(self._optimizer_step, plan, False, nothing))
+                metrics = self.engine.passes.budget.spend(partial(self._optimizer_step, plan, False, nothing))
             for key, value in metrics.items():
                 if key.startswith("mismatch/") and i > 0:
                     continue  # after the first optimizer step the policy is meant to differ
@@ -245,7 +240,7 @@ class Actor:
             return values_S[row.place_S].to(self.engine.device)
 
         terms = self._distribution_terms(scored, row, weights, seed)
-        out = self.engine.engine(row.to(self.engine.device), temperature=self._config.sampling.temperature, terms=terms)
+        out = self.engine(row, temperature=self._config.sampling.temperature, terms=terms)
         logprobs_S = out.logprobs_S
         if weights.policy == 0 and (weights.kl == 0 or "kl" in terms):
             logprobs_S = logprobs_S.detach()  # for the log only: no backward pass through them
@@ -295,7 +290,7 @@ class Actor:
         self, plan: _Update, row: PackedRow, name: str, log: MetricSums
     ) -> dict[str, torch.Tensor]:
         """Weighted cross-entropy of the row's response tokens: L_PT or L_BC."""
-        out = self.engine.engine(row.to(self.engine.device))
+        out = self.engine(row)
         loss = lpt_loss(out.logprobs_S, plan.counts[name])
         weighted = loss * getattr(plan.batch.weights, name)
         log.add(f"loss/{name}", loss)

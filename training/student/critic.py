@@ -15,11 +15,10 @@ from inference.attention.packing import PackedRow
 from training import distributed
 from training.experience import Experience, Rollout
 from training.losses import value_loss
-from training.run.memory import TokenBudget
 from training.run.safe_points import nothing
 from training.student.deepspeed_engine import Engine, Optimisation
 from training.student.loading import load_policy
-from training.student.passes import Passes, each_token, rows_in_step
+from training.student.passes import each_token, rows_in_step
 from training.student.policy import Way, backbone, response_states
 
 
@@ -51,7 +50,6 @@ class Critic:
     def __init__(self, config: RunConfig, student_path: Path, *, total_steps: int, grouped: bool = True) -> None:
         """`grouped`: whether the actor's model shares prompts; where it does not, this one does not either."""
         self._config = config
-        self.budget = TokenBudget(config.actor.micro_batch_tokens)
         policy = load_policy(
             student_path,
             config.student.dtype,
@@ -68,8 +66,7 @@ class Critic:
 
     def values(self, rollout: Rollout) -> torch.Tensor:
         """Values before each response token, float32 [S]. Collective."""
-        passes = Passes(self.budget, self.engine.device, collective=self.engine.zero_stage == 3)
-        return each_token(passes, rollout.groups(), self.engine.module)
+        return each_token(self.engine.passes, rollout.groups(), self.engine.module)
 
     def update(
         self, experiences: Sequence[Experience], step: int, *, between: Callable[[], None] = nothing
@@ -97,7 +94,7 @@ class Critic:
                 )
                 return sum(float(x) for x in losses), norm
 
-            loss, norm = self.budget.spend(take)
+            loss, norm = self.engine.passes.budget.spend(take)
             loss_sum += loss
         total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
         return {**total, "critic/grad_norm": norm}
@@ -110,7 +107,7 @@ class Critic:
         assert values_S is not None
         assert targets_S is not None
         device = self.engine.device
-        new_S = self.engine.engine(row.to(device))
+        new_S = self.engine(row)
         loss = value_loss(
             new_S,
             values_S[row.place_S].to(device),

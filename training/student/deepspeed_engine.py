@@ -30,9 +30,11 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from configs.schema import ActorConfig
+from inference.attention.packing import PackedRow
 from training import distributed
-from training.run.memory import OutOfMemory, OutOfMemoryAlone, agreed, out_of_memory
+from training.run.memory import OutOfMemory, OutOfMemoryAlone, TokenBudget, agreed, out_of_memory
 from training.run.safe_points import nothing
+from training.student.passes import Passes
 
 # A checkpoint is data: DeepSpeed asks torch.load to run whatever is pickled there, and this overrules it. Besides
 # tensors and plain containers, these are all that DeepSpeed's files hold.
@@ -157,6 +159,8 @@ class Engine:
             for state in self.engine.optimizer.optimizer.state.values():
                 state["step"].zero_()
         self.device = torch.device(self.engine.device)
+        self.passes = Passes(TokenBudget(config.micro_batch_tokens), self.device, collective=zero_stage == 3)
+        """How packed rows reach the module."""
         self._collected = self.engine.checkpoint_engine = _Collected()
         # It would copy a script into each checkpoint, on rank 0 between two barriers, where a full disk means a hang.
         self.engine._copy_recovery_script = lambda save_path: None
@@ -165,6 +169,10 @@ class Engine:
     def module(self) -> torch.nn.Module:
         """The wrapped module; under ZeRO 3 its parameters are gathered as it runs."""
         return self.engine.module
+
+    def __call__(self, row: PackedRow, **asked: Any) -> Any:
+        """The module's forward pass over a packed row, as DeepSpeed has it for training."""
+        return self.engine(row.to(self.device), **asked)
 
     def update(
         self, jobs: Sequence[Job], step: int, *, between: Callable[[], None] = nothing

@@ -298,14 +298,14 @@ def micro_batch(probe: Probe) -> Finding:
 def _budget(probe: Probe, tokens: int) -> Iterator[None]:
     """Another micro_batch_tokens for actor and critic."""
     models: list[Any] = [m for m in (probe.run.models.actor, probe.run.models.critic) if m is not None]
-    before = [model.budget.tokens for model in models]
+    before = [model.engine.passes.budget.tokens for model in models]
     for model in models:
-        model.budget.tokens = tokens
+        model.engine.passes.budget.tokens = tokens
     try:
         yield
     finally:
         for model, old in zip(models, before, strict=True):
-            model.budget.tokens = old
+            model.engine.passes.budget.tokens = old
 
 
 def _same_step(probe: Probe, metrics: Mapping[str, float], how: str) -> Finding:
