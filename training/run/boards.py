@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -24,8 +24,12 @@ IDS = "boards.json"
 """The run's names on the boards' side, so that a resumed run goes on in the same curve."""
 
 
-Board = tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]
-"""What shows the numbers of a step, and what ends the board."""
+class Board(NamedTuple):
+    """Where the numbers are shown."""
+
+    log: Callable[[Mapping[str, float], int], None]
+    """Show those of a step."""
+    close: Callable[[], None]
 
 
 def _tensorboard(folder: Path, step: int) -> Board:
@@ -39,7 +43,7 @@ def _tensorboard(folder: Path, step: int) -> Board:
             writer.add_scalar(key, value, step)
         writer.flush()
 
-    return log, writer.close
+    return Board(log, writer.close)
 
 
 def _wandb(folder: Path, step: int) -> Board:
@@ -56,7 +60,7 @@ def _wandb(folder: Path, step: int) -> Board:
         config=yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
     )
     _remember(folder, "wandb", name)
-    return lambda values, step: run.log(dict(values), step=step), run.finish
+    return Board(lambda values, step: run.log(dict(values), step=step), run.finish)
 
 
 def _mlflow(folder: Path, step: int) -> Board:
@@ -69,7 +73,7 @@ def _mlflow(folder: Path, step: int) -> Board:
     if known is None:
         mlflow.log_artifact(str(folder / "config.yaml"))
     _remember(folder, "mlflow", run.info.run_id)
-    return lambda values, step: mlflow.log_metrics(dict(values), step=step), mlflow.end_run
+    return Board(lambda values, step: mlflow.log_metrics(dict(values), step=step), mlflow.end_run)
 
 
 def _known(folder: Path) -> dict[str, Any]:
@@ -107,7 +111,7 @@ class Boards:
             try:
                 if name not in self._open:
                     self._open[name] = BOARDS[name](self._folder, step)
-                self._open[name][0](values, step)
+                self._open[name].log(values, step)
             except Exception as error:  # of a disk, a network, somebody's server; metrics.jsonl has the same numbers
                 log.warning("report_to: %s does not take step %d (%s)", name, step, " ".join(str(error).split())[:200])
                 if self._open.pop(name, None) is None:  # not even opened: each try might wait for a network
@@ -116,4 +120,4 @@ class Boards:
     def close(self) -> None:
         """The run has finished."""
         while self._open:
-            self._open.popitem()[1][1]()
+            self._open.popitem()[1].close()

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from configs.prompts import Format
@@ -152,7 +153,7 @@ class Actor:
     def _teacher(self, hidden_SD: torch.Tensor, row: PackedRow) -> WholeDistribution:
         """The teacher's distribution before the row's response tokens."""
         assert self.teacher_head is not None
-        return WholeDistribution(hidden_SD[row.place_S].to(self.engine.device), self.teacher_head)
+        return WholeDistribution(self.engine.of_row(row, hidden_SD), self.teacher_head)
 
     def update(
         self,
@@ -170,14 +171,11 @@ class Actor:
         merged: dict[str, float] = {}
         for i, batch in enumerate(batches):
             plan = _Update(batch, distributed.sum_metrics(counts_of(batch)), step * len(batches) + i)
-            if i == 0:
-                metrics = self.engine.passes.budget.spend(partial(self._optimizer_step, plan, shares, between))
-            else:
-                metrics = self.engine.passes.budget.spend(partial(self._optimizer_step, plan, False, nothing))
-            for key, value in metrics.items():
-                if key.startswith("mismatch/") and i > 0:
-                    continue  # after the first optimizer step the policy is meant to differ
-                merged[key] = merged.get(key, 0.0) + value
+            first = i == 0
+            take = partial(self._optimizer_step, plan, shares and first, between if first else nothing)
+            for key, value in self.engine.passes.budget.spend(take).items():
+                if first or not key.startswith("mismatch/"):  # later on the policy is meant to differ
+                    merged[key] = merged.get(key, 0.0) + value
         whole = ("mismatch/", "skipped", "gradient/")
         return {k: v if k.startswith(whole) else v / len(batches) for k, v in merged.items()}
 
@@ -216,18 +214,15 @@ class Actor:
     ) -> dict[str, TokenTerm]:
         """What the forward pass has to say of whole distributions."""
         terms: dict[str, TokenTerm] = {}
-        teacher, device = scored.teacher, self.engine.device
+        teacher, of_row = scored.teacher, partial(self.engine.of_row, row)
         if weights.single_step > 0 and teacher.top_ids_SK is not None and teacher.top_logprobs_SK is not None:
-            terms["single_step"] = TailReverseKL(
-                teacher.top_ids_SK[row.place_S].to(device), teacher.top_logprobs_SK[row.place_S].to(device)
-            )
+            terms["single_step"] = TailReverseKL(of_row(teacher.top_ids_SK), of_row(teacher.top_logprobs_SK))
         elif weights.single_step > 0 and teacher.hidden_SD is not None:
             divergence = RECIPES[self._config.recipe].divergence
             terms["single_step"] = divergence(self._teacher(teacher.hidden_SD, row), self._config, seed)
         if weights.kl > 0 and scored.reference is not None:
             reference = scored.reference
-            hidden_SD = reference.hidden_SD[row.place_S].to(device)
-            terms["kl"] = ReverseKL(WholeDistribution(hidden_SD, reference.head))
+            terms["kl"] = ReverseKL(WholeDistribution(of_row(reference.hidden_SD), reference.head))
         return terms
 
     def _policy_terms(self, plan: _Update, row: PackedRow, seed: int, log: MetricSums) -> dict[str, torch.Tensor]:
@@ -235,10 +230,7 @@ class Actor:
         experience, weights = plan.batch.experience, plan.batch.weights
         assert experience is not None
         scored, rollout, config = experience.scored, experience.rollout, self._config.loss
-
-        def of_row(values_S: torch.Tensor) -> torch.Tensor:
-            return values_S[row.place_S].to(self.engine.device)
-
+        of_row = partial(self.engine.of_row, row)
         terms = self._distribution_terms(scored, row, weights, seed)
         out = self.engine(row, temperature=self._config.sampling.temperature, terms=terms)
         logprobs_S = out.logprobs_S
@@ -268,8 +260,7 @@ class Actor:
             log.add("entropy", out.entropy_S.sum() * mean)
             log.add("clip_share", clipped_S.sum() * mean)
             log.add("mismatch/mean", gap_S.sum() * mean)
-            if len(gap_S):
-                log.largest("mismatch/max", gap_S.max())
+            log.largest("mismatch/max", F.pad(gap_S, (0, 1)).max())  # 0 of a row without a response token
         weighted = {name: value * getattr(weights, name) for name, value in parts.items()}
         for name, value in parts.items():
             log.add(f"loss/{name}", value)
@@ -333,11 +324,8 @@ class MetricSums:
         """All of them over all ranks, in one transfer. Collective."""
         stacked = torch.stack([*self.sums.values(), *self.most.values()]).tolist() if self.sums else []
         numbers = dict(zip([*self.sums, *self.most], stacked, strict=True))
-        most = numbers.pop("mismatch/max", 0.0)
-        metrics = distributed.sum_metrics(numbers)
-        if "mismatch/mean" in metrics:
-            metrics["mismatch/max"] = distributed.max_over_ranks(most)
-        return metrics
+        most = {name: distributed.max_over_ranks(numbers.pop(name)) for name in self.most}
+        return distributed.sum_metrics(numbers) | most
 
 
 def end_list(generation: GenerationConfig) -> list[int]:

@@ -106,14 +106,8 @@ class Critic:
         values_S, targets_S = experience.scored.values_S, experience.value_targets_S
         assert values_S is not None
         assert targets_S is not None
-        device = self.engine.device
-        new_S = self.engine(row)
-        loss = value_loss(
-            new_S,
-            values_S[row.place_S].to(device),
-            targets_S[row.place_S].to(device),
-            torch.full_like(new_S, weight),
-            clip=self._config.ppo.value_clip,
-        )
+        new_S, old_S, wanted_S = self.engine(row), self.engine.of_row(row, values_S), self.engine.of_row(row, targets_S)
+        weights_S = torch.full_like(new_S, weight)
+        loss = value_loss(new_S, old_S, wanted_S, weights_S, clip=self._config.ppo.value_clip)
         losses.append(loss.detach())
         return {"value": loss}

@@ -32,6 +32,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from configs.schema import ActorConfig
 from inference.attention.packing import PackedRow
 from training import distributed
+from training.losses import schedule_factor
 from training.run.memory import OutOfMemory, OutOfMemoryAlone, TokenBudget, agreed, out_of_memory
 from training.run.safe_points import nothing
 from training.student.passes import Passes
@@ -83,12 +84,7 @@ def learning_rate(step: int, config: ActorConfig, options: Optimisation) -> floa
     peak, warmup = options.learning_rate, config.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(options.total_steps - warmup, 1)
-    if config.schedule == "linear":
-        return peak * max(1.0 - done, 0.0)
-    if config.schedule == "cosine":
-        return peak * 0.5 * (1.0 + float(torch.cos(torch.tensor(min(done, 1.0) * torch.pi))))
-    return peak
+    return peak * schedule_factor(step - warmup, kind=config.schedule, final=0.0, total=options.total_steps - warmup)
 
 
 @contextlib.contextmanager
@@ -173,6 +169,10 @@ class Engine:
     def __call__(self, row: PackedRow, **asked: Any) -> Any:
         """The module's forward pass over a packed row, as DeepSpeed has it for training."""
         return self.engine(row.to(self.device), **asked)
+
+    def of_row(self, row: PackedRow, values_S: torch.Tensor) -> torch.Tensor:
+        """What is said of the row's response tokens, out of the whole batch's, on the module's device."""
+        return values_S[row.place_S].to(self.device)
 
     def update(
         self, jobs: Sequence[Job], step: int, *, between: Callable[[], None] = nothing

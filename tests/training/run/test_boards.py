@@ -127,7 +127,7 @@ def test_a_board_that_fails_is_left_or_opened_again(
         opened.append(step)
         if step == 4:
             raise OSError("no network")
-        return log, lambda: pytest.fail("it is not open")
+        return boards.Board(log, lambda: pytest.fail("it is not open"))
 
     def log(values: Mapping[str, float], step: int) -> None:
         if step in (2, 3):
