@@ -45,7 +45,7 @@ def train(run: Run, progress: Progress) -> str:
     status = "finished"
     if progress.best_step > 0:  # the run may have been killed between a checkpoint and its mark
         run.checkpoints.mark_best(progress.best_step)
-    while progress.step < config.steps and not (progress.kl_limit_reached or progress.stopped_early):
+    while progress.step < config.steps and not progress.ends_early:
         points.begin(progress.step)
         step = Step.of(run, progress.step)
 
@@ -79,20 +79,12 @@ def train(run: Run, progress: Progress) -> str:
         stopping = points.after_step(metrics["seconds/total"])
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
-        best = progress.is_best
-        if due or best or stopping or gave_up or progress.kl_limit_reached or progress.stopped_early:
-            save_checkpoint(run, progress, best=best)
+        if due or progress.is_best or stopping or gave_up or progress.ends_early:
+            save_checkpoint(run, progress)
         if gave_up:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
             break
-        if progress.kl_limit_reached:
-            log.warning(
-                "stopped at step %d: KL to the start of the run is %.3f nats a token, reference.kl_limit = %s",
-                progress.step,
-                metrics["kl/start"],
-                config.reference.kl_limit,
-            )
         if stopping and progress.step < config.steps:
             status = "stopped"
             break
@@ -185,7 +177,10 @@ def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -
         progress.tokens[kind] = progress.tokens.get(kind, 0) + int(metrics[f"tokens/{kind}"])
     progress.kl_coef = ALGORITHMS[config.algo].after_step(metrics, config, progress.kl_coef)
     limit, distance = config.reference.kl_limit, metrics.get("kl/start")
-    progress.kl_limit_reached = limit is not None and distance is not None and distance > limit
+    if limit is not None and distance is not None and distance > limit:
+        progress.kl_limit_reached = True
+        said = "stopped at step %d: KL to the start of the run is %.3f nats a token, reference.kl_limit = %s"
+        log.warning(said, progress.step, distance, limit)
 
 
 def _record(run: Run, progress: Progress, batch: Rewarded, metrics: dict[str, float], bar: Any) -> None:
@@ -215,14 +210,14 @@ def _record(run: Run, progress: Progress, batch: Rewarded, metrics: dict[str, fl
     bar.update()
 
 
-def save_checkpoint(run: Run, progress: Progress, *, best: bool = False) -> None:
-    """A checkpoint, as a phase of its own; the best one is marked. One that cannot be written raises CheckpointFailed
-    on every rank, or is left out with a warning (checkpoint.on_error). Collective."""
+def save_checkpoint(run: Run, progress: Progress) -> None:
+    """A checkpoint, as a phase of its own; the best student's is marked. One that cannot be written raises
+    CheckpointFailed on every rank, or is left out with a warning (checkpoint.on_error). Collective."""
     run.points.enter("checkpoint")
     with run.checkpoints.tolerated():
         distributed.together(run.folder.finish_lines, OSError)
         run.checkpoints.save(saved_parts(run.models), progress)
-        if best:
+        if progress.is_best:
             distributed.together(lambda: run.checkpoints.mark_best(progress.step), OSError)
     run.points.limit.took_checkpoint(run.checkpoints.seconds)
 

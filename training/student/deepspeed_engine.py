@@ -274,10 +274,9 @@ class Engine:
         for job in jobs:
             term = job().get(name)
             if term is not None and term.requires_grad:
-                grads = torch.autograd.grad(term, self._trained, allow_unused=True)
+                grads = torch.autograd.grad(term, self._trained, materialize_grads=True)
                 for total, grad in zip(sums, grads, strict=True):
-                    if grad is not None:
-                        total += grad
+                    total += grad
         return sums
 
     def gathered(self, parameters: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 
@@ -82,12 +81,12 @@ class TeacherLink:
     def _groups(self, rollout: Rollout) -> list[Group]:
         """One tokenizer: the rollout in its tokens, behind the teacher's own prompts; each side's end stands for the
         other's."""
-        ends = self.facts.exchanged
-        responses = [
-            (*response[:-1], ends.get(response[-1], response[-1])) if finished else response
-            for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
-        ]
-        return groups_of([self.prompt_tokens(p) for p in rollout.prompts_N], responses, rollout.group_size)
+        responses = map(self._with_other_end, rollout.responses_B, rollout.finished_B.tolist())
+        return groups_of([self.prompt_tokens(p) for p in rollout.prompts_N], list(responses), rollout.group_size)
+
+    def _with_other_end(self, tokens: tuple[int, ...], ended: bool) -> tuple[int, ...]:
+        """One side's answer as the other would have ended it."""
+        return (*tokens[:-1], self.facts.exchanged.get(tokens[-1], tokens[-1])) if ended else tokens
 
     def _exchanged(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids with each side's end in the place of the other's."""
@@ -123,9 +122,9 @@ class TeacherLink:
     ) -> list[tuple[str, bool]]:
         """The teacher's own answers as texts, and whether each has ended; temperature 0 is greedy. A character that
         the limit has cut is left out."""
-        responses = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
-        texts = self._tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
-        ended = [self._ended(r) for r in responses]
+        written = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
+        texts = self._tokenizer.batch_decode([list(tokens) for tokens, _ in written], skip_special_tokens=True)
+        ended = [ended for _, ended in written]
         return [((t if e else t.rstrip("\ufffd")).strip(), e) for t, e in zip(texts, ended, strict=True)]
 
     def responses(
@@ -139,12 +138,8 @@ class TeacherLink:
         if not prompts:
             return []
         if self._translator is None:
-            answers = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
-            ends, own = self.facts.exchanged, [self._ended(r) for r in answers]
-            return [
-                ((*r[:-1], ends.get(r[-1], r[-1])) if ended else r, ended)
-                for r, ended in zip(answers, own, strict=True)
-            ]
+            written = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
+            return [(self._with_other_end(tokens, ended), ended) for tokens, ended in written]
         out, student = [], self.facts.student
         for text, ended in self.answer(prompts, max_new_tokens, temperature=temperature, seed=seed):
             words = self._translator.student.encode(student.lead + text).tokens if text else ()
@@ -154,20 +149,15 @@ class TeacherLink:
 
     def _generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float, seed: int
-    ) -> list[tuple[int, ...]]:
-        """The teacher's answers in its own tokens."""
+    ) -> list[tuple[tuple[int, ...], bool]]:
+        """The teacher's answers in its own tokens, and whether each has ended: by a symbol that the model names, or the
+        one that its chat template puts there."""
+        ends = sorted({*self.client.info().eos_ids, self.facts.teacher.end})
         asked = [self.prompt_tokens(p) for p in prompts]
-        return self.client.generate(
-            asked, max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=self._ends, seed=seed
+        written = self.client.generate(
+            asked, max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=ends, seed=seed
         ).result()
-
-    def _ended(self, response: Sequence[int]) -> bool:
-        return bool(response) and response[-1] in self._ends
-
-    @cached_property
-    def _ends(self) -> tuple[int, ...]:
-        """Whatever ends an answer of the teacher: what the model names, and what its chat template puts there."""
-        return tuple(sorted({*self.client.info().eos_ids, self.facts.teacher.end}))
+        return [(tokens, bool(tokens) and tokens[-1] in ends) for tokens in written]
 
     def prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt as the teacher reads it."""
