@@ -63,11 +63,6 @@ class TeacherClient:
         assert self._connector.info is not None
         return self._connector.info
 
-    @property
-    def address(self) -> str:
-        """The replica that is asked now."""
-        return self._connector.address
-
     def score(self, groups: Sequence[Group], temperature: float = 1.0) -> Future[torch.Tensor]:
         """float32 [S] log p(token | prompt, tokens before it), nats, of all response tokens in batch order."""
         return self._ask(Request("score", _in_order(groups), temperature), lambda t: t[0][:, 0])

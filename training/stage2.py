@@ -291,9 +291,7 @@ def connect(
         timeout_s=teacher.timeout_s,
         prefer=distributed.rank(),
     )
-    link = TeacherLink(client, facts, head)
-    stack.callback(client.close)
-    return link
+    return TeacherLink(stack.enter_context(client), facts, head)
 
 
 def _check_answers(config: RunConfig, link: TeacherLink) -> None:

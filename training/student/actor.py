@@ -112,15 +112,8 @@ class Actor:
                 mixture=mixture,
             )
             samples = sample(self.policy, [p.tokens for p in prompts], sampling, drawing)
-        return Rollout(
-            prompts_N=list(prompts),
-            group_size=sampling.group_size,
-            responses_B=samples.responses_B,
-            finished_B=samples.finished_B,
-            texts_B=self.texts(samples.responses_B),
-            behavior_logprobs_S=samples.full_logprobs_S,
-            sampled_logprobs_S=samples.drawn_logprobs_S,
-        )
+        texts_B = self.texts(samples.responses_B)
+        return Rollout(prompts_N=list(prompts), group_size=sampling.group_size, texts_B=texts_B, **vars(samples))
 
     def texts(self, responses: Sequence[tuple[int, ...]]) -> list[str]:
         """Response texts, special symbols removed, stripped."""

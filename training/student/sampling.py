@@ -25,15 +25,15 @@ from training.student.policy import Policy, Way
 
 @dataclass(frozen=True)
 class Samples:
-    """Responses of N prompts, B = N*G, ordered by prompt."""
+    """Responses of N prompts, B = N*G, ordered by prompt: the fields of a `Rollout` that are sampled."""
 
     responses_B: tuple[tuple[int, ...], ...]
     """Token ids, the end symbol included where one was drawn."""
     finished_B: torch.Tensor
     """bool an end symbol was drawn."""
-    full_logprobs_S: torch.Tensor
+    behavior_logprobs_S: torch.Tensor
     """float32 nats under the full softmax at the temperature."""
-    drawn_logprobs_S: torch.Tensor
+    sampled_logprobs_S: torch.Tensor
     """float32 nats under the distribution that was drawn from, where that is a mixture with another."""
 
 
@@ -160,8 +160,8 @@ def _up_to_the_end(tokens: torch.Tensor, ends: torch.Tensor, full: torch.Tensor,
     return Samples(
         responses_B=tuple(tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)),
         finished_B=finished,
-        full_logprobs_S=from_grid(full, lengths),
-        drawn_logprobs_S=from_grid(drawn_from, lengths),
+        behavior_logprobs_S=from_grid(full, lengths),
+        sampled_logprobs_S=from_grid(drawn_from, lengths),
     )
 
 

@@ -61,8 +61,8 @@ def assert_same(ours: Samples, want: Samples) -> None:
     assert ours.responses_B == want.responses_B
     assert torch.equal(ours.finished_B, want.finished_B)
     # Rows read in spans are other products than rows read to their end: the last bits differ.
-    torch.testing.assert_close(ours.full_logprobs_S, want.full_logprobs_S, atol=2e-5, rtol=0)
-    torch.testing.assert_close(ours.drawn_logprobs_S, want.drawn_logprobs_S, atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours.behavior_logprobs_S, want.behavior_logprobs_S, atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours.sampled_logprobs_S, want.sampled_logprobs_S, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", PACKED)
@@ -107,7 +107,7 @@ def test_ends_are_looked_at_now_and_then(on_device: Callable[[Capture], None]) -
     assert steps == list(range(LOOK))
     assert [len(response) for response in samples.responses_B] == [1] * 8
     assert samples.finished_B.all()
-    assert len(samples.full_logprobs_S) == 8
+    assert len(samples.behavior_logprobs_S) == 8
     steps.clear()
     captures.clear()
     samples = drawn(policy, ends=(), on_step=steps.append)
