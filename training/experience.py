@@ -223,4 +223,6 @@ def _by_axis(change: Callable[..., Any], axis: str | None, *values: Any) -> Any:
             for name, found in axes.items()
         }
         return replace(first, **parts)
-    return tuple(_by_axis(change, None, *some) for some in zip(*values, strict=True)) if type(first) is tuple else first
+    if isinstance(first, tuple):
+        return tuple(_by_axis(change, None, *some) for some in zip(*values, strict=True))
+    return first

@@ -37,8 +37,6 @@ class Samples:
     """float32 nats under the distribution that was drawn from, where that is a mixture with another."""
 
 
-LOOK = 16
-"""Tokens between two looks at which responses have ended, where tokens stay on the device: a look waits for it."""
 Mixture = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From step t, the active responses [A], the token that each chose last (nothing at t = 0) and the policy's
 log-probabilities [A, V] to those that are drawn from, [A, V]."""
@@ -107,6 +105,10 @@ def _decode(decoder: Decoder, config: SamplingConfig, drawing: Drawing) -> Sampl
         rows = active if len(active) else torch.zeros(1, dtype=torch.int64)
         logits = decoder.advance(rows, tokens[rows, t])
     return _up_to_the_end(tokens, ends, full, drawn_from)
+
+
+LOOK = 16
+"""Tokens between two looks at which responses have ended, where tokens stay on the device: a look waits for it."""
 
 
 def _decode_on_device(
