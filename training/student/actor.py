@@ -67,13 +67,8 @@ class Actor:
         """Whatever ends a response."""
         if config.actor.zero_stage == 3:
             policy.agree = lambda tokens: int(distributed.max_over_ranks(tokens))
-        self.engine = Engine(
-            policy,
-            config.actor,
-            Optimisation(
-                learning_rate, total_steps, zero_stage=config.actor.zero_stage, dtype=student.dtype, samples=True
-            ),
-        )
+        options = Optimisation(learning_rate, total_steps, config.actor.zero_stage, student.dtype, samples=True)
+        self.engine = Engine(policy, config.actor, options)
         self.engine.module.eval()
         self.on_step: Callable[[int], None] = lambda _: distributed.beat()
         """Called after each decoding step."""

@@ -78,26 +78,23 @@ class Critic:
         loss_sum, norm = 0.0, 0.0
         for i, experience in enumerate(experiences):
             tokens = float(distributed.sum_over_ranks(experience.rollout.lengths_B.sum()))
-            if tokens == 0:
-                continue
-
-            def take(
-                most: int, number: int = i, experience: Experience = experience, tokens: float = tokens
-            ) -> tuple[float, float]:
-                losses: list[torch.Tensor] = []
-                jobs = [
-                    partial(self._loss, experience, row, 1.0 / tokens, losses)
-                    for row in rows_in_step(experience.rollout.groups(), most)
-                ]
-                norm, _, _ = self.engine.update(
-                    jobs, step * len(experiences) + number, between=between if number == 0 else nothing
-                )
-                return sum(float(x) for x in losses), norm
-
-            loss, norm = self.engine.passes.budget.spend(take)
-            loss_sum += loss
+            if tokens > 0:
+                number, asked = step * len(experiences) + i, between if i == 0 else nothing
+                take = partial(self._optimizer_step, experience, 1.0 / tokens, number, asked)
+                loss, norm = self.engine.passes.budget.spend(take)
+                loss_sum += loss
         total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
         return {**total, "critic/grad_norm": norm}
+
+    def _optimizer_step(
+        self, experience: Experience, weight: float, number: int, between: Callable[[], None], tokens: int
+    ) -> tuple[float, float]:
+        """Step `number` in packed rows of at most `tokens`: this rank's loss, and the gradient's norm."""
+        losses: list[torch.Tensor] = []
+        rows = rows_in_step(experience.rollout.groups(), tokens)
+        jobs = [partial(self._loss, experience, row, weight, losses) for row in rows]
+        norm, _, _ = self.engine.update(jobs, number, between=between)
+        return sum(float(x) for x in losses), norm
 
     def _loss(
         self, experience: Experience, row: PackedRow, weight: float, losses: list[torch.Tensor]
