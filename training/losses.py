@@ -195,15 +195,12 @@ class WholeDistribution:
     head: Head
     """From [C, D] to logits [C, V], without a gradient."""
 
-    def logits(self, piece: slice) -> torch.Tensor:
-        """[C, V] logits of some of the tokens."""
-        return self.head(self.hidden_SD[piece])
-
-
-def shared_vocabulary(policy_SV: torch.Tensor, other_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both logits cut to the entries that both have: one tokenizer may be padded differently (trap 26)."""
-    shared = min(policy_SV.shape[-1], other_SV.shape[-1])
-    return policy_SV[:, :shared], other_SV[:, :shared]
+    def beside(self, policy_CV: torch.Tensor, piece: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The policy's logits at some of the tokens and this model's, of the entries that both have: one tokenizer may
+        be padded differently (trap 26)."""
+        own_CV = self.head(self.hidden_SD[piece])
+        shared = min(policy_CV.shape[-1], own_CV.shape[-1])
+        return policy_CV[:, :shared], own_CV[:, :shared]
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ class ReverseKL:
 
     def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
         """Nats, float32 [C]."""
-        return reverse_kl(*shared_vocabulary(logits_SV, self.other.logits(piece)))
+        return reverse_kl(*self.other.beside(logits_SV, piece))
 
 
 @dataclass(frozen=True)
@@ -229,7 +226,7 @@ class GeneralizedJSD:
 
     def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
         """Nats, float32 [C]."""
-        return generalized_jsd(*shared_vocabulary(logits_SV, self.teacher.logits(piece)), self.beta)
+        return generalized_jsd(*self.teacher.beside(logits_SV, piece), self.beta)
 
 
 @dataclass(frozen=True)
@@ -245,7 +242,7 @@ class SampledCrossEntropy:
 
     def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
         """Nats, float32 [C]."""
-        policy, teacher = shared_vocabulary(logits_SV, self.teacher.logits(piece))
+        policy, teacher = self.teacher.beside(logits_SV, piece)
         logprobs = at_least_float32(teacher).log_softmax(-1)
         generator = torch.Generator(logprobs.device).manual_seed(self.seed + piece.start)
         uniform = torch.rand(logprobs.shape, generator=generator, device=logprobs.device)
