@@ -12,9 +12,9 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +22,12 @@ import torch
 from inference.attention.packing import Group
 from inference.protocol import session, wire
 from inference.protocol.connection import CLOSED, Connector, TeacherLost, TeacherRefused
+from inference.protocol.decoding import Make, Replay, TeacherDecoding
 from inference.protocol.replies import TeacherInfo
 from inference.protocol.session import Channel
 from inference.protocol.wire import Request
 
 __all__ = ["TeacherClient", "TeacherDecoding", "TeacherInfo", "TeacherLost", "TeacherRefused"]
-
-Make = Callable[[list[torch.Tensor]], Any]
-"""From a reply's tensors to what the client hands out."""
-Replay = Callable[[], Request]
-"""The request that gives the same answer on a server that has lost the decoding."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +62,6 @@ class TeacherClient:
         """What the server said in the last handshake."""
         assert self._connector.info is not None
         return self._connector.info
-
-    @property
-    def address(self) -> str:
-        """The replica that is asked now."""
-        return self._connector.address
 
     def score(self, groups: Sequence[Group], temperature: float = 1.0) -> Future[torch.Tensor]:
         """float32 [S] log p(token | prompt, tokens before it), nats, of all response tokens in batch order."""
@@ -215,48 +206,6 @@ def _exchange(channel: Channel, request: Request, timeout_s: float) -> list[torc
         data = channel.receive(rows * columns * dtype.itemsize, torch.uint8, timeout_s)
         tensors.append(data.view(dtype).view(rows, columns))
     return tensors
-
-
-class TeacherDecoding:
-    """Responses that grow by one token a step. `first` predicts the token that comes first.
-
-    What predicts is [A, Hidden] of the A responses that still grow, in the teacher's dtype: hidden @ output_layer.T are
-    all logits.
-    """
-
-    def __init__(self, ask: Callable[[Request, Make, Replay | None], Future[Any]], opening: Request) -> None:
-        self._ask, self._opening = ask, opening
-        self._tokens: list[list[int]] = [[] for _ in opening.rows_A]
-        self._step = 0
-        self.first: Future[torch.Tensor] = ask(opening, lambda t: t[0], None)
-
-    def next(self, rows: Sequence[int], tokens: Sequence[int]) -> Future[torch.Tensor]:
-        """What follows once `tokens[i]` was chosen for response `rows[i]`; rows ascend.
-
-        A row that is left out is finished and must not come back.
-        """
-        rows_A, chosen, step = tuple(rows), tuple(tokens), self._step
-        for row, token in zip(rows_A, chosen, strict=True):
-            if len(self._tokens[row]) != step:
-                raise ValueError(f"response {row} was left out of an earlier step")
-            self._tokens[row].append(token)
-        self._step += 1
-        request = Request("next", handle=self._opening.handle, step=step, rows_A=rows_A, ids=chosen)
-        return self._ask(request, lambda t: t[0], lambda: self._reopening(rows_A, step + 1))
-
-    def close(self) -> Future[None]:
-        """Give the server's memory back; a new decoding or the end of the session does that too."""
-        return self._ask(Request("release", handle=self._opening.handle), lambda _: None, None)
-
-    def _reopening(self, rows_A: tuple[int, ...], step: int) -> Request:
-        """The request that brings this decoding back to where `rows_A` have `step` tokens."""
-        alive, samples = set(rows_A), self._opening.samples
-        responses = [tuple(tokens[:step]) if b in alive else () for b, tokens in enumerate(self._tokens)]
-        groups = tuple(
-            replace(group, responses=tuple(responses[n * samples : (n + 1) * samples]))
-            for n, group in enumerate(self._opening.groups)
-        )
-        return replace(self._opening, groups=groups, rows_A=rows_A, step=step)
 
 
 def _in_order(groups: Sequence[Group]) -> tuple[Group, ...]:

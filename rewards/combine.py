@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -24,22 +25,14 @@ class TeacherReward:
 
 def weighted_sum(teachers: Sequence[TeacherReward]) -> RewardOutput:
     """The teachers' rewards, and returns where all have them, added by weight; parts stay as they are."""
-    rewards_S = sum_of([t.weight * t.reward.rewards_S for t in teachers])
+    rewards_S = reduce(torch.add, [t.weight * t.reward.rewards_S for t in teachers])
     returns = [t.weight * t.reward.returns_S for t in teachers if t.reward.returns_S is not None]
     named = {
         part if t.name is None else f"{part}/{t.name}": values_B
         for t in teachers
         for part, values_B in t.reward.parts_B.items()
     }
-    return RewardOutput(rewards_S, sum_of(returns) if len(returns) == len(teachers) else None, named)
-
-
-def sum_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Element-wise sum, in order."""
-    total = torch.zeros_like(tensors[0])
-    for tensor in tensors:
-        total = total + tensor
-    return total
+    return RewardOutput(rewards_S, reduce(torch.add, returns) if len(returns) == len(teachers) else None, named)
 
 
 def add_parts(

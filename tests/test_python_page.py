@@ -29,7 +29,7 @@ def test_the_example_samples_scores_and_takes_a_step(tmp_path: Path, demo_cache:
     assert len(rollout.texts_B) == 16 and len(own_S) == rollout.lengths_B.sum()
     moved = [not torch.equal(p, old) for p, old in zip(run.models.actor.policy.parameters(), before)]
     assert all(moved), moved
-    print("teacher", run.models.teacher.info.vocab_size)
+    print("teacher", run.models.teacher.client.info().vocab_size)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -13,7 +13,7 @@ import torch
 from configs.schema import RunConfig
 from inference.client import TeacherLost
 from rewards import REWARDS
-from rewards.base import RewardInput, RewardOutput
+from rewards.base import RewardInput
 from rewards.combine import TeacherReward, add_parts, weighted_sum
 from rewards.parts import part_weights
 from rewards.tokens import sum_by_response
@@ -81,7 +81,7 @@ class Step:
     @classmethod
     def of(cls, run: Run, number: int = 0) -> Step:
         """Step `number` of a run; its clock tells the run's safe points of each phase."""
-        weights = RECIPES[run.config.recipe].weights(run.config, number, run.models.teacher.same_tokenizer)
+        weights = RECIPES[run.config.recipe].weights(run.config, number, run.models.teacher.facts.same_tokenizer)
         return cls(number, weights, Clock(run.points.phase))
 
 
@@ -108,7 +108,7 @@ def collect(run: Run, prompts: Sequence[Prompt], step: Step) -> Rewarded:
 
 def _rewarded(run: Run, prompts: Sequence[Prompt], step: Step) -> Rewarded:
     rollout, asked = answer(run, prompts, step)
-    return reward(run, score(run, rollout, step, asked), step)
+    return reward(run.config, score(run, rollout, step, asked), step.weights)
 
 
 def answer(run: Run, prompts: Sequence[Prompt], step: Step) -> tuple[Rollout, list[PendingView]]:
@@ -189,37 +189,33 @@ def score(run: Run, rollout: Rollout, step: Step, asked: Sequence[PendingView] |
     )
 
 
-def reward(run: Run, scored: Scored, step: Step) -> Rewarded:
+def reward(config: RunConfig, scored: Scored, weights: LossWeights) -> Rewarded:
     """The configured reward: each teacher's by its weight, and the extra parts.
 
-    The exact single-step term, where there is one, is to the first teacher: the others' rewards are whole.
+    The exact single-step term, where the loss has one, is to the first teacher: the others' rewards are whole.
     """
-    config, rollout = run.config, scored.rollout
+    rollout, kind = scored.rollout, REWARDS[config.reward]
+    prompts_B = rollout.prompt_of_response()
     inputs = RewardInput(
         lengths_B=rollout.lengths_B,
         finished_B=rollout.finished_B,
         behavior_logprobs_S=rollout.behavior_logprobs_S,
         teacher_logprobs_S=scored.teacher.logprobs_S,
         texts_B=rollout.texts_B,
-        answers_B=[p.answers for p in rollout.prompt_of_response()],
-        questions_B=[p.text for p in rollout.prompt_of_response()],
+        answers_B=[p.answers for p in prompts_B],
+        questions_B=[p.text for p in prompts_B],
         group_size=rollout.group_size,
     )
-    return Rewarded(scored, reward_of(inputs, scored, config, single_step=step.weights.single_step > 0))
-
-
-def reward_of(inputs: RewardInput, scored: Scored, config: RunConfig, *, single_step: bool) -> RewardOutput:
-    """Each teacher's reward by its weight, and the extra parts."""
-    kind = REWARDS[config.reward]
-    teachers = [TeacherReward(None, config.rewards.teacher_weight, kind.reward(inputs, config.rewards, single_step))]
+    first = kind.reward(inputs, config.rewards, weights.single_step > 0)
+    teachers = [TeacherReward(None, config.rewards.teacher_weight, first)]
     for teacher, view in zip(config.teachers, scored.others, strict=True):
         asked = replace(inputs, teacher_logprobs_S=view.logprobs_S)
         teachers.append(TeacherReward(teacher.name, teacher.weight, kind.reward(asked, config.rewards, False)))
-    weights = part_weights(config.rewards)
-    parts = configured_parts(inputs, config) if weights else {}
+    part_weight = part_weights(config.rewards)
+    parts = configured_parts(inputs, config) if part_weight else {}
     if scored.bilingual_B is not None:
         parts["bilingual"] = scored.bilingual_B
-    return add_parts(weighted_sum(teachers), parts, weights, inputs.lengths_B)
+    return Rewarded(scored, add_parts(weighted_sum(teachers), parts, part_weight, inputs.lengths_B))
 
 
 def make_experience(run: Run, batch: Rewarded, kl_coef: float) -> tuple[Experience, int]:

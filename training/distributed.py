@@ -127,27 +127,16 @@ def any_rank(flag: bool) -> bool:
 
 
 def together(work: Callable[[], T], error: type[Exception]) -> T:
-    """What `work` returns; an `error` that it raises on one rank is raised on every rank. Collective."""
-    problem: str | None = None
+    """What `work` returns; an `error` that it raises on one rank is raised, as the first one said it, on every rank.
+    Collective."""
+    problem = None
     try:
         result = work()
     except error as raised:
         problem = str(raised)
     if any_rank(problem is not None):
-        raise error(problem if problem is not None else f"another rank: {error.__name__}")
+        raise error(next(filter(None, gather_strings([problem or ""])), error.__name__))
     return result
-
-
-def rank_0_first(work: Callable[[], None]) -> None:
-    """Rank 0 alone does `work`; a ValueError that it raises is raised on every rank. Collective."""
-    problem = ""
-    try:
-        if is_main():
-            work()
-    except ValueError as error:
-        problem = str(error)
-    if problem := gather_strings([problem])[0]:
-        raise ValueError(problem)
 
 
 def sum_metrics(sums: Mapping[str, float]) -> dict[str, float]:

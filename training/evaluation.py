@@ -91,7 +91,7 @@ def sampled_answers(
         if link is None:
             texts += rollout.texts_B[: count * config.eval.kl_samples]
             continue
-        view = link.ask(rollout, whole_distribution=link.same_tokenizer)()
+        view = link.ask(rollout, whole_distribution=link.facts.same_tokenizer)()
         if view.hidden_SD is not None:
             kl_S = actor.teacher_kl(rollout, view.hidden_SD)
         else:

@@ -9,7 +9,7 @@ such a suffix belongs to the batch as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -186,48 +186,43 @@ AXIS = re.compile(r"_([NBS])[A-Z]?$")
 def take(batch: Carrier, groups: Sequence[int]) -> Carrier:
     """Some of a batch's groups, by their place in `prompts_N`, in the order asked for; a place may come twice."""
     rollout: Any = getattr(batch, "rollout", batch)
-    return _pick(batch, _places(rollout.lengths_B, rollout.group_size, groups))
+    lengths, ends = rollout.lengths_B.tolist(), rollout.lengths_B.cumsum(0).tolist()
+    rows = [n * rollout.group_size + g for n in groups for g in range(rollout.group_size)]
+    tokens = [s for b in rows for s in range(ends[b] - lengths[b], ends[b])]
+    places = {"N": list(groups), "B": rows, "S": tokens}
+
+    def pick(axis: str, values: Any) -> Any:
+        return values[places[axis]] if isinstance(values, torch.Tensor) else [values[i] for i in places[axis]]
+
+    return _by_axis(pick, None, batch)
 
 
 def join(first: Carrier, second: Carrier) -> Carrier:
     """The groups of `first`, then those of `second`: two batches of the same kind and group size."""
-    return _join(first, second)
+
+    def both(axis: str, one: Any, two: Any) -> Any:
+        return torch.cat([one, two]) if isinstance(one, torch.Tensor) else [*one, *two]
+
+    return _by_axis(both, None, first, second)
 
 
-def _places(lengths_B: torch.Tensor, group_size: int, groups: Sequence[int]) -> dict[str, list[int]]:
-    """Places of the groups on each axis."""
-    rows = [n * group_size + g for n in groups for g in range(group_size)]
-    ends = lengths_B.cumsum(0).tolist()
-    lengths = lengths_B.tolist()
-    return {"N": list(groups), "B": rows, "S": [s for b in rows for s in range(ends[b] - lengths[b], ends[b])]}
-
-
-def _pick(value: Any, places: Mapping[str, list[int]], axis: str | None = None) -> Any:
-    if value is None:
+def _by_axis(change: Callable[..., Any], axis: str | None, *values: Any) -> Any:
+    """`change(axis, *values)` of each field with an axis, of values of one kind and all that they hold; what belongs
+    to the batch as a whole is the first one's."""
+    first = values[0]
+    if any(value is None for value in values):
         return None
-    if is_dataclass(value) and not isinstance(value, type) and axis is None:
-        changed = {f.name: _pick(getattr(value, f.name), places, _axis(f.name)) for f in fields(value)}
-        return replace(value, **changed)
-    if isinstance(value, Mapping):
-        return {key: _pick(one, places, axis) for key, one in value.items()}
-    if axis is None:
-        return tuple(_pick(one, places) for one in value) if isinstance(value, tuple) else value
-    return value[places[axis]] if isinstance(value, torch.Tensor) else [value[i] for i in places[axis]]
-
-
-def _join(one: Any, two: Any, axis: str | None = None) -> Any:
-    if one is None or two is None:
-        return None
-    if is_dataclass(one) and not isinstance(one, type) and axis is None:
-        names = [f.name for f in fields(one)]
-        return replace(one, **{n: _join(getattr(one, n), getattr(two, n), _axis(n)) for n in names})
-    if isinstance(one, Mapping):
-        return {key: _join(value, two[key], axis) for key, value in one.items()}
-    if axis is None:
-        return tuple(map(_join, one, two)) if isinstance(one, tuple) else one
-    return torch.cat([one, two]) if isinstance(one, torch.Tensor) else [*one, *two]
-
-
-def _axis(name: str) -> str | None:
-    found = AXIS.search(name)
-    return found.group(1) if found else None
+    if isinstance(first, Mapping):
+        return {key: _by_axis(change, axis, *(value[key] for value in values)) for key in first}
+    if axis is not None:
+        return change(axis, *values)
+    if is_dataclass(first) and not isinstance(first, type):
+        axes = {f.name: AXIS.search(f.name) for f in fields(first)}
+        parts = {
+            name: _by_axis(change, found and found.group(1), *(getattr(value, name) for value in values))
+            for name, found in axes.items()
+        }
+        return replace(first, **parts)
+    if isinstance(first, tuple):
+        return tuple(_by_axis(change, None, *some) for some in zip(*values, strict=True))
+    return first

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,17 +14,17 @@ from training import distributed
 from training.advantages import has_signal
 from training.algorithms import ALGORITHMS
 from training.collect import Models, Run, Step, collect, make_experience
-from training.data.order import positions_of_step, share_of_rank
+from training.data.order import items_of_step
 from training.data.text import flat
 from training.evaluation import validate
-from training.experience import Corpus, Experience, Prompt, Rewarded, take
+from training.experience import Experience, Rewarded, take
+from training.losses import k3
 from training.objective import SUPERVISED, UpdateInput
 from training.recipes import RECIPES
 from training.run.checkpoints import Saveable
 from training.run.run_folder import Progress
 from training.run.safe_points import StepAbandoned, nothing
 
-Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
@@ -46,12 +45,13 @@ def train(run: Run, progress: Progress) -> str:
     status = "finished"
     if progress.best_step > 0:  # the run may have been killed between a checkpoint and its mark
         run.checkpoints.mark_best(progress.best_step)
-    while progress.step < config.steps and not (progress.kl_limit_reached or progress.stopped_early):
+    while progress.step < config.steps and not progress.ends_early:
         points.begin(progress.step)
         step = Step.of(run, progress.step)
 
         try:
-            batch = collect(run, prompts_of_step(run.corpus, config, step.number), step)
+            prompts = items_of_step(run.corpus.prompts, config.prompts_per_step, step.number, config.seed)
+            batch = collect(run, prompts, step)
             experience, dropped = make_experience(run, batch, progress.kl_coef)
             with step.clock("update"):
                 metrics = update(run, experience, step)
@@ -79,20 +79,12 @@ def train(run: Run, progress: Progress) -> str:
         stopping = points.after_step(metrics["seconds/total"])
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
-        best = progress.is_best
-        if due or best or stopping or gave_up or progress.kl_limit_reached or progress.stopped_early:
-            save_checkpoint(run, progress, best=best)
+        if due or progress.is_best or stopping or gave_up or progress.ends_early:
+            save_checkpoint(run, progress)
         if gave_up:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
             break
-        if progress.kl_limit_reached:
-            log.warning(
-                "stopped at step %d: KL to the start of the run is %.3f nats a token, reference.kl_limit = %s",
-                progress.step,
-                metrics["kl/start"],
-                config.reference.kl_limit,
-            )
         if stopping and progress.step < config.steps:
             status = "stopped"
             break
@@ -100,21 +92,6 @@ def train(run: Run, progress: Progress) -> str:
         run.checkpoints.wait()
     bar.close()
     return status
-
-
-def prompts_of_step(corpus: Corpus, config: RunConfig, step: int) -> list[Prompt]:
-    """This rank's prompts of a step."""
-    chosen = positions_of_step(step, config.prompts_per_step, len(corpus.prompts), config.seed)
-    mine = share_of_rank(chosen, distributed.rank(), distributed.world_size())
-    return [corpus.prompts[i] for i in mine]
-
-
-def _groups_of_step(groups: Sequence[Item], count: int, step: int, seed: int) -> list[Item]:
-    """This rank's share of `count` text blocks or examples."""
-    if not groups:
-        return []
-    chosen = positions_of_step(step, count, len(groups), seed)
-    return [groups[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
 
 
 def update(run: Run, experience: Experience, step: Step) -> dict[str, float]:
@@ -131,7 +108,7 @@ def update(run: Run, experience: Experience, step: Step) -> dict[str, float]:
     for i, mini in enumerate(minis):
         number = step.number * parts + i
         blocks = min(config.loss.pt_batch, len(run.corpus.text))
-        text = flat(_groups_of_step(run.corpus.text, blocks, number, config.seed))
+        text = flat(items_of_step(run.corpus.text, blocks, number, config.seed))
         batches.append(UpdateInput(mini, text, _cloning(run, mini, number), step.weights))
     every = config.loss.gradient_shares_every
     shares = every > 0 and step.number % every == 0
@@ -143,7 +120,7 @@ def _cloning(run: Run, experience: Experience, number: int) -> list[Group]:
     imitated = RECIPES[run.config.recipe].imitated
     if imitated is not None:
         return imitated(experience)
-    return _groups_of_step(run.corpus.cloning, run.config.loss.pt_batch, number, run.config.seed)
+    return items_of_step(run.corpus.cloning, run.config.loss.pt_batch, number, run.config.seed)
 
 
 def _supervised_phase(run: Run, step: Step) -> dict[str, float]:
@@ -155,7 +132,7 @@ def _supervised_phase(run: Run, step: Step) -> dict[str, float]:
     first = (step.number + 1) // every * count
     losses = []
     for i in range(count):
-        examples = _groups_of_step(run.corpus.cloning, config.sft.batch, first + i, config.seed + 1)
+        examples = items_of_step(run.corpus.cloning, config.sft.batch, first + i, config.seed + 1)
         batch = UpdateInput(None, [], examples, SUPERVISED)
         losses.append(run.models.actor.update([batch], step.number)["loss/bc"])
     return {"loss/supervised_phase": sum(losses) / count}
@@ -164,41 +141,30 @@ def _supervised_phase(run: Run, step: Step) -> dict[str, float]:
 def describe(batch: Rewarded, dropped: int) -> dict[str, float]:
     """Numbers of a step that do not come from the update, over all ranks. Collective."""
     scored, rollout, reward = batch.scored, batch.rollout, batch.reward
-    importance_S = scored.importance_S
-    sums = {
-        "responses": float(len(rollout.lengths_B)),
-        "tokens": float(rollout.lengths_B.sum()),
-        "finished": float(rollout.finished_B.sum()),
-        "scored": float(scored.teacher.scored_tokens_B.sum()),
-        "unread": float(scored.teacher.unread_tokens_B.sum()),
-        "dropped": float(dropped),
-        "silent": float((~has_signal(batch)).sum()),
-        "kl": float((rollout.behavior_logprobs_S - scored.teacher.logprobs_S).nan_to_num().sum()),
-        "reward": float(reward.rewards_S.nan_to_num().sum()),
-        **{f"part/{k}": float(v.nan_to_num().sum()) for k, v in reward.parts_B.items()},
+    importance_S, lengths_B = scored.importance_S, rollout.lengths_B
+    by_response = {
+        "reward/mean": reward.rewards_S,
+        **{f"reward/{name}": part_B for name, part_B in reward.parts_B.items()},
+        "length/mean": lengths_B,
+        "length/finished_share": rollout.finished_B,
     }
+    by_token = {"kl/teacher": rollout.behavior_logprobs_S - scored.teacher.logprobs_S}
     if scored.start_logprobs_S is not None:
-        moved_S = scored.start_logprobs_S - rollout.behavior_logprobs_S
-        k3_S = moved_S.exp() - 1 - moved_S
-        sums["start"] = float((k3_S if importance_S is None else k3_S * importance_S).nan_to_num().sum())
+        k3_S = k3(rollout.behavior_logprobs_S, scored.start_logprobs_S)
+        by_token["kl/start"] = k3_S if importance_S is None else k3_S * importance_S
     if importance_S is not None:
-        sums["importance"] = float(importance_S.nan_to_num().sum())
-    sums = distributed.sum_metrics(sums)
-    responses, tokens = max(sums["responses"], 1.0), max(sums["tokens"], 1.0)
-    extra = {"kl/start": "start", "importance/mean": "importance"}
-    return {
-        "reward/mean": sums["reward"] / responses,
-        **{f"reward/{k}": sums[f"part/{k}"] / responses for k in reward.parts_B},
-        "kl/teacher": sums["kl"] / tokens,
-        **{name: sums[key] / tokens for name, key in extra.items() if key in sums},
-        "length/mean": sums["tokens"] / responses,
-        "length/finished_share": sums["finished"] / responses,
-        "groups/dropped": sums["dropped"],
-        "groups/without_signal": sums["silent"],
-        "tokens/sampled": sums["tokens"],
-        "tokens/scored": sums["scored"],
-        "tokens/unread": sums["unread"],
+        by_token["importance/mean"] = importance_S
+    counted = {
+        "groups/without_signal": ~has_signal(batch),
+        "tokens/sampled": lengths_B,
+        "tokens/scored": scored.teacher.scored_tokens_B,
+        "tokens/unread": scored.teacher.unread_tokens_B,
     }
+    own = {name: float(values.nan_to_num().sum()) for name, values in {**by_response, **by_token, **counted}.items()}
+    sums = distributed.sum_metrics(own | {"groups/dropped": dropped, "responses": len(lengths_B)})
+    responses, tokens = max(sums.pop("responses"), 1.0), max(sums["tokens/sampled"], 1.0)
+    per = {name: responses for name in by_response} | {name: tokens for name in by_token}
+    return {name: total / per.get(name, 1.0) for name, total in sums.items()}
 
 
 def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -> None:
@@ -211,7 +177,10 @@ def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -
         progress.tokens[kind] = progress.tokens.get(kind, 0) + int(metrics[f"tokens/{kind}"])
     progress.kl_coef = ALGORITHMS[config.algo].after_step(metrics, config, progress.kl_coef)
     limit, distance = config.reference.kl_limit, metrics.get("kl/start")
-    progress.kl_limit_reached = limit is not None and distance is not None and distance > limit
+    if limit is not None and distance is not None and distance > limit:
+        progress.kl_limit_reached = True
+        said = "stopped at step %d: KL to the start of the run is %.3f nats a token, reference.kl_limit = %s"
+        log.warning(said, progress.step, distance, limit)
 
 
 def _record(run: Run, progress: Progress, batch: Rewarded, metrics: dict[str, float], bar: Any) -> None:
@@ -241,14 +210,14 @@ def _record(run: Run, progress: Progress, batch: Rewarded, metrics: dict[str, fl
     bar.update()
 
 
-def save_checkpoint(run: Run, progress: Progress, *, best: bool = False) -> None:
-    """A checkpoint, as a phase of its own; the best one is marked. One that cannot be written raises CheckpointFailed
-    on every rank, or is left out with a warning (checkpoint.on_error). Collective."""
+def save_checkpoint(run: Run, progress: Progress) -> None:
+    """A checkpoint, as a phase of its own; the best student's is marked. One that cannot be written raises
+    CheckpointFailed on every rank, or is left out with a warning (checkpoint.on_error). Collective."""
     run.points.enter("checkpoint")
     with run.checkpoints.tolerated():
         distributed.together(run.folder.finish_lines, OSError)
         run.checkpoints.save(saved_parts(run.models), progress)
-        if best:
+        if progress.is_best:
             distributed.together(lambda: run.checkpoints.mark_best(progress.step), OSError)
     run.points.limit.took_checkpoint(run.checkpoints.seconds)
 

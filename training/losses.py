@@ -48,19 +48,17 @@ class PolicyTokens:
     advantages_S: torch.Tensor
     """float32."""
     weights_S: torch.Tensor
-    """float32 `token_weights`."""
+    """float32 `token_weights`, times the importance weights of samples that the policy itself did not draw."""
     response_S: torch.Tensor
     """int64 response of each token."""
-    importance_S: torch.Tensor | None = None
-    """float32 weights of samples that the policy itself did not draw."""
 
 
 def policy_loss(tokens: PolicyTokens, config: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate (PPO, arXiv 1707.06347, eq. 7), with asymmetric clipping.
 
     `loss.ratio` `token`: pi/pi_old of the token. `sequence`: GSPO (arXiv 2507.18071, eq. 7), the geometric mean over
-    the response, with the gradient of its own tokens. Importance weights are detached and multiply the clipped term,
-    never the ratio before clipping (trap 6). Returns (scalar loss, bool [S] clipped tokens).
+    the response, with the gradient of its own tokens. Weights are detached and multiply the clipped term, never the
+    ratio before clipping (trap 6). Returns (scalar loss, bool [S] clipped tokens).
     """
     log_ratio_S = tokens.policy_logprobs_S - tokens.old_logprobs_S
     if config.ratio == "sequence":
@@ -70,12 +68,10 @@ def policy_loss(tokens: PolicyTokens, config: LossConfig) -> tuple[torch.Tensor,
         counts = log_ratio_S.new_zeros(count).index_add(0, inverse_S, torch.ones_like(log_ratio_S))
         log_ratio_S = (sums / counts)[inverse_S]
     ratio_S = log_ratio_S.exp()
-    advantages_S, weights_S = tokens.advantages_S.detach(), tokens.weights_S
+    advantages_S = tokens.advantages_S.detach()
     clipped_S = ratio_S.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     plain, bounded = ratio_S * advantages_S, clipped_S * advantages_S
-    if tokens.importance_S is not None:
-        weights_S = weights_S * tokens.importance_S.detach()
-    loss = -(torch.minimum(plain, bounded) * weights_S).sum()
+    loss = -(torch.minimum(plain, bounded) * tokens.weights_S.detach()).sum()
     return loss, (bounded < plain).detach()
 
 
@@ -84,17 +80,22 @@ def kl_loss(
 ) -> torch.Tensor:
     """KL(pi_theta || pi_ref) as a loss, from on-policy samples (Schulman, "Approximating KL divergence", 2020).
 
-    k2 = d**2 / 2 with d = log pi_theta - log pi_ref: its gradient is, in expectation, that of the reverse KL.
-    k3 = exp(-d) - 1 + d, GRPO's choice (arXiv 2402.03300, eq. 4): unbiased and >= 0 as a value; its gradient is that
-    of the forward KL. k1 = d has zero expected gradient as a loss and is refused by the configuration. `full` is no
-    estimate: `ReverseKL` against the reference.
+    k2 = d**2 / 2 with d = log pi_theta - log pi_ref: its gradient is, in expectation, that of the reverse KL. `k3`:
+    its gradient is that of the forward KL. k1 = d has zero expected gradient as a loss and is refused by the
+    configuration. `full` is no estimate: `ReverseKL` against the reference.
     """
-    difference = policy_logprobs_S - reference_logprobs_S
     if estimator == "k2":
-        return (difference.square() / 2 * weights_S).sum()
+        return ((policy_logprobs_S - reference_logprobs_S).square() / 2 * weights_S).sum()
     if estimator == "k3":
-        return ((torch.exp(-difference) - 1 + difference) * weights_S).sum()
+        return (k3(policy_logprobs_S, reference_logprobs_S) * weights_S).sum()
     raise ValueError(f"loss.kl_estimator = {estimator!r}: use k2, k3 or full (k1 has no gradient in expectation)")
+
+
+def k3(policy_logprobs_S: torch.Tensor, reference_logprobs_S: torch.Tensor) -> torch.Tensor:
+    """exp(-d) - 1 + d with d = log pi - log pi_ref, [S]: on samples of pi an unbiased estimate of KL(pi || pi_ref) that
+    is never negative (GRPO, arXiv 2402.03300, eq. 4)."""
+    difference_S = policy_logprobs_S - reference_logprobs_S
+    return torch.exp(-difference_S) - 1 + difference_S
 
 
 def value_loss(
@@ -194,15 +195,12 @@ class WholeDistribution:
     head: Head
     """From [C, D] to logits [C, V], without a gradient."""
 
-    def logits(self, piece: slice) -> torch.Tensor:
-        """[C, V] logits of some of the tokens."""
-        return self.head(self.hidden_SD[piece])
-
-
-def shared_vocabulary(policy_SV: torch.Tensor, other_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both logits cut to the entries that both have: one tokenizer may be padded differently (trap 26)."""
-    shared = min(policy_SV.shape[-1], other_SV.shape[-1])
-    return policy_SV[:, :shared], other_SV[:, :shared]
+    def beside(self, policy_CV: torch.Tensor, piece: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The policy's logits at some of the tokens and this model's, of the entries that both have: one tokenizer may
+        be padded differently (trap 26)."""
+        own_CV = self.head(self.hidden_SD[piece])
+        shared = min(policy_CV.shape[-1], own_CV.shape[-1])
+        return policy_CV[:, :shared], own_CV[:, :shared]
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ class ReverseKL:
 
     def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
         """Nats, float32 [C]."""
-        return reverse_kl(*shared_vocabulary(logits_SV, self.other.logits(piece)))
+        return reverse_kl(*self.other.beside(logits_SV, piece))
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,7 @@ class GeneralizedJSD:
 
     def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
         """Nats, float32 [C]."""
-        return generalized_jsd(*shared_vocabulary(logits_SV, self.teacher.logits(piece)), self.beta)
+        return generalized_jsd(*self.teacher.beside(logits_SV, piece), self.beta)
 
 
 @dataclass(frozen=True)
@@ -244,7 +242,7 @@ class SampledCrossEntropy:
 
     def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
         """Nats, float32 [C]."""
-        policy, teacher = shared_vocabulary(logits_SV, self.teacher.logits(piece))
+        policy, teacher = self.teacher.beside(logits_SV, piece)
         logprobs = at_least_float32(teacher).log_softmax(-1)
         generator = torch.Generator(logprobs.device).manual_seed(self.seed + piece.start)
         uniform = torch.rand(logprobs.shape, generator=generator, device=logprobs.device)

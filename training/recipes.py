@@ -20,19 +20,6 @@ from training.experience import Experience, Rewarded
 from training.losses import GeneralizedJSD, ReverseKL, SampledCrossEntropy, TokenTerm, WholeDistribution
 from training.objective import LossWeights, loss_weights
 
-
-def reverse_kl(teacher: WholeDistribution, config: RunConfig, seed: int) -> TokenTerm:
-    return ReverseKL(teacher)
-
-
-def _jsd(teacher: WholeDistribution, config: RunConfig, seed: int) -> TokenTerm:
-    return GeneralizedJSD(teacher, config.distill.jsd_beta)
-
-
-def _sampled_ce(teacher: WholeDistribution, config: RunConfig, seed: int) -> TokenTerm:
-    return SampledCrossEntropy(teacher, config.distill.sampled_tokens, seed)
-
-
 Advantages = tuple[torch.Tensor, torch.Tensor | None]
 """See `Algorithm.advantages`."""
 
@@ -88,7 +75,9 @@ class Recipe:
     """L_policy and the KL to the reference take part."""
     advantages: Callable[[Rewarded, RunConfig, float], Advantages] | None = None
     """In place of the algorithm's own; there is no critic then."""
-    divergence: Callable[[WholeDistribution, RunConfig, int], TokenTerm] = reverse_kl
+    divergence: Callable[[WholeDistribution, RunConfig, int], TokenTerm] = lambda teacher, config, seed: ReverseKL(
+        teacher
+    )
     """What compares the student with the teacher at each state; the last argument seeds its draws, if it has any."""
     always_divergence: bool = False
     """It is the loss: weight 1 unless loss.single_step_coef says otherwise."""
@@ -125,12 +114,17 @@ RECIPES: dict[str, Recipe] = {
         teacher_answers=True,
         policy_gradient=False,
         advantages=no_advantages,
-        divergence=_sampled_ce,
+        divergence=lambda teacher, config, seed: SampledCrossEntropy(teacher, config.distill.sampled_tokens, seed),
         always_divergence=True,
         draws=True,
     ),
     # On-policy generalised knowledge distillation (arXiv 2306.13649): no gradient through sampling.
-    "gkd": Recipe(policy_gradient=False, advantages=no_advantages, divergence=_jsd, always_divergence=True),
+    "gkd": Recipe(
+        policy_gradient=False,
+        advantages=no_advantages,
+        divergence=lambda teacher, config, seed: GeneralizedJSD(teacher, config.distill.jsd_beta),
+        always_divergence=True,
+    ),
     # Best-of-N distillation (arXiv 2407.14622): imitate the best, and climb the quantile reward.
     "bond": Recipe(imitated=best_of_group, advantages=_quantiles, ranks_groups=True),
     # Averaged policies (arXiv 2406.16768): set reference.update: ema as the anchor.

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,7 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
         config.student.path,
         total_steps=total,
         learning_rate=config.actor.learning_rate,
-        teacher_output_VD=facts.output_layer(torch.float32) if facts.same_tokenizer else None,
+        teacher_head=facts.head(),
     )
     actor.end_tokens = tuple(sorted({*actor.end_tokens, *facts.exchanged}))
     if facts.same_tokenizer:
@@ -256,8 +256,6 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
     if distributed.is_main():
         for line in facts.described(setup.inputs.corpus.prompts[0].asked, actor.policy.columns):
             log.info("%s", line)
-    if actor.teacher_head is not None:
-        actor.teacher_head = replace(actor.teacher_head, softcap=facts.softcap)
     check_sampling(actor, setup.inputs.corpus.prompts[:4], config)
     reference, start = _references(config, actor)
     needs_critic = ALGORITHMS[config.algo].needs_critic and RECIPES[config.recipe].advantages is None
@@ -293,14 +291,12 @@ def connect(
         timeout_s=teacher.timeout_s,
         prefer=distributed.rank(),
     )
-    link = TeacherLink(client, facts, head)
-    stack.callback(link.close)
-    return link
+    return TeacherLink(stack.enter_context(client), facts, head)
 
 
 def _check_answers(config: RunConfig, link: TeacherLink) -> None:
     """A teacher whose backend does not give what this run asks of it is a mistake in the input."""
-    kinds = link.info.kinds
+    kinds = link.client.info().kinds
     if "hidden" not in kinds:
         compares = RECIPES[config.recipe].weights(config, 0, True).single_step > 0
         if compares and config.loss.single_step_entries == 0:
@@ -309,7 +305,7 @@ def _check_answers(config: RunConfig, link: TeacherLink) -> None:
                 "its whole distribution cannot be had; set loss.single_step_entries to 16 (recipe rl), or "
                 "loss.single_step_coef to 0"
             )
-        link.leave_distribution()
+        link.head = None  # only log-probabilities of tokens can be had
     if config.sampling.teacher_mix > 0 and config.sampling.mix_by == "token" and "open" not in kinds:
         fail(
             f"sampling.mix_by = {config.sampling.mix_by!r}: the teacher's backend cannot answer token by token; use "

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ from configs.schema import RunConfig, require
 from inference.attention.packing import Group
 from training import distributed
 from training.data.demo.resolve import resolve_demo
-from training.data.order import positions_of_step, share_of_rank
+from training.data.order import items_of_step, share_of_rank
 from training.data.overlap import data_warnings
 from training.data.preflight import check_files, room_for_prompt, with_model_directories
 from training.data.prompts import answer_group, format_of, load_prompts
@@ -80,13 +80,8 @@ class Stage:
         """The student as the stage begins; with a teacher it can be compared with its whole distribution."""
         torch.manual_seed(self.config.seed)
         sft, path = self.config.sft, self.config.student.path
-        output_VD = teacher.output_layer(torch.float32) if teacher and teacher.same_tokenizer else None
-        actor = Actor(
-            self.config, path, total_steps=sft.steps, learning_rate=sft.learning_rate, teacher_output_VD=output_VD
-        )
-        if actor.teacher_head is not None and teacher is not None:
-            actor.teacher_head = replace(actor.teacher_head, softcap=teacher.softcap)
-        return actor
+        head = teacher.head() if teacher else None
+        return Actor(self.config, path, total_steps=sft.steps, learning_rate=sft.learning_rate, teacher_head=head)
 
     def finish(self, results: Mapping[str, Any], how: str, scores: Scores, data: str | None) -> None:
         """Write summary.json and the export's card, and upload it where that is asked for."""
@@ -172,8 +167,7 @@ def train(
     stage.stop.defer()
     stopping = False
     for step in bar:
-        chosen = positions_of_step(step, config.sft.batch, len(items), config.seed)
-        mine = [items[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
+        mine = items_of_step(items, config.sft.batch, step, config.seed)
         clock = Clock()
         metrics = actor.update([learnt(mine)], step) | clock.finish()
         progress.seconds["total"] = progress.seconds.get("total", 0.0) + metrics["seconds/total"]
@@ -249,7 +243,7 @@ def bits_per_byte(actor: Actor, blocks: TextBlocks) -> float:
     """Bits that the student needs for a byte of the blocks' text behind each one's first token; the end symbols cost
     bits and are no bytes. Collective."""
     mine = flat(share_of_rank(blocks, distributed.rank(), distributed.world_size()))
-    nats = -float(each_token(actor.passes, mine, lambda row: actor.policy(row).logprobs_S).double().sum())
+    nats = -float(each_token(actor.engine.passes, mine, lambda row: actor.policy(row).logprobs_S).double().sum())
     texts = actor.tokenizer.batch_decode([list(b.responses[0]) for b in mine], skip_special_tokens=True)
     total = distributed.sum_metrics({"nats": nats, "bytes": float(sum(len(text.encode()) for text in texts))})
     return total["nats"] / math.log(2) / max(total["bytes"], 1.0)
@@ -313,8 +307,8 @@ def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack) -> TeacherL
     """This rank's session with the running server, or with one that starts here and ends with `stack`. Collective."""
     teacher = stage.config.teacher
     link = connect(teacher, find_teacher(teacher, stage.run.folder.path / "teacher", stack), facts, stack)
-    if "hidden" not in link.info.kinds:
-        link.leave_distribution()
+    if "hidden" not in link.client.info().kinds:
+        link.head = None
     return link
 
 

@@ -30,22 +30,25 @@ class NotGrouped(ValueError):
     """A model whose attention a plan cannot say."""
 
 
+@dataclass(frozen=True)
+class ScoreRule:
+    """How a layer scores keys."""
+
+    scale: float
+    """Times query . key."""
+    window: int | None = None
+    """A token sees itself and the `window` - 1 before it. None: all."""
+    softcap: float | None = None
+    """Scores are softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118, section 2)."""
+
+
 class AttentionPlan(Protocol):
     """What a model needs: attention over a row whose structure the plan knows."""
 
     def attend(
-        self,
-        layer: int,
-        query_THD: torch.Tensor,
-        key_TKD: torch.Tensor,
-        value_TKD: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule
     ) -> torch.Tensor:
-        """Attention output [T, H, D]. `window`: a token sees itself and the `window` - 1 before it. None: all.
-        `softcap`: scores are softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118, section 2)."""
+        """Attention output [T, H, D]."""
         ...
 
 
@@ -119,34 +122,28 @@ class PackedPlan:
         self._varlen = VarlenLayout(parts, self._device) if flash_attention(self._device) is not None else None
 
     def attend(
-        self,
-        layer: int,
-        query_THD: torch.Tensor,
-        key_TKD: torch.Tensor,
-        value_TKD: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule
     ) -> torch.Tensor:
         """See `AttentionPlan.attend`."""
         kernel = flash_attention(self._device)
         half = query_THD.dtype in (torch.bfloat16, torch.float16)
-        if kernel is not None and self._varlen is not None and half and softcap is None:
+        if kernel is not None and self._varlen is not None and half and rule.softcap is None:
             if isinstance(self, PrefillPlan):  # nobody else wants them as a block
                 self._keep(layer, key_TKD, value_TKD)
-            return self._varlen.attend(kernel, query_THD, key_TKD, value_TKD, scale=scale, window=window)
+            return self._varlen.attend(kernel, query_THD, key_TKD, value_TKD, scale=rule.scale, window=rule.window)
         prompt_key, prompt_value = self._keep(layer, key_TKD, value_TKD)
-        causal, prompt_mask, own_mask = self._masks_of(window, query_THD.dtype)
+        if (asked := (rule.window, query_THD.dtype)) not in self._masks:
+            self._masks[asked] = self._make_masks(*asked)
+        causal, prompt_mask, own_mask = self._masks[asked]
         query = self._prompts.take(query_THD).transpose(1, 2)
-        if softcap is None:
+        if rule.softcap is None:
             out = F.scaled_dot_product_attention(
-                query, prompt_key, prompt_value, attn_mask=causal, is_causal=causal is None, scale=scale,
+                query, prompt_key, prompt_value, attn_mask=causal, is_causal=causal is None, scale=rule.scale,
                 enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
             )  # fmt: skip
         else:
             seen = _band(prompt_key.shape[2], None, self._device) if causal is None else causal
-            out = _capped_attention(query * scale, prompt_key, prompt_value, seen, softcap)
+            out = _capped_attention(query * rule.scale, prompt_key, prompt_value, seen, rule.softcap)
         outputs = [self._prompts.real(out.transpose(1, 2))]
         if self._responses is not None:
             N, G, K = len(prompt_key), self._members, key_TKD.shape[1]
@@ -155,7 +152,7 @@ class PackedPlan:
                           for t in (key_TKD, value_TKD))  # fmt: skip
             own: torch.Tensor = SharedPromptAttention.apply(
                 query.permute(0, 3, 1, 2, 4, 5).contiguous(), prompt_key, prompt_value, key.contiguous(),
-                value.contiguous(), prompt_mask, own_mask, scale, softcap,
+                value.contiguous(), prompt_mask, own_mask, rule.scale, rule.softcap,
             )  # fmt: skip
             own = own.permute(0, 2, 3, 1, 4, 5).reshape(*self._responses.shape, *query_THD.shape[1:])
             outputs.append(self._responses.real(own))
@@ -167,17 +164,12 @@ class PackedPlan:
         key, value = (self._prompts.take(t).transpose(1, 2).contiguous() for t in (key_TKD, value_TKD))
         return key, value
 
-    def _masks_of(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    def _make_masks(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Within a prompt (bool, None: causal), from responses to their prompt (None: all of it), within a response.
 
         The last two are added to scores. Padding is on the right, so a causal mask hides it from every real query.
         """
-        if (window, dtype) not in self._masks:
-            self._masks[window, dtype] = self._make_masks(window, torch.promote_types(dtype, torch.float32))
-        return self._masks[window, dtype]
-
-    def _make_masks(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-        P = self._prompts.shape[1]
+        P, dtype = self._prompts.shape[1], torch.promote_types(dtype, torch.float32)
         causal = _band(P, window, self._device) if window is not None and window < P else None
         if self._responses is None:
             return causal, None, None
@@ -255,7 +247,7 @@ class DecodePlan:
     def __init__(self, prompts: PromptCache, group_size: int, max_new_tokens: int) -> None:
         self._prompts = prompts
         self._group = group_size
-        self._max_new = max_new_tokens
+        self.max_new_tokens = max_new_tokens
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._rows_A = torch.empty(0, dtype=torch.int64)
@@ -271,8 +263,8 @@ class DecodePlan:
         Returns their positions, int64 [A].
         """
         self._step += 1
-        if self._step >= self._max_new:
-            raise ValueError(f"step {self._step} is past the {self._max_new} preallocated slots")
+        if self._step >= self.max_new_tokens:
+            raise ValueError(f"step {self._step} is past the {self.max_new_tokens} preallocated slots")
         self._read = self._step + 1
         self._rows_A = rows_A
         self._everybody = len(rows_A) == len(self._prompts.lengths_N) * self._group
@@ -281,49 +273,41 @@ class DecodePlan:
         return self._prompts.lengths_N[rows_A // self._group] + self._step
 
     def attend(
-        self,
-        layer: int,
-        query_THD: torch.Tensor,
-        key_TKD: torch.Tensor,
-        value_TKD: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule
     ) -> torch.Tensor:
         """See `AttentionPlan.attend`; T = A active responses, one query each."""
         prompt_key, prompt_value = self._prompts.keys[layer], self._prompts.values[layer]
         N, K, P, D = prompt_key.shape
         G, per_kv = self._group, query_THD.shape[1] // K
         if layer not in self._keys:
-            self._keys[layer] = prompt_key.new_zeros(N, K, G, self._max_new, D)
-            self._values[layer] = prompt_key.new_zeros(N, K, G, self._max_new, D)
+            self._keys[layer] = prompt_key.new_zeros(N, K, G, self.max_new_tokens, D)
+            self._values[layer] = prompt_key.new_zeros(N, K, G, self.max_new_tokens, D)
         keys, values = self._keys[layer], self._values[layer]
         # [A, ...] in the order of the batch; slots of finished responses hold zeros that nobody reads.
         query_BHD, key_BKD, value_BKD = (self._all_slots(t) for t in (query_THD, key_TKD, value_TKD))
         self._write(keys, key_BKD.view(N, G, K, D).transpose(1, 2))
         self._write(values, value_BKD.view(N, G, K, D).transpose(1, 2))
 
-        query = query_BHD.mul(scale).view(N, G, K, per_kv, D).transpose(1, 2).contiguous()
+        query = query_BHD.mul(rule.scale).view(N, G, K, per_kv, D).transpose(1, 2).contiguous()
         scores = torch.cat(
             [
                 (query.view(N * K, G * per_kv, D) @ prompt_key.flatten(0, 1).transpose(1, 2)).view(-1, per_kv, P),
-                query.view(-1, per_kv, D) @ keys.view(-1, self._max_new, D)[:, : self._read].transpose(1, 2),
+                query.view(-1, per_kv, D) @ keys.view(-1, self.max_new_tokens, D)[:, : self._read].transpose(1, 2),
             ],
             -1,
         )
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        if window not in self._hidden:
-            self._hidden[window] = self._blocked(window)
-        of_prompt, own = self._hidden[window]
+        if rule.softcap is not None:
+            scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
+        if rule.window not in self._hidden:
+            self._hidden[rule.window] = self._blocked(rule.window)
+        of_prompt, own = self._hidden[rule.window]
         if of_prompt is not None:
             scores.view(N, K * G * per_kv, -1)[..., :P].masked_fill_(of_prompt[:, None], -torch.inf)
         if own is not None:
             scores[..., P:].masked_fill_(own, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         from_prompt = weights.view(N * K, G * per_kv, -1)[..., :P] @ prompt_value.flatten(0, 1)
-        suffix_value = values.view(-1, self._max_new, D)[:, : self._read]
+        suffix_value = values.view(-1, self.max_new_tokens, D)[:, : self._read]
         out = torch.baddbmm(from_prompt.view(-1, per_kv, D), weights[..., P:], suffix_value)
         out_BHD = out.view(N, K, G, per_kv, D).transpose(1, 2).reshape(N * G, K * per_kv, D)
         return out_BHD if self._everybody else out_BHD[self._rows_A]
@@ -358,32 +342,6 @@ class DecodePlan:
         return blocked if window is None else blocked | (lengths + step - column >= window)
 
 
-class StaticDecodePlan(DecodePlan):
-    """`DecodePlan` as a CUDA graph needs it: the step is a tensor, a query reads a fixed number of its own slots, and
-    every response stays in the batch. Shapes and the host's part are the same in each step."""
-
-    def __init__(self, prompts: PromptCache, group_size: int, max_new_tokens: int) -> None:
-        super().__init__(prompts, group_size, max_new_tokens)
-        self._everybody = True
-        self._first_B = prompts.lengths_N.repeat_interleave(group_size)
-        self.step_1 = torch.zeros(1, dtype=torch.int64, device=prompts.lengths_N.device)
-        """int64 [1] the slot that the next pass writes; whoever makes the pass counts it on."""
-
-    def begin(self, read: int) -> torch.Tensor:
-        """Start a pass in which each response reads its first `read` slots, more than `step_1`. Returns positions,
-        int64 [B]."""
-        self._read, self._hidden = read, {}
-        return self._first_B + self.step_1
-
-    def _write(self, cache_NKGRD: torch.Tensor, new_NKGD: torch.Tensor) -> None:
-        cache_NKGRD.index_copy_(3, self.step_1, new_NKGD[:, :, :, None])
-
-    def _blocked(self, window: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        slot = torch.arange(self._read, device=self.step_1.device)
-        own = slot > self.step_1 if window is None else (slot > self.step_1) | (slot <= self.step_1 - window)
-        return self._hidden_prompt(window, self.step_1), own
-
-
 def _transformers_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -405,18 +363,10 @@ def _transformers_attention(
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
     if unknown or _hidden_window(module, sliding_window):
         raise NotGrouped(f"grouped attention does not know {', '.join(unknown) or 'a window that only a mask says'}")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    rule = ScoreRule(scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window, softcap)
     layer: int = module.layer_idx  # type: ignore[assignment]
-    out = plan.attend(
-        layer,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=scale,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return out[None], None
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return plan.attend(layer, query, key, value, rule)[None], None
 
 
 def _hidden_window(module: torch.nn.Module, window: int | None) -> bool:

@@ -8,7 +8,7 @@ The one-position shift between inputs and predictions lives here (`predict_S`) a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -36,12 +36,6 @@ class Group:
     def response_tokens(self) -> int:
         """Response tokens of this group."""
         return sum(len(response) for response in self.responses)
-
-    def inputs(self) -> Iterator[tuple[tuple[int, ...], int, int]]:
-        """(token ids, first position, segment) of the prompt (segment 0) and of each response (1, 2, ...)."""
-        yield self.prompt, 0, 0
-        for segment, response in enumerate(self.responses, start=1):
-            yield response[:-1], len(self.prompt), segment
 
 
 @dataclass(frozen=True)
@@ -85,22 +79,21 @@ def pack_row(groups: Sequence[Group], first_tokens: Sequence[int] | None = None)
     response_index: list[int] = []
     place: list[int] = []
     for group, first in zip(groups, first_tokens, strict=True):
-        place.extend(range(first, first + group.response_tokens))
-        group_start = len(tokens)
-        last_prompt_token = group_start + len(group.prompt) - 1
-        for ids, position, segment in group.inputs():
-            start = len(tokens)
-            tokens.extend(ids)
-            positions.extend(range(position, position + len(ids)))
-            segments.extend([segment] * len(ids))
-            if segment == 0:
-                continue
-            response = group.responses[segment - 1]
+        prompt, start = len(group.prompt), len(tokens)
+        tokens.extend(group.prompt)
+        positions.extend(range(prompt))
+        segments.extend([0] * prompt)
+        for g, response in enumerate(group.responses):
             if response:
-                predict.extend([last_prompt_token, *range(start, start + len(ids))])
-            labels.extend(response)
-            response_index.extend([group.first_response + segment - 1] * len(response))
-        lengths.append(len(tokens) - group_start)
+                inputs = response[:-1]
+                predict.extend([start + prompt - 1, *range(len(tokens), len(tokens) + len(inputs))])
+                tokens.extend(inputs)
+                positions.extend(range(prompt, prompt + len(inputs)))
+                segments.extend([g + 1] * len(inputs))
+                labels.extend(response)
+                response_index.extend([group.first_response + g] * len(response))
+        place.extend(range(first, first + group.response_tokens))
+        lengths.append(len(tokens) - start)
     return PackedRow(
         tokens_T=torch.tensor(tokens, dtype=torch.int64),
         positions_T=torch.tensor(positions, dtype=torch.int64),
@@ -143,54 +136,6 @@ def in_batch_order(rows: Sequence[PackedRow], values: Sequence[torch.Tensor]) ->
     out = torch.empty_like(joined)
     out[torch.cat([row.place_S for row in rows]).to(joined.device)] = joined
     return out
-
-
-@dataclass(frozen=True)
-class PlainRows:
-    """A packed row undone: B sequences, each with a prompt of its own, right-padded to L tokens."""
-
-    tokens_BL: torch.Tensor
-    """int64 [B, L]."""
-    mask_BL: torch.Tensor
-    """int64 [B, L] 1 on real tokens."""
-    sequence_S: torch.Tensor
-    """int64 [S] sequence that predicts each response token of the packed row."""
-    place_S: torch.Tensor
-    """int64 [S] place in that sequence."""
-
-
-def plain_rows(row: PackedRow) -> PlainRows:
-    """Every response of a packed row behind its own copy of the prompt, for models that cannot be packed.
-
-    A row without responses becomes its prompts alone, so that a pass is a pass on every rank.
-    """
-    segments, predict, owner = row.segments_T.tolist(), row.predict_S.tolist(), row.response_S.tolist()
-    prompts, group_of_T, start = [], [], 0
-    for number, length in enumerate(row.group_lengths):
-        prompts.append([i for i in range(start, start + length) if segments[i] == 0])
-        group_of_T += [number] * length
-        start += length
-    members: list[list[int]] = []
-    sequence, place = [], []
-    for s, i in enumerate(predict):
-        prompt = prompts[group_of_T[i]]
-        if s == 0 or owner[s] != owner[s - 1]:
-            members.append(list(prompt))
-        else:
-            members[-1].append(i)
-        sequence.append(len(members) - 1)
-        place.append(len(members[-1]) - 1)
-    members = members or prompts
-    longest = max(len(one) for one in members)
-    index = torch.tensor([one + [one[0]] * (longest - len(one)) for one in members])
-    lengths = torch.tensor([len(one) for one in members])
-    device = row.tokens_T.device
-    return PlainRows(
-        tokens_BL=row.tokens_T[index.to(device)],
-        mask_BL=(torch.arange(longest)[None, :] < lengths[:, None]).long().to(device),
-        sequence_S=torch.tensor(sequence, dtype=torch.int64, device=device),
-        place_S=torch.tensor(place, dtype=torch.int64, device=device),
-    )
 
 
 def groups_of(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], group_size: int) -> list[Group]:

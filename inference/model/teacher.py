@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from configs.io.files import read_json
-from inference.attention.grouped import AttentionPlan
+from inference.attention.grouped import AttentionPlan, ScoreRule
 from inference.model.families import Architecture, Rope, family_of, parse_architecture
 from inference.model.files import Checkpoint
 from inference.model.weights import Cut, kv_groups, load_weights, padded
@@ -111,15 +111,9 @@ class GroupedCoreAttention(torch.nn.Module):
         if settings.rope is not None:
             cos, sin = context.cos_sin[settings.rope]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        out_THD = context.plan.attend(
-            self.layer,
-            query,
-            key,
-            value[:, 0],
-            scale=context.architecture.softmax_scale,
-            window=settings.window,
-            softcap=context.architecture.attention_softcap,
-        )
+        whole = context.architecture
+        rule = ScoreRule(whole.softmax_scale, settings.window, whole.attention_softcap)
+        out_THD = context.plan.attend(self.layer, query, key, value[:, 0], rule)
         return out_THD.reshape(out_THD.shape[0], 1, -1)
 
 

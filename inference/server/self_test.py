@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from configs.schema import TeacherConfig
 from inference.attention.packing import Group
 from inference.model.backend import Backend
+from inference.model.rounding import rounded_down
 from inference.protocol.replies import TeacherInfo
 from inference.protocol.wire import Request
 
@@ -123,9 +124,8 @@ def _rounding(backend: Backend, request: Request, scored_S: torch.Tensor) -> flo
     embedding = next((weight.detach() for _, weight in backend.parameters() if weight.dim() == 2), None)
     if embedding is None:  # a model elsewhere
         return 0.0
-    down = torch.rand(embedding.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    kept, step = embedding.clone(), 1.0 - torch.finfo(embedding.dtype).eps / 2
-    embedding.copy_(torch.where(down.to(kept.device), kept * step, kept))
+    kept = embedding.clone()
+    embedding.copy_(rounded_down(kept))
     changed = (backend.score(request)[0] - scored_S).abs().mean()
     embedding.copy_(kept)
     return float(changed.nan_to_num())

@@ -36,11 +36,10 @@ from configs.schema import (
 from inference.client import TeacherClient
 from inference.protocol.fingerprint import tokenizer_fingerprint
 from inference.server.launch import start_local_teacher
-from rewards.base import RewardInput
-from training.collect import reward_of
-from training.experience import Experience, Prompt, Rewarded, Scored
+from training.collect import reward
+from training.experience import Experience, Prompt, Scored
 from training.grpo import grpo_advantages
-from training.objective import UpdateInput
+from training.objective import LossWeights, UpdateInput
 from training.recipes import RECIPES, no_advantages
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
@@ -79,11 +78,11 @@ class OneStep:
         self.distils = config.recipe == "gkd"
         self.actor = Actor(
             config, folder / "student", total_steps=10**6, learning_rate=config.actor.learning_rate,
-            teacher_output_VD=facts.output_layer(torch.float32) if self.distils else None,
+            teacher_head=facts.head() if self.distils else None,
         )  # fmt: skip
         self.actor.end_tokens = ()  # every response goes on to its last token
         self.link = TeacherLink(client, facts, self.actor.teacher_head)
-        stack.callback(self.link.close)
+        stack.callback(client.close)
         self.reference = None if self.distils else FrozenCopy(config, folder / "student", self.actor.engine.device)
 
     def run(self, prompts: list[tuple[int, ...]], step: int) -> dict[str, float]:
@@ -106,12 +105,7 @@ class OneStep:
             view = self.link.ask(rollout, whole_distribution=self.distils)()
         with phases("reference"):
             reference_S = self.reference.logprobs(rollout) if self.reference else None
-        inputs = RewardInput(
-            rollout.lengths_B, rollout.finished_B, rollout.behavior_logprobs_S, view.logprobs_S,
-            rollout.texts_B, [()] * len(rollout.texts_B),
-        )  # fmt: skip
-        scored = Scored(rollout, view, reference_logprobs_S=reference_S)
-        rewarded = Rewarded(scored, reward_of(inputs, scored, config, single_step=False))
+        rewarded = reward(config, Scored(rollout, view, reference_logprobs_S=reference_S), LossWeights())
         if self.distils:
             advantages_S, _ = no_advantages(rewarded, config, 0.0)
         else:

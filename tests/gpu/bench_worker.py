@@ -43,9 +43,8 @@ from tests.support.recorded_graph import recorded
 from training.experience import Prompt, Rollout
 from training.objective import LossWeights, UpdateInput
 from training.student import actor as actor_module
-from training.student import decoders, sampling
+from training.student import graph_decoder, sampling
 from training.student.actor import Actor
-from training.student.decoders import make_decoder
 from training.student.deepspeed_engine import start_distributed
 from training.student.policy import Policy, Way
 from training.student.sampling import Drawing, sample
@@ -123,7 +122,7 @@ class Bench:
 
         @torch.no_grad()
         def prefill() -> None:
-            make_decoder(policy, tokens, GROUP, R)
+            sampling.make_decoder(policy, tokens, GROUP, R)
 
         for kernel in self.kernels() if grouped else ["plain rows"]:
             with self.kernel(kernel):
@@ -292,7 +291,7 @@ class Bench:
             if not wanted or self.device.type == "cpu":
                 stack.enter_context(mock.patch.object(sampling, "stays_on_device", return_value=wanted))
             if self.device.type == "cpu":
-                stack.enter_context(mock.patch.object(decoders, "captured", recorded))
+                stack.enter_context(mock.patch.object(graph_decoder, "captured", recorded))
             yield
 
     # What it is measured on ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from inference.attention.packing import PackedRow, groups_of, pack_row
 from inference.attention.varlen import flash_attention
 from tests.support.recorded_graph import recorded
 from tests.support.student_models import build
-from training.student import decoders, sampling
+from training.student import graph_decoder, sampling
 from training.student.policy import Policy, Way
 
 DRY_RUN = os.environ.get("GRPO_KD_GPU_DRY_RUN") == "1"
@@ -63,9 +63,9 @@ def with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding by captured graphs of 16 tokens each; in a dry run, by recordings that are played."""
-    monkeypatch.setattr(decoders, "SPAN", 16)
+    monkeypatch.setattr(graph_decoder, "SPAN", 16)
     if DRY_RUN:
-        monkeypatch.setattr(decoders, "captured", recorded)
+        monkeypatch.setattr(graph_decoder, "captured", recorded)
         monkeypatch.setattr(sampling, "stays_on_device", lambda policy, drawing: policy.capturable)
 
 

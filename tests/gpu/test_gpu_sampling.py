@@ -44,8 +44,8 @@ def test_what_was_recorded_is_what_the_training_forward_says(
         samples = drawn(policy, PROMPTS)
         rows = pack(groups_of(PROMPTS, samples.responses_B, 4), 64)
         values = [policy(row.to(DEVICE), temperature=0.8).logprobs_S.cpu() for row in rows]
-    assert len(samples.full_logprobs_S) > 50
-    assert float((in_batch_order(rows, values) - samples.full_logprobs_S).abs().mean()) <= TOLERANCE[dtype]
+    assert len(samples.behavior_logprobs_S) > 50
+    assert float((in_batch_order(rows, values) - samples.behavior_logprobs_S).abs().mean()) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,7 +84,7 @@ def test_a_captured_graph_samples_the_same(
         want, ours = by_the_host(policy), drawn(policy, PROMPTS, tokens=40)
         assert policy.capturable, caplog.text
         assert ours.responses_B == want.responses_B
-        torch.testing.assert_close(ours.full_logprobs_S, want.full_logprobs_S, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.behavior_logprobs_S, want.behavior_logprobs_S, atol=1e-4, rtol=0)
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(0.9)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.attention import prompt_cache as shared_prompt
-from inference.attention.grouped import DecodePlan, PackedPlan, PrefillPlan, _parts
+from inference.attention.grouped import DecodePlan, PackedPlan, PrefillPlan, ScoreRule, _parts
 from inference.attention.packing import Group, PackedRow, pack_row
 from inference.attention.varlen import VarlenLayout, torch_kernel
 from training.student.token_logprobs import TokenLogprobs
@@ -61,7 +61,7 @@ def test_attention_and_its_gradients_equal_the_dense_formula(
     row = a_row()
     inputs = heads(row)
     want = dense(row, *inputs, window)
-    got = PackedPlan(row).attend(0, *inputs, scale=0.3, window=window)
+    got = PackedPlan(row).attend(0, *inputs, ScoreRule(0.3, window))
     assert torch.allclose(got, want, atol=1e-12)
     weights = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for mine, theirs in zip(
@@ -107,15 +107,14 @@ def test_the_layout_for_flash_attention(window: int | None) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_token_logprobs_and_their_gradient(temperature: float, overwrite: bool) -> None:
+def test_token_logprobs_and_their_gradient(temperature: float) -> None:
     logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = torch.tensor([0, 10, 3, 3, 7])
     weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
     logprobs = (logits / temperature).log_softmax(-1)
     want = logprobs.gather(-1, labels[:, None])[:, 0]
     (want_grad,) = torch.autograd.grad((want * weights).sum(), logits, retain_graph=True)
-    chosen, entropy = TokenLogprobs.apply(logits * 1.0, labels, temperature, overwrite)
+    chosen, entropy = TokenLogprobs.apply(logits * 1.0, labels, temperature)
     (grad,) = torch.autograd.grad((chosen * weights).sum(), logits)
     assert torch.allclose(chosen, want, atol=1e-6)
     assert torch.allclose(entropy, -(logprobs.exp() * logprobs).sum(-1), atol=1e-5)
@@ -124,11 +123,11 @@ def test_token_logprobs_and_their_gradient(temperature: float, overwrite: bool) 
 
 def test_entropy_of_equals_and_unread_logits() -> None:
     logits = torch.zeros(1, 4)
-    chosen, entropy = TokenLogprobs.apply(logits, torch.tensor([2]), 1.0, False)
+    chosen, entropy = TokenLogprobs.apply(logits, torch.tensor([2]), 1.0)
     assert float(chosen) == pytest.approx(-math.log(4))
     assert float(entropy) == pytest.approx(math.log(4))
     huge = torch.tensor([[1000.0, 0.0]])
-    chosen, _ = TokenLogprobs.apply(huge, torch.tensor([1]), 1.0, False)
+    chosen, _ = TokenLogprobs.apply(huge, torch.tensor([1]), 1.0)
     assert float(chosen) == -1000.0
     assert huge.tolist() == [[1000.0, 0.0]]
 
@@ -220,19 +219,19 @@ def test_no_layer_waits_for_the_device(window: int | None) -> None:
     plan = PackedPlan(row)
     with Waits() as waits:
         for layer in range(2):
-            plan.attend(layer, *inputs, scale=0.3, window=window).sum().backward()
+            plan.attend(layer, *inputs, ScoreRule(0.3, window)).sum().backward()
             varlen.attend(kernel, *inputs, scale=0.3, window=window).sum().backward()
     assert waits.seen == []
     prompts = pack_row([Group((1, 2, 3, 4, 5), ()), Group((1, 2), ())])
     prefill = PrefillPlan(prompts)
     query, key, value = (torch.randn(7, n, 8) for n in (4, 2, 2))
     with Waits() as waits:
-        prefill.attend(0, query, key, value, scale=0.3, window=window)
+        prefill.attend(0, query, key, value, ScoreRule(0.3, window))
     assert waits.seen == []
     decode = DecodePlan(prefill.cache, 2, 4)
     for rows_A in (torch.arange(4), torch.tensor([0, 1, 3]), torch.tensor([3])):
         decode.advance(rows_A)
         query, key, value = (torch.randn(len(rows_A), n, 8) for n in (4, 2, 2))
         with Waits() as waits:
-            decode.attend(0, query, key, value, scale=0.3, window=window)
+            decode.attend(0, query, key, value, ScoreRule(0.3, window))
         assert waits.seen == []

@@ -107,14 +107,14 @@ def test_a_decoding_survives_its_server_and_replicas_take_over(
     both = f"{other}, {address}"
     try:
         with connect(both, prefer=2) as first, connect(both, prefer=1) as second:
-            assert (first.address, second.address) == (other, address)
+            assert (first._connector.address, second._connector.address) == (other, address)
             decodings = [c.decode(PROMPTS, samples=SAMPLES, max_new_tokens=5) for c in (first, second)]
             for step, pair in enumerate(zip(*(steps(decoding) for decoding in decodings), strict=True)):
                 for got in pair:
                     check(step, got, model)
                 if step == 1:
                     server.kill()
-            assert second.address == first.address == address
+            assert second._connector.address == first._connector.address == address
         (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         assert f"teacher at {other} was lost" in line
         assert f"asking {address}" in line

@@ -130,7 +130,8 @@ class World:
         at = self.places(rows)
         behavior_S = self.logprobs(table if behavior is None else behavior).detach()
         response_S = torch.arange(len(rows)).repeat_interleave(self.lengths_B[rows])
-        tokens = PolicyTokens(self.logprobs(table)[at], behavior_S[at], credit_S, weights_S, response_S, importance_S)
+        weights_S = weights_S if importance_S is None else weights_S * importance_S
+        tokens = PolicyTokens(self.logprobs(table)[at], behavior_S[at], credit_S, weights_S, response_S)
         return policy_loss(tokens, LossConfig(clip_low=0.999, clip_high=1e9, ratio=ratio))[0]
 
     def groups(self, table: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

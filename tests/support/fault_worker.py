@@ -74,7 +74,7 @@ def needed(actor: Actor, budget: int) -> int:
     """Bytes that the forward passes of the batch take at their highest with gradients kept."""
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = status("VmRSS")
-    actor.budget.tokens = budget
+    actor.engine.passes.budget.tokens = budget
     actor.policy.train()
     # The gradients are thrown away: the passes of one row after the other, as the update has them.
     plan = _Update(batch(), {"tokens": 1.0, "responses": 1.0, "pt": 0.0, "bc": 0.0}, step=0)
@@ -94,7 +94,7 @@ def limited(actor: Actor, extra: int) -> dict[str, Any]:
         metrics = {"failed": 1.0, "here": float("another rank" not in str(error))}
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    budgets = [float(x) for x in distributed.gather_strings([str(actor.budget.tokens)])]
+    budgets = [float(x) for x in distributed.gather_strings([str(actor.engine.passes.budget.tokens)])]
     return {"metrics": metrics, "budgets": budgets, "state": state(actor)}
 
 
@@ -106,7 +106,7 @@ def out_of_memory(path: str, zero: int) -> dict[str, Any]:
     else:
         probe = make_actor(path, 0, BUDGET)
         much, half = needed(probe, BUDGET), needed(probe, BUDGET // 2)
-    whole.budget.tokens = BUDGET
+    whole.engine.passes.budget.tokens = BUDGET
     room = BUCKET if zero == 1 else 0
     results = {"needed": [much, half], "start": start, "halved": limited(whole, room + (much + half) // 2)}
     results["smaller"] = limited(make_actor(path, zero, BUDGET // 2), 10 * BUCKET)

@@ -35,6 +35,7 @@ from inference.attention.packing import Group
 from tests.support.experiences import experience_of, prompts_of, rollout_of
 from training import distributed
 from training.experience import Experience, take
+from training.losses import OutputLayer
 from training.objective import LossWeights, UpdateInput
 from training.run.checkpoints import Checkpoints, Saveable
 from training.run.resuming import find, load
@@ -136,7 +137,7 @@ def update(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     actor = Actor(
         config, job["model"], total_steps=2, learning_rate=config.actor.learning_rate,
-        teacher_output_VD=teacher_output(),
+        teacher_head=OutputLayer(teacher_output()),
     )  # fmt: skip
     actor.policy.logit_chunk = job.get("logit_chunk", 1024)
     steps = [actor.update([batch], step) for step, batch in enumerate(batches)]
@@ -187,7 +188,7 @@ def students(job: dict[str, Any]) -> tuple[Actor, Critic, list[UpdateInput]]:
     """A new actor, a new critic, and their mini-batches."""
     config = run_config(job)
     torch.manual_seed(0)
-    actor = Actor(config, job["model"], total_steps=2, learning_rate=1e-3, teacher_output_VD=teacher_output())
+    actor = Actor(config, job["model"], total_steps=2, learning_rate=1e-3, teacher_head=OutputLayer(teacher_output()))
     critic = Critic(config, Path(job["model"]), total_steps=2)
     return actor, critic, mini_batches(job, whole_batch(config))
 
@@ -206,7 +207,7 @@ def sample_and_update(job: dict[str, Any]) -> dict[str, Any]:
     config = run_config(job)
     rank = distributed.rank()
     actor = Actor(
-        config, job["model"], total_steps=1, learning_rate=1e-3, teacher_output_VD=teacher_output()
+        config, job["model"], total_steps=1, learning_rate=1e-3, teacher_head=OutputLayer(teacher_output())
     )  # fmt: skip
     actor.end_tokens = tuple(range(VOCAB)) if rank == job["silent"] else ()
     rollout = actor.sample(prompts_of(job["prompts"][rank]), step=0)

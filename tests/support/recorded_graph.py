@@ -23,7 +23,7 @@ class Refused(RuntimeError):
 
 
 def recorded(function: Callable[[], None]) -> Callable[[], None]:
-    """In place of `decoders.captured`."""
+    """In place of `graph_decoder.captured`."""
     with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True), _Recorder() as recorder:
         function()
     recorder.put_back()

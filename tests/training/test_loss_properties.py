@@ -140,9 +140,8 @@ def terms(
         policy_logprobs_S=logprobs_S,
         old_logprobs_S=batch.behavior_S,
         advantages_S=advantages_S,
-        weights_S=weights_S,
+        weights_S=weights_S * mixed_S * truncated_importance(logprobs_S, batch.behavior_S, 2.0),
         response_S=response_of_token(batch.lengths_B) * 3 + 7,
-        importance_S=mixed_S * truncated_importance(logprobs_S, batch.behavior_S, 2.0),
     )
     loss = LossConfig(clip_low=0.2, clip_high=0.3, ratio=choices.ratio)  # type: ignore[arg-type]
     teacher_logprobs_SK, ids_SK = teacher_SV.log_softmax(-1).topk(2, -1)

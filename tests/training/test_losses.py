@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import LossConfig
+from configs.schema import ActorConfig, LossConfig
 from rewards.minillm import mixture_importance, reverse_kl, tail_reverse_kl
 from training.losses import (
     PolicyTokens,
@@ -126,6 +126,19 @@ def test_schedules_by_hand() -> None:
     assert factors("cosine") == pytest.approx([1.0, 0.2 + 0.4 * (1 + 0.5**0.5), 0.6, 0.2, 0.2])
     with pytest.raises(ValueError, match="use constant, linear or cosine"):
         schedule_factor(0, kind="step", final=0.0, total=1)
+
+
+def test_the_learning_rate_by_hand() -> None:
+    from training.student.deepspeed_engine import Optimisation, learning_rate  # DeepSpeed, which nothing else needs
+
+    def rates(schedule: str) -> list[float]:
+        config = ActorConfig(warmup_steps=2, schedule=schedule)  # type: ignore[arg-type]
+        options = Optimisation(0.1, total_steps=6, zero_stage=0, dtype="float32")
+        return [learning_rate(step, config, options) for step in (0, 1, 2, 3, 6, 9)]
+
+    assert rates("constant") == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1, 0.1])
+    assert rates("linear") == pytest.approx([0.05, 0.1, 0.1, 0.075, 0.0, 0.0])
+    assert rates("cosine") == pytest.approx([0.05, 0.1, 0.1, 0.05 * (1 + 0.5**0.5), 0.0, 0.0])
 
 
 def test_reverse_kl_is_exact_and_not_negative() -> None:

@@ -51,7 +51,7 @@ def test_trap_06_an_importance_weight_is_not_clipped_with_the_ratio() -> None:
     ratio, advantages = torch.tensor([1.1, 0.9, 1.5]), torch.tensor([1.0, -1.0, 2.0])
     importance = torch.tensor([3.0, 0.1, 2.0])
     response = torch.zeros(3, dtype=torch.int64)
-    tokens = PolicyTokens(ratio.log(), torch.zeros(3), advantages, torch.ones(3), response, importance)
+    tokens = PolicyTokens(ratio.log(), torch.zeros(3), advantages, importance, response)
     loss, clipped = policy_loss(tokens, LossConfig(clip_low=0.2, clip_high=0.2))
     assert float(loss) == pytest.approx(-(3 * 1.1 - 0.1 * 0.9 + 2 * 1.2 * 2.0))
     assert clipped.tolist() == [False, False, True]
@@ -60,7 +60,7 @@ def test_trap_06_an_importance_weight_is_not_clipped_with_the_ratio() -> None:
 def test_trap_06_no_gradient_flows_through_an_importance_weight() -> None:
     logprobs = torch.tensor([0.0, 0.0], requires_grad=True)
     response, importance = torch.zeros(2, dtype=torch.int64), (2.0 * logprobs).exp()
-    tokens = PolicyTokens(logprobs, torch.zeros(2), torch.ones(2), torch.ones(2), response, importance)
+    tokens = PolicyTokens(logprobs, torch.zeros(2), torch.ones(2), importance, response)
     loss, _ = policy_loss(tokens, LossConfig(clip_low=0.2, clip_high=0.2))
     assert torch.autograd.grad(loss, logprobs)[0].tolist() == [-1.0, -1.0]
 

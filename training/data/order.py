@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+from training import distributed
+
+Item = TypeVar("Item")
 
 
 def random_stream(*numbers: int) -> torch.Generator:
@@ -40,6 +44,14 @@ def replacement_positions(slots: Sequence[int], size: int, seed: int, step: int,
     """An item for each slot of a step whose own item taught nothing; `attempt` counts the tries. Drawn by slot, so that
     the number of ranks changes nothing."""
     return [int(torch.randint(size, (1,), generator=random_stream(seed, step, attempt, slot))) for slot in slots]
+
+
+def items_of_step(items: Sequence[Item], count: int, step: int, seed: int) -> list[Item]:
+    """This rank's share of the `count` items that step `step` takes; none where there are no items."""
+    if not items:
+        return []
+    chosen = positions_of_step(step, count, len(items), seed)
+    return [items[i] for i in share_of_rank(chosen, distributed.rank(), distributed.world_size())]
 
 
 def share_of_rank(items: Sequence[Any], rank: int, world: int) -> list[Any]:

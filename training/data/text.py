@@ -2,7 +2,7 @@
 
 The text is read and tokenised once, row by row, into `cache_dir/text/KEY.tokens` (4 bytes a token), which is mapped,
 not loaded. Rows stand end to end, each with the end symbol behind it, and are cut into blocks without padding. Which
-blocks a step takes is a pure function of (seed, step) (`data.positions_of_step`), so there is no cursor to save: a
+blocks a step takes is a pure function of (seed, step) (training/data/order.py), so there is no cursor to save: a
 resumed run reads what an unbroken one reads, no block is lost or read twice in an epoch, and ranks share a step's
 blocks out.
 """

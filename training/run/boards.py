@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -24,71 +24,68 @@ IDS = "boards.json"
 """The run's names on the boards' side, so that a resumed run goes on in the same curve."""
 
 
-class TensorBoard:
+class Board(NamedTuple):
+    """Where the numbers are shown."""
+
+    log: Callable[[Mapping[str, float], int], None]
+    """Show those of a step."""
+    close: Callable[[], None]
+
+
+def _tensorboard(folder: Path, step: int) -> Board:
     """Events in FOLDER/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+            writer.add_scalar(key, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
+    return Board(log, writer.close)
 
 
-class WandB:
+def _wandb(folder: Path, step: int) -> Board:
     """A run of the project WANDB_PROJECT (grpo-kd); WANDB_MODE=offline keeps it in FOLDER/wandb for `wandb sync`."""
+    import wandb
 
-    def __init__(self, folder: Path, step: int) -> None:
-        import wandb
-
-        name = _known(folder, "wandb") or uuid.uuid4().hex[:8]
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "grpo-kd"),
-            name=folder.name,
-            dir=folder,
-            id=name,
-            resume="allow",
-            config=yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
-        )
-        _remember(folder, "wandb", name)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    name = _known(folder).get("wandb") or uuid.uuid4().hex[:8]
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "grpo-kd"),
+        name=folder.name,
+        dir=folder,
+        id=name,
+        resume="allow",
+        config=yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+    )
+    _remember(folder, "wandb", name)
+    return Board(lambda values, step: run.log(dict(values), step=step), run.finish)
 
 
-class MLflow:
+def _mlflow(folder: Path, step: int) -> Board:
     """A run of the experiment MLFLOW_EXPERIMENT_NAME (grpo-kd) where MLFLOW_TRACKING_URI says."""
+    import mlflow
 
-    def __init__(self, folder: Path, step: int) -> None:
-        import mlflow
-
-        self._mlflow = mlflow
-        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "grpo-kd"))
-        known = _known(folder, "mlflow")
-        run = mlflow.start_run(run_id=known, run_name=None if known else folder.name)
-        if known is None:
-            mlflow.log_artifact(str(folder / "config.yaml"))
-        _remember(folder, "mlflow", run.info.run_id)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._mlflow.log_metrics(dict(values), step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
+    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "grpo-kd"))
+    known = _known(folder).get("mlflow")
+    run = mlflow.start_run(run_id=known, run_name=None if known else folder.name)
+    if known is None:
+        mlflow.log_artifact(str(folder / "config.yaml"))
+    _remember(folder, "mlflow", run.info.run_id)
+    return Board(lambda values, step: mlflow.log_metrics(dict(values), step=step), mlflow.end_run)
 
 
-BOARDS: dict[str, Callable[[Path, int], Any]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-"""A name in report_to -> what opens it: of the run's folder, and the first step that it shows. It gives something that
-can `log` the numbers of a step and `close`."""
+def _known(folder: Path) -> dict[str, Any]:
+    return read_json(folder / IDS) if (folder / IDS).is_file() else {}
+
+
+def _remember(folder: Path, board: str, name: str) -> None:
+    write_atomically(folder / IDS, json.dumps(_known(folder) | {board: name}))
+
+
+BOARDS: dict[str, Callable[[Path, int], Board]] = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+"""A name in report_to -> what opens it: of the run's folder, and the first step that it shows."""
 
 
 def board_names(report_to: str) -> list[str]:
@@ -106,7 +103,7 @@ class Boards:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self._folder, self._names = folder, list(names)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, Board] = {}
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Show a step's numbers on each."""
@@ -124,13 +121,3 @@ class Boards:
         """The run has finished."""
         while self._open:
             self._open.popitem()[1].close()
-
-
-def _known(folder: Path, board: str) -> str | None:
-    file = folder / IDS
-    return str(found) if file.is_file() and (found := read_json(file).get(board)) else None
-
-
-def _remember(folder: Path, board: str, name: str) -> None:
-    known: dict[str, Any] = read_json(folder / IDS) if (folder / IDS).is_file() else {}
-    write_atomically(folder / IDS, json.dumps(known | {board: name}))

@@ -1,10 +1,11 @@
-"""Files of a checkpoint: written with a checksum and forced to disk, listed in a manifest, checked against it."""
+"""Files of a checkpoint: written with a checksum and forced to disk, listed in a manifest."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 """Of what a checkpoint consists; counted up when that changes. 2 is the first with its number in the manifest; files of
 format 1 are the same, and are read."""
-_CHUNK = 1 << 24
-"""Bytes read at a time while checking."""
 
 
 class UnknownFormat(ValueError):
@@ -71,55 +70,42 @@ class Manifest:
             raise ValueError(f"{MANIFEST}: {error}") from None
 
 
-class _HashedFile:
-    """A file for torch.save: hashes what passes, and keeps the first error, which torch replaces by one of its own."""
+class _HashedFile(io.BufferedWriter):
+    """Hashes what passes, and keeps the first error, which torch.save replaces by one of its own."""
 
     def __init__(self, path: Path) -> None:
-        self.size = 0
+        super().__init__(path.open("wb", buffering=0))
+        self.digest = xxhash.xxh3_128()
         self.error: OSError | None = None
-        self._hash, self._out = xxhash.xxh3_128(), path.open("wb", buffering=0)
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self.size += len(view)
+        self.digest.update(data)
         try:
-            done = 0
-            while done < len(view):
-                done += self._out.write(view[done:])
+            return super().write(data)
         except OSError as error:
             self.error = self.error or error
             raise
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is buffered here."""
-
-    def finish(self) -> Written:
-        os.fsync(self._out.fileno())
-        return Written(self.size, self._hash.hexdigest())
-
-    def close(self) -> None:
-        self._out.close()
 
 
 def write_state(path: Path, state: Any) -> Written:
     """Write bytes as they are and everything else by torch.save, and force it to disk. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    out = _HashedFile(path)
     checked = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # the zip archive's own checksum halves the speed
     try:
-        torch.serialization.set_crc32_options(False)  # the zip archive's own checksum halves the speed
-        if isinstance(state, bytes):
-            out.write(state)
-        else:
-            torch.save(state, out)  # type: ignore[arg-type]
-        return out.finish()
-    except RuntimeError as error:
-        raise (out.error or error) from None
+        with _HashedFile(path) as out:
+            try:
+                if isinstance(state, bytes):
+                    out.write(state)
+                else:
+                    torch.save(state, out)
+            except RuntimeError as error:
+                raise (out.error or error) from None
+            out.flush()
+            os.fsync(out.fileno())
+            return Written(out.tell(), out.digest.hexdigest())
     finally:
         torch.serialization.set_crc32_options(checked)
-        out.close()
 
 
 def sync(path: Path) -> None:
@@ -140,35 +126,4 @@ def wrong_size(directory: Path, files: Mapping[str, Written]) -> str | None:
             return f"{name} is missing"
         if size != expected.size:
             return f"{name} has {size} bytes in place of {expected.size}"
-    return None
-
-
-def wrong_content(directory: Path, names: Iterable[str], files: Mapping[str, Written]) -> str | None:
-    """The first of these files whose content is not what was written, in words; None where all are as they were."""
-    for name in names:
-        digest = xxhash.xxh3_128()
-        try:
-            with (directory / name).open("rb", buffering=0) as file:
-                while block := file.read(_CHUNK):
-                    digest.update(block)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if digest.hexdigest() != files[name].xxh3:
-            return f"{name} is damaged (its checksum differs)"
-    return None
-
-
-def not_data(directory: Path, names: Iterable[str]) -> str | None:
-    """The first of these files of torch.save that names something other than data, in words; None where there is none.
-
-    Nothing is loaded. What counts as data is torch's list and what training/student/deepspeed_engine.py adds to it.
-    """
-    for name in names:
-        if name.endswith(".pt"):
-            try:
-                found = torch.serialization.get_unsafe_globals_in_checkpoint(directory / name)
-            except Exception as error:  # a pickle can be broken in many ways
-                return f"{name} is no file of torch.save ({' '.join(str(error).split())[:100]})"
-            if found:
-                return f"{name} names {', '.join(sorted(found)[:3])}: no data, so reading it could run a program"
     return None

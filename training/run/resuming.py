@@ -12,10 +12,12 @@ import logging
 import pickle
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import xxhash
 import yaml
 
 from configs.io.claims import claim
@@ -24,7 +26,7 @@ from configs.io.tables import content
 from configs.schema import DEMO, RunConfig, as_dict, flat
 from training import distributed
 from training.run.boards import IDS
-from training.run.checkpoint_files import Manifest, UnknownFormat, not_data, wrong_content, wrong_size
+from training.run.checkpoint_files import Manifest, UnknownFormat, Written, wrong_size
 from training.run.checkpoints import PARTIAL, PROGRESS, Checkpoints, Saveable, engines_of, read_pointer, step_tag
 from training.run.cli import dump_config
 from training.run.run_folder import Progress, RunFolder, checkpoint_steps
@@ -32,6 +34,8 @@ from training.run.stopping import RunFailed
 
 log = logging.getLogger(__name__)
 DATA, DAMAGED = "data.json", ".damaged"
+CHUNK = 1 << 24
+"""Bytes of a file read at a time while it is checked."""
 FREE_SETTINGS = re.compile(
     r"steps|report_to|export\..*|sft\.(steps|output)|(actor|critic)\.zero_stage|actor\.micro_batch_tokens|threads|runs_dir|cache_dir|name"
     r"|checkpoint\..*|(teacher|teachers\[\d+\])\.(address|interface|port|threads|timeout_s)"
@@ -99,7 +103,7 @@ def open_run(folder: RunFolder, config: RunConfig, stages: Mapping[str, int]) ->
     `stages` are the ZeRO stages of the engines by name. Raises ValueError where another program writes there, and where
     there are checkpoints and the run cannot go on from any of them.
     """
-    distributed.rank_0_first(lambda: claim(folder.path))
+    distributed.together(lambda: claim(folder.path) if distributed.is_main() else None, ValueError)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     found = find(folder.checkpoints)
     if found is not None:
@@ -154,8 +158,8 @@ def _read(directory: Path) -> Found | str:
     try:
         manifest = Manifest.read(directory)
         mine = sorted(manifest.files)[distributed.rank() :: distributed.world_size()]
-        problem = wrong_size(directory, manifest.files) or wrong_content(directory, mine, manifest.files)
-        problem = problem or not_data(directory, mine)
+        problem = wrong_size(directory, manifest.files) or _wrong_content(directory, mine, manifest.files)
+        problem = problem or _not_data(directory, mine)
         if problem is None:
             progress = Progress(**read_json(directory / PROGRESS))
             found = Found(directory, manifest, progress)
@@ -168,6 +172,37 @@ def _read(directory: Path) -> Found | str:
         return problems[0]
     assert found is not None
     return found
+
+
+def _wrong_content(directory: Path, names: Iterable[str], files: Mapping[str, Written]) -> str | None:
+    """The first of these files whose content is not what was written, in words; None where all are as they were."""
+    for name in names:
+        digest = xxhash.xxh3_128()
+        try:
+            with (directory / name).open("rb", buffering=0) as file:
+                while block := file.read(CHUNK):
+                    digest.update(block)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if digest.hexdigest() != files[name].xxh3:
+            return f"{name} is damaged (its checksum differs)"
+    return None
+
+
+def _not_data(directory: Path, names: Iterable[str]) -> str | None:
+    """The first of these files of torch.save that names something other than data, in words; None where there is none.
+
+    Nothing is loaded. What counts as data is torch's list and what training/student/deepspeed_engine.py adds to it.
+    """
+    for name in names:
+        if name.endswith(".pt"):
+            try:
+                found = torch.serialization.get_unsafe_globals_in_checkpoint(directory / name)
+            except Exception as error:  # a pickle can be broken in many ways
+                return f"{name} is no file of torch.save ({' '.join(str(error).split())[:100]})"
+            if found:
+                return f"{name} names {', '.join(sorted(found)[:3])}: no data, so reading it could run a program"
+    return None
 
 
 def _set_aside(directory: Path, damage: Sequence[str], whole: Path) -> None:

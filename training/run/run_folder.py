@@ -58,6 +58,11 @@ class Progress:
         """The student as it is now is the best so far."""
         return self.best_step == self.step > 0
 
+    @property
+    def ends_early(self) -> bool:
+        """The run ends before config.steps."""
+        return self.kl_limit_reached or self.stopped_early
+
     def validation_due(self, every: int) -> bool:
         """Is this state of the student to be validated (eval.every), and has not been?"""
         return every > 0 and self.step > self.validated_step and self.step % every == 0

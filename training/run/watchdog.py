@@ -50,8 +50,8 @@ class Watchdog:
         `timeout_s` seconds and no other for the last half of them; it should end the process."""
         self._timeout_s, self._give_up = timeout_s, give_up
         self._interval_s = min(1.0, max(0.2, timeout_s / 10))
-        self._place, self._phases = Place(), 0
-        self._told, self._beat_s = self._place, time.monotonic()
+        self.place, self._phases = Place(), 0
+        self._told, self._beat_s = self.place, time.monotonic()
         self._store: PrefixStore | None = None
         if distributed.world_size() > 1:
             # A connection of its own: the process group's may be waiting for an answer.
@@ -62,15 +62,10 @@ class Watchdog:
             self._tell()  # before the first step: the others' look waits for a rank that has never told its place
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    @property
-    def place(self) -> Place:
-        """Where this rank is."""
-        return self._place
-
     def enter(self, phase: str, step: int) -> None:
         """This rank begins a phase of step `step` (from 0)."""
         self._phases += 1
-        self._place = Place(step, self._place.order + 1 if step == self._place.step else 1, phase)
+        self.place = Place(step, self.place.order + 1 if step == self.place.step else 1, phase)
 
     def missing(self) -> str:
         """Which ranks do not answer, after a look of some seconds; for a collective that has failed."""
@@ -97,7 +92,7 @@ class Watchdog:
                     before, looked_s = after, now  # another rank gets on, and this one waits for it
                     continue
                 self._give_up(
-                    f"stuck in phase {self._place.phase} of step {self._place.step + 1} for {age_s:.0f} s "
+                    f"stuck in phase {self.place.phase} of step {self.place.step + 1} for {age_s:.0f} s "
                     f"(stuck_timeout_s = {self._timeout_s:g}); {self._who(before, after)}"
                 )
                 return
@@ -108,7 +103,7 @@ class Watchdog:
         beats = self._phases + distributed.beats()
         if beats != self._told.beats:
             self._beat_s = time.monotonic()
-        self._told = replace(self._place, beats=beats, ticks=self._told.ticks + 1)
+        self._told = replace(self.place, beats=beats, ticks=self._told.ticks + 1)
         with contextlib.suppress(distributed.DistError):  # rank 0 and its store have gone: _look says so in time
             self._store.set(str(distributed.rank()), json.dumps(asdict(self._told)))
 
@@ -129,7 +124,7 @@ class Watchdog:
         silent = [rank for rank, place in (before or {}).items() if after[rank].ticks == place.ticks]
         if silent:
             return f"{_ranks(silent, 'has', 'have')} not arrived: no sign of life"
-        mine = (self._place.step, self._place.order)
+        mine = (self.place.step, self.place.order)
         behind = [rank for rank, place in after.items() if (place.step, place.order) < mine]
         if behind:
             phases = ", ".join(sorted({after[rank].phase for rank in behind}))

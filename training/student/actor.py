@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from configs.prompts import Format
 from configs.schema import RunConfig, SamplingConfig
-from inference.attention.packing import PackedRow, pack
+from inference.attention.packing import PackedRow
 from rewards.lpt_reward import lpt_loss
 from training import distributed
 from training.data.order import random_stream
@@ -26,18 +27,18 @@ from training.losses import (
     TailReverseKL,
     TokenTerm,
     WholeDistribution,
+    k3,
     kl_loss,
     policy_loss,
     token_weights,
 )
 from training.objective import TERMS, LossWeights, UpdateInput, counts_of
 from training.recipes import RECIPES
-from training.run.memory import TokenBudget
 from training.run.safe_points import nothing
 from training.student.adapters import adapter_off, plain_parameters
 from training.student.deepspeed_engine import Engine, Job, Optimisation
 from training.student.loading import load_policy
-from training.student.passes import Passes, each_token, in_step
+from training.student.passes import each_token, rows_in_step
 from training.student.policy import Policy
 from training.student.sampling import Drawing, Mixture, sample
 
@@ -52,7 +53,7 @@ class Actor:
         *,
         total_steps: int,
         learning_rate: float,
-        teacher_output_VD: torch.Tensor | None = None,
+        teacher_head: OutputLayer | None = None,
     ) -> None:
         self._config, self.path, self.dtype = config, Path(path), config.student.dtype
         self.asked = format_of("student", replace(config.student, path=str(path)), config.data)
@@ -62,28 +63,22 @@ class Actor:
         policy = load_policy(
             path, student.dtype, gradient_checkpointing=student.gradient_checkpointing, adapter=student.adapter
         )
-        self.budget = TokenBudget(config.actor.micro_batch_tokens)
         self.end_tokens = end_tokens(policy, self.asked)
         """Whatever ends a response."""
         if config.actor.zero_stage == 3:
             policy.agree = lambda tokens: int(distributed.max_over_ranks(tokens))
-        self.engine = Engine(
-            policy,
-            config.actor,
-            Optimisation(
-                learning_rate, total_steps, zero_stage=config.actor.zero_stage, dtype=student.dtype, samples=True
-            ),
-        )
+        options = Optimisation(learning_rate, total_steps, config.actor.zero_stage, student.dtype, samples=True)
+        self.engine = Engine(policy, config.actor, options)
         self.engine.module.eval()
         self.on_step: Callable[[int], None] = lambda _: distributed.beat()
         """Called after each decoding step."""
-        self.teacher_head: OutputLayer | None = None
+        self.teacher_head = teacher_head
         """What makes the teacher's logits of its hidden states, for the student's vocabulary and on its device."""
-        if teacher_output_VD is not None:
-            policy.limit(len(teacher_output_VD))
-            shared_VD, device = teacher_output_VD[: policy.columns], self.engine.device
+        if teacher_head is not None:
+            policy.limit(len(teacher_head.weight_VD))
+            shared_VD, device = teacher_head.weight_VD[: policy.columns], self.engine.device
             unknown_V = None if policy.unknown_V is None else policy.unknown_V[: len(shared_VD)].to(device)
-            self.teacher_head = OutputLayer(shared_VD.to(device), unknown_V)
+            self.teacher_head = replace(teacher_head, weight_VD=shared_VD.to(device), unknown_V=unknown_V)
 
     @property
     def policy(self) -> Policy:
@@ -91,11 +86,6 @@ class Actor:
         module = self.engine.module
         assert isinstance(module, Policy)
         return module
-
-    @property
-    def passes(self) -> Passes:
-        """How packed rows reach the student."""
-        return Passes(self.budget, self.engine.device, collective=self.engine.zero_stage == 3)
 
     def sample(
         self,
@@ -117,15 +107,8 @@ class Actor:
                 mixture=mixture,
             )
             samples = sample(self.policy, [p.tokens for p in prompts], sampling, drawing)
-        return Rollout(
-            prompts_N=list(prompts),
-            group_size=sampling.group_size,
-            responses_B=samples.responses_B,
-            finished_B=samples.finished_B,
-            texts_B=self.texts(samples.responses_B),
-            behavior_logprobs_S=samples.full_logprobs_S,
-            sampled_logprobs_S=samples.drawn_logprobs_S,
-        )
+        texts_B = self.texts(samples.responses_B)
+        return Rollout(prompts_N=list(prompts), group_size=sampling.group_size, texts_B=texts_B, **vars(samples))
 
     def texts(self, responses: Sequence[tuple[int, ...]]) -> list[str]:
         """Response texts, special symbols removed, stripped."""
@@ -142,7 +125,9 @@ class Actor:
         """
         scale = self._config.sampling.temperature if temperature is None else temperature
         with adapter_off(self.policy.model) if start_of_run else nullcontext():
-            return each_token(self.passes, rollout.groups(), lambda row: self.policy(row, temperature=scale).logprobs_S)
+            return each_token(
+                self.engine.passes, rollout.groups(), lambda row: self.policy(row, temperature=scale).logprobs_S
+            )
 
     def teacher_kl(self, rollout: Rollout, teacher_hidden_SD: torch.Tensor) -> torch.Tensor:
         """Exact KL(student || teacher) before each response token, nats, float32 [S]. Temperature 1. Collective."""
@@ -151,12 +136,12 @@ class Actor:
             terms = {"kl": ReverseKL(self._teacher(teacher_hidden_SD, row))}
             return self.policy(row, terms=terms).terms["kl"]
 
-        return each_token(self.passes, rollout.groups(), one)
+        return each_token(self.engine.passes, rollout.groups(), one)
 
     def _teacher(self, hidden_SD: torch.Tensor, row: PackedRow) -> WholeDistribution:
         """The teacher's distribution before the row's response tokens."""
         assert self.teacher_head is not None
-        return WholeDistribution(hidden_SD[row.place_S].to(self.engine.device), self.teacher_head)
+        return WholeDistribution(self.engine.of_row(row, hidden_SD), self.teacher_head)
 
     def update(
         self,
@@ -174,44 +159,35 @@ class Actor:
         merged: dict[str, float] = {}
         for i, batch in enumerate(batches):
             plan = _Update(batch, distributed.sum_metrics(counts_of(batch)), step * len(batches) + i)
-
-            def take(tokens: int, plan: _Update = plan, first: bool = i == 0) -> dict[str, float]:
-                measured = self._gradient_shares(plan, tokens) if shares and first else {}
-                log = MetricSums()
-                norm, rate, applied = self.engine.update(
-                    self._jobs(plan, tokens, log),
-                    plan.step,
-                    between=between if first else nothing,
-                )
-                return {
-                    **log.over_ranks(),
-                    **measured,
-                    "grad_norm": norm,
-                    "learning_rate": rate,
-                    "skipped": float(not applied),
-                }
-
-            for key, value in self.budget.spend(take).items():
-                if key.startswith("mismatch/") and i > 0:
-                    continue  # after the first optimizer step the policy is meant to differ
-                merged[key] = merged.get(key, 0.0) + value
+            first = i == 0
+            take = partial(self._optimizer_step, plan, shares and first, between if first else nothing)
+            for key, value in self.engine.passes.budget.spend(take).items():
+                if first or not key.startswith("mismatch/"):  # later on the policy is meant to differ
+                    merged[key] = merged.get(key, 0.0) + value
         whole = ("mismatch/", "skipped", "gradient/")
         return {k: v if k.startswith(whole) else v / len(batches) for k, v in merged.items()}
+
+    def _optimizer_step(
+        self, plan: _Update, shares: bool, between: Callable[[], None], tokens: int
+    ) -> dict[str, float]:
+        """One optimizer step in packed rows of at most `tokens`; its metrics over all ranks."""
+        measured, log = self._gradient_shares(plan, tokens) if shares else {}, MetricSums()
+        norm, rate, applied = self.engine.update(self._jobs(plan, tokens, log), plan.step, between=between)
+        done = {"grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
+        return log.over_ranks() | measured | done
 
     def _jobs(self, plan: _Update, tokens: int, log: MetricSums) -> list[Job]:
         """One job a packed row of at most `tokens`."""
         batch, weights = plan.batch, plan.batch.weights
         jobs: list[Job] = []
         if batch.experience is not None and max(weights.policy, weights.kl, weights.single_step) > 0:
-            for i, (row, used) in enumerate(in_step(pack(batch.experience.rollout.groups(), tokens))):
+            for i, row in enumerate(rows_in_step(batch.experience.rollout.groups(), tokens)):
                 seed = self._config.seed * 1_000_003 + plan.step * 1_009 + i
-                jobs.append(partial(self._policy_terms, plan, row, used, seed, log))
+                jobs.append(partial(self._policy_terms, plan, row, seed, log))
         for name, groups, coef in (("pt", batch.text, weights.pt), ("bc", batch.cloning, weights.bc)):
             if plan.counts[name] > 0 and coef > 0:
-                jobs += [
-                    partial(self._language_model_term, plan, row, used, name, log)
-                    for row, used in in_step(pack(groups, tokens))
-                ]
+                rows = rows_in_step(groups, tokens)
+                jobs += [partial(self._language_model_term, plan, row, name, log) for row in rows]
         return jobs
 
     def _gradient_shares(self, plan: _Update, tokens: int) -> dict[str, float]:
@@ -226,74 +202,56 @@ class Actor:
     ) -> dict[str, TokenTerm]:
         """What the forward pass has to say of whole distributions."""
         terms: dict[str, TokenTerm] = {}
-        teacher, device = scored.teacher, self.engine.device
+        teacher, of_row = scored.teacher, partial(self.engine.of_row, row)
         if weights.single_step > 0 and teacher.top_ids_SK is not None and teacher.top_logprobs_SK is not None:
-            terms["single_step"] = TailReverseKL(
-                teacher.top_ids_SK[row.place_S].to(device), teacher.top_logprobs_SK[row.place_S].to(device)
-            )
+            terms["single_step"] = TailReverseKL(of_row(teacher.top_ids_SK), of_row(teacher.top_logprobs_SK))
         elif weights.single_step > 0 and teacher.hidden_SD is not None:
             divergence = RECIPES[self._config.recipe].divergence
             terms["single_step"] = divergence(self._teacher(teacher.hidden_SD, row), self._config, seed)
         if weights.kl > 0 and scored.reference is not None:
             reference = scored.reference
-            hidden_SD = reference.hidden_SD[row.place_S].to(device)
-            terms["kl"] = ReverseKL(WholeDistribution(hidden_SD, reference.head))
+            terms["kl"] = ReverseKL(WholeDistribution(of_row(reference.hidden_SD), reference.head))
         return terms
 
-    def _policy_terms(
-        self, plan: _Update, row: PackedRow, used: float, seed: int, log: MetricSums
-    ) -> dict[str, torch.Tensor]:
+    def _policy_terms(self, plan: _Update, row: PackedRow, seed: int, log: MetricSums) -> dict[str, torch.Tensor]:
         """The weighted terms of one packed row of sampled responses; token weights hold the global denominators."""
         experience, weights = plan.batch.experience, plan.batch.weights
         assert experience is not None
         scored, rollout, config = experience.scored, experience.rollout, self._config.loss
-
-        def of_row(values_S: torch.Tensor) -> torch.Tensor:
-            return values_S[row.place_S].to(self.engine.device)
-
+        of_row = partial(self.engine.of_row, row)
         terms = self._distribution_terms(scored, row, weights, seed)
-        out = self.engine.engine(row.to(self.engine.device), temperature=self._config.sampling.temperature, terms=terms)
+        out = self.engine(row, temperature=self._config.sampling.temperature, terms=terms)
         logprobs_S = out.logprobs_S
         if weights.policy == 0 and (weights.kl == 0 or "kl" in terms):
             logprobs_S = logprobs_S.detach()  # for the log only: no backward pass through them
-        token_S = of_row(self._token_weights(plan, rollout.lengths_B)) * used
-        importance_S = None if scored.importance_S is None else of_row(scored.importance_S)
         behavior_S = of_row(rollout.behavior_logprobs_S)
-        old_S = behavior_S if scored.policy_logprobs_S is None else of_row(scored.policy_logprobs_S)
+        importance_S = torch.ones_like(behavior_S) if scored.importance_S is None else of_row(scored.importance_S)
         tokens = PolicyTokens(
             policy_logprobs_S=logprobs_S,
-            old_logprobs_S=old_S,
+            old_logprobs_S=behavior_S if scored.policy_logprobs_S is None else of_row(scored.policy_logprobs_S),
             advantages_S=of_row(experience.advantages_S),
-            weights_S=token_S,
+            weights_S=of_row(self._token_weights(plan, rollout.lengths_B)) * importance_S,
             response_S=row.response_S.to(self.engine.device),
-            importance_S=importance_S,
         )
         loss, clipped_S = policy_loss(tokens, config)
         parts = {"policy": loss}
-        if importance_S is not None:
-            token_S = token_S * importance_S
-        mean = used / max(plan.counts["tokens"], 1.0)
+        mean = 1.0 / max(plan.counts["tokens"], 1.0)
         if scored.reference_logprobs_S is not None:
             reference_S = of_row(scored.reference_logprobs_S)
-            with torch.no_grad():
-                k3 = torch.exp(reference_S - logprobs_S) - 1 + logprobs_S - reference_S
-                k3 = k3 if importance_S is None else k3 * importance_S
-                log.add("kl/reference", k3.sum() * mean)
+            log.add("kl/reference", (k3(logprobs_S.detach(), reference_S) * importance_S).sum() * mean)
             if weights.kl > 0 and "kl" not in terms:
-                parts["kl"] = kl_loss(logprobs_S, reference_S, token_S, estimator=config.kl_estimator)
+                parts["kl"] = kl_loss(logprobs_S, reference_S, tokens.weights_S, estimator=config.kl_estimator)
         for name in terms:  # a mean over all tokens, whatever the aggregation of the policy term
-            value_S = out.terms[name] if importance_S is None else out.terms[name] * importance_S
-            parts[name] = value_S.sum() * mean
+            parts[name] = (out.terms[name] * importance_S).sum() * mean
         with torch.no_grad():
             gap_S = (logprobs_S - behavior_S).abs()
             log.add("entropy", out.entropy_S.sum() * mean)
             log.add("clip_share", clipped_S.sum() * mean)
             log.add("mismatch/mean", gap_S.sum() * mean)
-            if used and len(gap_S):
-                log.largest("mismatch/max", gap_S.max())
+            log.largest("mismatch/max", F.pad(gap_S, (0, 1)).max())  # 0 of a row without a response token
         weighted = {name: value * getattr(weights, name) for name, value in parts.items()}
         for name, value in parts.items():
-            log.add(f"loss/{name}", value.detach())
+            log.add(f"loss/{name}", value)
         log.add("loss/total", torch.stack([v.detach().double() for v in weighted.values()]).sum())
         return weighted
 
@@ -308,15 +266,15 @@ class Actor:
         )
 
     def _language_model_term(
-        self, plan: _Update, row: PackedRow, used: float, name: str, log: MetricSums
+        self, plan: _Update, row: PackedRow, name: str, log: MetricSums
     ) -> dict[str, torch.Tensor]:
         """Weighted cross-entropy of the row's response tokens: L_PT or L_BC."""
-        out = self.engine.engine(row.to(self.engine.device))
+        out = self.engine(row)
         loss = lpt_loss(out.logprobs_S, plan.counts[name])
-        weight = used * getattr(plan.batch.weights, name)
-        log.add(f"loss/{name}", loss.detach() * used)
-        log.add("loss/total", loss.detach() * weight)
-        return {name: loss * weight}
+        weighted = loss * getattr(plan.batch.weights, name)
+        log.add(f"loss/{name}", loss)
+        log.add("loss/total", weighted)
+        return {name: weighted}
 
     def plain_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every parameter as Hugging Face has it, adapters merged. Collective under ZeRO 3."""
@@ -354,11 +312,8 @@ class MetricSums:
         """All of them over all ranks, in one transfer. Collective."""
         stacked = torch.stack([*self.sums.values(), *self.most.values()]).tolist() if self.sums else []
         numbers = dict(zip([*self.sums, *self.most], stacked, strict=True))
-        most = numbers.pop("mismatch/max", 0.0)
-        metrics = distributed.sum_metrics(numbers)
-        if "mismatch/mean" in metrics:
-            metrics["mismatch/max"] = distributed.max_over_ranks(most)
-        return metrics
+        most = {name: distributed.max_over_ranks(numbers.pop(name)) for name in self.most}
+        return distributed.sum_metrics(numbers) | most
 
 
 def end_list(generation: GenerationConfig) -> list[int]:

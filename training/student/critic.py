@@ -11,15 +11,14 @@ import torch
 from torch import nn
 
 from configs.schema import RunConfig
-from inference.attention.packing import PackedRow, pack
+from inference.attention.packing import PackedRow
 from training import distributed
 from training.experience import Experience, Rollout
 from training.losses import value_loss
-from training.run.memory import TokenBudget
 from training.run.safe_points import nothing
 from training.student.deepspeed_engine import Engine, Optimisation
 from training.student.loading import load_policy
-from training.student.passes import Passes, each_token, in_step
+from training.student.passes import each_token, rows_in_step
 from training.student.policy import Way, backbone, response_states
 
 
@@ -51,7 +50,6 @@ class Critic:
     def __init__(self, config: RunConfig, student_path: Path, *, total_steps: int, grouped: bool = True) -> None:
         """`grouped`: whether the actor's model shares prompts; where it does not, this one does not either."""
         self._config = config
-        self.budget = TokenBudget(config.actor.micro_batch_tokens)
         policy = load_policy(
             student_path,
             config.student.dtype,
@@ -68,8 +66,7 @@ class Critic:
 
     def values(self, rollout: Rollout) -> torch.Tensor:
         """Values before each response token, float32 [S]. Collective."""
-        passes = Passes(self.budget, self.engine.device, collective=self.engine.zero_stage == 3)
-        return each_token(passes, rollout.groups(), self.engine.module)
+        return each_token(self.engine.passes, rollout.groups(), self.engine.module)
 
     def update(
         self, experiences: Sequence[Experience], step: int, *, between: Callable[[], None] = nothing
@@ -81,26 +78,23 @@ class Critic:
         loss_sum, norm = 0.0, 0.0
         for i, experience in enumerate(experiences):
             tokens = float(distributed.sum_over_ranks(experience.rollout.lengths_B.sum()))
-            if tokens == 0:
-                continue
-
-            def take(
-                most: int, number: int = i, experience: Experience = experience, tokens: float = tokens
-            ) -> tuple[float, float]:
-                losses: list[torch.Tensor] = []
-                jobs = [
-                    partial(self._loss, experience, row, used / tokens, losses)
-                    for row, used in in_step(pack(experience.rollout.groups(), most))
-                ]
-                norm, _, _ = self.engine.update(
-                    jobs, step * len(experiences) + number, between=between if number == 0 else nothing
-                )
-                return sum(float(x) for x in losses), norm
-
-            loss, norm = self.budget.spend(take)
-            loss_sum += loss
+            if tokens > 0:
+                number, asked = step * len(experiences) + i, between if i == 0 else nothing
+                take = partial(self._optimizer_step, experience, 1.0 / tokens, number, asked)
+                loss, norm = self.engine.passes.budget.spend(take)
+                loss_sum += loss
         total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
         return {**total, "critic/grad_norm": norm}
+
+    def _optimizer_step(
+        self, experience: Experience, weight: float, number: int, between: Callable[[], None], tokens: int
+    ) -> tuple[float, float]:
+        """Step `number` in packed rows of at most `tokens`: this rank's loss, and the gradient's norm."""
+        losses: list[torch.Tensor] = []
+        rows = rows_in_step(experience.rollout.groups(), tokens)
+        jobs = [partial(self._loss, experience, row, weight, losses) for row in rows]
+        norm, _, _ = self.engine.update(jobs, number, between=between)
+        return sum(float(x) for x in losses), norm
 
     def _loss(
         self, experience: Experience, row: PackedRow, weight: float, losses: list[torch.Tensor]
@@ -109,14 +103,8 @@ class Critic:
         values_S, targets_S = experience.scored.values_S, experience.value_targets_S
         assert values_S is not None
         assert targets_S is not None
-        device = self.engine.device
-        new_S = self.engine.engine(row.to(device))
-        loss = value_loss(
-            new_S,
-            values_S[row.place_S].to(device),
-            targets_S[row.place_S].to(device),
-            torch.full_like(new_S, weight),
-            clip=self._config.ppo.value_clip,
-        )
+        new_S, old_S, wanted_S = self.engine(row), self.engine.of_row(row, values_S), self.engine.of_row(row, targets_S)
+        weights_S = torch.full_like(new_S, weight)
+        loss = value_loss(new_S, old_S, wanted_S, weights_S, clip=self._config.ppo.value_clip)
         losses.append(loss.detach())
         return {"value": loss}

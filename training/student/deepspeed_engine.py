@@ -30,9 +30,12 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from configs.schema import ActorConfig
+from inference.attention.packing import PackedRow
 from training import distributed
-from training.run.memory import OutOfMemory, OutOfMemoryAlone, agreed, out_of_memory
+from training.losses import schedule_factor
+from training.run.memory import OutOfMemory, OutOfMemoryAlone, TokenBudget, agreed, out_of_memory
 from training.run.safe_points import nothing
+from training.student.passes import Passes
 
 # A checkpoint is data: DeepSpeed asks torch.load to run whatever is pickled there, and this overrules it. Besides
 # tensors and plain containers, these are all that DeepSpeed's files hold.
@@ -81,12 +84,7 @@ def learning_rate(step: int, config: ActorConfig, options: Optimisation) -> floa
     peak, warmup = options.learning_rate, config.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(options.total_steps - warmup, 1)
-    if config.schedule == "linear":
-        return peak * max(1.0 - done, 0.0)
-    if config.schedule == "cosine":
-        return peak * 0.5 * (1.0 + float(torch.cos(torch.tensor(min(done, 1.0) * torch.pi))))
-    return peak
+    return peak * schedule_factor(step - warmup, kind=config.schedule, final=0.0, total=options.total_steps - warmup)
 
 
 @contextlib.contextmanager
@@ -157,6 +155,8 @@ class Engine:
             for state in self.engine.optimizer.optimizer.state.values():
                 state["step"].zero_()
         self.device = torch.device(self.engine.device)
+        self.passes = Passes(TokenBudget(config.micro_batch_tokens), self.device, collective=zero_stage == 3)
+        """How packed rows reach the module."""
         self._collected = self.engine.checkpoint_engine = _Collected()
         # It would copy a script into each checkpoint, on rank 0 between two barriers, where a full disk means a hang.
         self.engine._copy_recovery_script = lambda save_path: None
@@ -165,6 +165,14 @@ class Engine:
     def module(self) -> torch.nn.Module:
         """The wrapped module; under ZeRO 3 its parameters are gathered as it runs."""
         return self.engine.module
+
+    def __call__(self, row: PackedRow, **asked: Any) -> Any:
+        """The module's forward pass over a packed row, as DeepSpeed has it for training."""
+        return self.engine(row.to(self.device), **asked)
+
+    def of_row(self, row: PackedRow, values_S: torch.Tensor) -> torch.Tensor:
+        """What is said of the row's response tokens, out of the whole batch's, on the module's device."""
+        return values_S[row.place_S].to(self.device)
 
     def update(
         self, jobs: Sequence[Job], step: int, *, between: Callable[[], None] = nothing
@@ -266,10 +274,9 @@ class Engine:
         for job in jobs:
             term = job().get(name)
             if term is not None and term.requires_grad:
-                grads = torch.autograd.grad(term, self._trained, allow_unused=True)
+                grads = torch.autograd.grad(term, self._trained, materialize_grads=True)
                 for total, grad in zip(sums, grads, strict=True):
-                    if grad is not None:
-                        total += grad
+                    total += grad
         return sums
 
     def gathered(self, parameters: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:

@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import AdapterConfig
 from inference.attention.packing import Group, pack_row
+from inference.model.rounding import rounded_down
 from inference.protocol.fingerprint import load_tokenizer
 from training import distributed
 from training.losses import without_columns
 from training.student.adapters import add_adapter, is_adapter, merged_model, other_inputs, quantization
-from training.student.decoders import make_decoder
 from training.student.policy import Policy, Way
+from training.student.sampling import make_decoder
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -163,7 +164,8 @@ def own_logprobs(
     found = []
     with policy.as_transformers() as model, ExitStack() as stack:
         if rounded:
-            stack.enter_context(model.get_input_embeddings().register_forward_hook(_round))
+            embedding = model.get_input_embeddings()
+            stack.enter_context(embedding.register_forward_hook(lambda _, __, embedded: rounded_down(embedded)))
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         for group in groups:
             longest, first = max(map(len, group.responses)), len(group.prompt)
@@ -175,12 +177,6 @@ def own_logprobs(
                 labels_R = ids[n, first : first + len(response)]
                 found.append(_chosen(policy, logits[n, : len(response)], labels_R, temperature))
     return torch.cat(found)
-
-
-def _round(module: torch.nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
-    """Half of the numbers, always the same, down to the next one of their type."""
-    down = torch.rand(embedded.shape, generator=torch.Generator().manual_seed(0)).to(embedded.device) < 0.5
-    return torch.where(down, embedded * (1.0 - torch.finfo(embedded.dtype).eps / 2), embedded)
 
 
 def _chosen(policy: Policy, logits_SV: torch.Tensor, labels_S: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

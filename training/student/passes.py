@@ -32,7 +32,7 @@ def each_token(passes: Passes, groups: Sequence[Group], one: Callable[[PackedRow
     """
 
     def work(max_tokens: int) -> torch.Tensor:
-        rows = [row for row, _ in in_step(pack(groups, max_tokens))]
+        rows = rows_in_step(groups, max_tokens)
         values = agreed(lambda: [one(row.to(passes.device)).cpu() for row in rows], exchanging=passes.collective)
         return in_batch_order(rows, values)
 
@@ -40,13 +40,13 @@ def each_token(passes: Passes, groups: Sequence[Group], one: Callable[[PackedRow
         return passes.budget.spend(work)
 
 
-def in_step(rows: Sequence[PackedRow]) -> list[tuple[PackedRow, float]]:
-    """The rows with weight 1, then as many of weight 0 as the rank with most rows has more. Collective.
+def rows_in_step(groups: Sequence[Group], max_tokens: int) -> list[PackedRow]:
+    """The groups packed into rows, and as many spare rows as the rank with most rows has more. Collective.
 
     Under ZeRO 3 every pass is a collective: ranks with unequal numbers of passes would wait for each other for ever.
-    A spare row is one prompt token without a response: it costs next to nothing, and it reads no tensor of the batch,
-    of which a rank may have none (all its groups dropped).
+    A spare row is one prompt token without a response: it costs next to nothing, adds nothing to a sum over response
+    tokens, and reads no tensor of the batch, of which a rank may have none (all its groups dropped).
     """
+    rows = pack(groups, max_tokens)
     missing = int(distributed.max_over_ranks(len(rows))) - len(rows)
-    spare = pack_row([Group(prompt=(0,), responses=())])
-    return [(row, 1.0) for row in rows] + [(spare, 0.0)] * missing
+    return rows + [pack_row([Group(prompt=(0,), responses=())])] * missing

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from inference.attention.grouped import AttentionPlan, PackedPlan, register_with_transformers
-from inference.attention.packing import PackedRow, plain_rows
+from inference.attention.packing import PackedRow
+from inference.attention.plain_rows import plain_rows
 from training.losses import TokenTerm, without_columns
 from training.student.token_logprobs import TERM_ROWS, RowTerm, TokenLogprobs, rows_at_once
 
@@ -57,36 +58,29 @@ class Policy(nn.Module):
         self.model: Any = model
         self.logit_chunk = logit_chunk
         self.agree: Callable[[int], int] = int
-        self._way = Way.PACKED if getattr(model, "_supports_attention_backend", False) else Way.PLAIN
         self.unknown_V: torch.Tensor | None = None
         """bool [V] columns that no token has; None: every column has one."""
         self.capturable = True
         """Whether a decoding step may be a CUDA graph; false once that has failed."""
         self._own_attention = model.config._attn_implementation
-
-        if self.grouped:
-            model.set_attn_implementation(register_with_transformers())
-
-    @property
-    def way(self) -> Way:
-        """How the model is run."""
-        return self._way
+        self._exchangeable = bool(getattr(model, "_supports_attention_backend", False))
+        self.run(Way.PACKED if self._exchangeable else Way.PLAIN)
 
     @property
     def grouped(self) -> bool:
         """Whether responses share their prompt."""
-        return self._way is Way.PACKED
+        return self.way is Way.PACKED
 
     def run(self, way: Way) -> None:
         """Run the model that way from now on; PACKED only for a model that was made so."""
-        self._way = way
-        if getattr(self.model, "_supports_attention_backend", False):
+        self.way = way
+        if self._exchangeable:
             self.model.set_attn_implementation(register_with_transformers() if self.grouped else self._own_attention)
 
     @contextmanager
     def as_transformers(self) -> Iterator[Any]:
         """The model with transformers' own attention, while open."""
-        way = self._way
+        way = self.way
         self.run(Way.PLAIN)
         try:
             yield self.model
@@ -159,7 +153,7 @@ class Policy(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         logits = self.logits(hidden_SD)
         values = [RowTerm.apply(logits, term, piece, parts) for term in terms.values()]
-        chosen, entropy = TokenLogprobs.apply(logits, labels_S, temperature, True)  # last: it overwrites them
+        chosen, entropy = TokenLogprobs.apply(logits, labels_S, temperature)  # last: it overwrites them
         return chosen, entropy, *values
 
 

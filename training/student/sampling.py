@@ -7,58 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from configs.schema import SamplingConfig
+from inference.attention.grouped import DecodePlan, PrefillPlan, PromptCache
+from inference.attention.packing import Group, pack_row
+from inference.attention.static_decode import StaticDecodePlan
 from rewards.tokens import from_grid
-from training.student.decoders import Decoder, StaticDecoder, make_decoder
 from training.student.few_rows import few_rows
+from training.student.graph_decoder import StaticDecoder
+from training.student.plain_decoders import PlainDecoder, UncachedDecoder
 from training.student.policy import Policy, Way
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Responses of N prompts, B = N*G, ordered by prompt."""
+    """Responses of N prompts, B = N*G, ordered by prompt: the fields of a `Rollout` that are sampled."""
 
     responses_B: tuple[tuple[int, ...], ...]
     """Token ids, the end symbol included where one was drawn."""
     finished_B: torch.Tensor
     """bool an end symbol was drawn."""
-    full_logprobs_S: torch.Tensor
+    behavior_logprobs_S: torch.Tensor
     """float32 nats under the full softmax at the temperature."""
-    drawn_logprobs_S: torch.Tensor
+    sampled_logprobs_S: torch.Tensor
     """float32 nats under the distribution that was drawn from, where that is a mixture with another."""
 
 
-BLOCK = 512
-"""Entries of the vocabulary that `draw` adds up before it looks at one by one."""
-
-
-def draw(logprobs_AV: torch.Tensor, uniform_A: torch.Tensor) -> torch.Tensor:
-    """Token ids [A] by inverting the cumulative distribution at `uniform_A` in [0, 1).
-
-    First of blocks of the vocabulary, then of the entries of one block: the whole cumulative sum in float64 costs as
-    much as several layers of a small model.
-    """
-    blocks_ANb = F.pad(logprobs_AV.exp(), (0, -logprobs_AV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    cumulative = blocks_ANb.sum(-1, dtype=torch.float64).cumsum(-1)
-    wanted = uniform_A.double()[:, None] * cumulative[:, -1:]
-    block = _first_beyond(cumulative, wanted)
-    before = F.pad(cumulative, (1, 0)).gather(1, block)
-    chosen_Ab = blocks_ANb.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
-    return (block * BLOCK + _first_beyond(chosen_Ab, wanted - before))[:, 0]
-
-
-def _first_beyond(cumulative: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Index [A, 1] of the first entry above `wanted`, and never past the last that has any mass: rounding must not."""
-    total = cumulative[:, -1:].contiguous()
-    return torch.minimum(torch.searchsorted(cumulative, wanted, right=True), torch.searchsorted(cumulative, total))
-
-
-LOOK = 16
-"""Tokens between two looks at which responses have ended, where tokens stay on the device: a look waits for it."""
 Mixture = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From step t, the active responses [A], the token that each chose last (nothing at t = 0) and the policy's
 log-probabilities [A, V] to those that are drawn from, [A, V]."""
@@ -129,6 +107,10 @@ def _decode(decoder: Decoder, config: SamplingConfig, drawing: Drawing) -> Sampl
     return _up_to_the_end(tokens, ends, full, drawn_from)
 
 
+LOOK = 16
+"""Tokens between two looks at which responses have ended, where tokens stay on the device: a look waits for it."""
+
+
 def _decode_on_device(
     policy: Policy, prompts: Sequence[tuple[int, ...]], config: SamplingConfig, drawing: Drawing
 ) -> Samples:
@@ -147,7 +129,8 @@ def _decode_on_device(
         logprobs_BR.index_copy_(1, t_1, logprobs.gather(-1, chosen[:, None]))
         return chosen
 
-    decoder = StaticDecoder(policy, prompts, config.group_size, longest, choose)
+    cache, first_BV = prefilled(policy, prompts, config.group_size)
+    decoder = StaticDecoder(policy, StaticDecodePlan(cache, config.group_size, longest), first_BV, choose)
     drawing.on_step(0)
     for t in range(1, longest):
         if t % LOOK == 0 and bool(torch.isin(tokens_BR[:, :t].cpu(), ends).any(1).all()):
@@ -179,6 +162,76 @@ def _up_to_the_end(tokens: torch.Tensor, ends: torch.Tensor, full: torch.Tensor,
     return Samples(
         responses_B=tuple(tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)),
         finished_B=finished,
-        full_logprobs_S=from_grid(full, lengths),
-        drawn_logprobs_S=from_grid(drawn_from, lengths),
+        behavior_logprobs_S=from_grid(full, lengths),
+        sampled_logprobs_S=from_grid(drawn_from, lengths),
     )
+
+
+BLOCK = 512
+"""Entries of the vocabulary that `draw` adds up before it looks at one by one."""
+
+
+def draw(logprobs_AV: torch.Tensor, uniform_A: torch.Tensor) -> torch.Tensor:
+    """Token ids [A] by inverting the cumulative distribution at `uniform_A` in [0, 1).
+
+    First of blocks of the vocabulary, then of the entries of one block: the whole cumulative sum in float64 costs as
+    much as several layers of a small model.
+    """
+    blocks_ANb = F.pad(logprobs_AV.exp(), (0, -logprobs_AV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    cumulative = blocks_ANb.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted = uniform_A.double()[:, None] * cumulative[:, -1:]
+    block = _first_beyond(cumulative, wanted)
+    before = F.pad(cumulative, (1, 0)).gather(1, block)
+    chosen_Ab = blocks_ANb.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    return (block * BLOCK + _first_beyond(chosen_Ab, wanted - before))[:, 0]
+
+
+def _first_beyond(cumulative: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Index [A, 1] of the first entry above `wanted`, and never past the last that has any mass: rounding must not."""
+    total = cumulative[:, -1:].contiguous()
+    return torch.minimum(torch.searchsorted(cumulative, wanted, right=True), torch.searchsorted(cumulative, total))
+
+
+class Decoder(Protocol):
+    """N prompts with G responses each, one token at a time; B = N*G."""
+
+    first_BV: torch.Tensor
+    """[B, V] logits of each response's first token, in the model's type."""
+
+    def advance(self, rows_A: torch.Tensor, tokens_A: torch.Tensor) -> torch.Tensor:
+        """[A, V] logits after `tokens_A` (int64) were chosen for the responses `rows_A` (int64, ascending).
+
+        A response that is left out is finished and does not come back.
+        """
+        ...
+
+
+def make_decoder(policy: Policy, prompts: Sequence[tuple[int, ...]], group_size: int, longest: int) -> Decoder:
+    """The decoder that the model can take."""
+    if policy.way is Way.PACKED:
+        return GroupedDecoder(policy, prompts, group_size, longest)
+    return (PlainDecoder if policy.way is Way.PLAIN else UncachedDecoder)(policy, prompts, group_size)
+
+
+def prefilled(policy: Policy, prompts: Sequence[tuple[int, ...]], group_size: int) -> tuple[PromptCache, torch.Tensor]:
+    """Keys and values of the prompts, and the logits [B, V] of each response's first token."""
+    row = pack_row([Group(prompt=tuple(p), responses=()) for p in prompts]).to(next(policy.parameters()).device)
+    prefill = PrefillPlan(row)
+    hidden = policy.hidden(row.tokens_T, row.positions_T, prefill)
+    last = torch.cumsum(prefill.cache.lengths_N, 0) - 1
+    return prefill.cache, policy.logits(hidden[last]).repeat_interleave(group_size, 0)
+
+
+class GroupedDecoder:
+    """Each prompt is prefilled once; its responses decode against that one cache, each with a suffix of its own."""
+
+    def __init__(self, policy: Policy, prompts: Sequence[tuple[int, ...]], group_size: int, longest: int) -> None:
+        self._policy = policy
+        self._device = next(policy.parameters()).device
+        cache, self.first_BV = prefilled(policy, prompts, group_size)
+        self._plan = DecodePlan(cache, group_size, longest)
+
+    def advance(self, rows_A: torch.Tensor, tokens_A: torch.Tensor) -> torch.Tensor:
+        """See `Decoder.advance`."""
+        positions_A = self._plan.advance(rows_A.to(self._device))
+        return self._policy.logits(self._policy.hidden(tokens_A.to(self._device), positions_A, self._plan))

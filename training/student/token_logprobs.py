@@ -22,20 +22,19 @@ class TokenLogprobs(torch.autograd.Function):
 
     What is kept for the backward pass is exp(logit - largest) and its sum: the gradient of the logits is
     (1[label] - p) / temperature, made in one pass. It is made a few rows at a time, which stay in the processor's cache
-    meanwhile. With `overwrite`, float32 logits are overwritten: the caller must not read them again.
+    meanwhile. float32 logits with a gradient are overwritten: the caller must not read them again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits_SV: torch.Tensor, labels_S: torch.Tensor, temperature: float, overwrite: bool
+        ctx: Any, logits_SV: torch.Tensor, labels_S: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [S] each, nats."""
         logits_SV = logits_SV.detach()
-        wanted = ctx.needs_input_grad[0]
-        over = overwrite and logits_SV.dtype == torch.float32
-        weights = None
+        wanted, weights = ctx.needs_input_grad[0], None
         if wanted:
-            weights = logits_SV if over else torch.empty_like(logits_SV, dtype=torch.float32)
+            own = logits_SV.dtype == torch.float32
+            weights = logits_SV if own else torch.empty_like(logits_SV, dtype=torch.float32)
         chosen, total, entropy = [], [], []
         step, count = rows_at_once(logits_SV.device, ROWS), len(logits_SV)
         for rows in (slice(start, start + step) for start in range(0, count, step)):
@@ -64,7 +63,7 @@ class TokenLogprobs(torch.autograd.Function):
         grad_S = grad_S / ctx.temperature
         grad_SV = weights.mul_((-grad_S / total_S)[:, None])
         grad_SV.scatter_add_(1, labels_S[:, None], grad_S[:, None])
-        return grad_SV.to(ctx.dtype), None, None, None
+        return grad_SV.to(ctx.dtype), None, None
 
 
 class RowTerm(torch.autograd.Function):

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from configs.checks import require
 from configs.learning import BilingualConfig
+from inference.attention.packing import groups_of
 from inference.protocol.fingerprint import load_tokenizer
 from training.experience import Prompt, Rollout
 from training.teacher.link import TeacherLink
@@ -93,12 +94,21 @@ class Bilingual:
         self._link = link
 
     def ask(self, rollout: Rollout) -> Callable[[], torch.Tensor]:
-        """Translate, and send the translations to the teacher; call the result to wait for float32 [B] scores."""
-        english = [self.prompt(prompt) for prompt in rollout.prompts_N]
-        prompts = [text for text in english for _ in range(rollout.group_size)]
-        pending = self._link.ask_for_texts(prompts, self._translate(rollout.texts_B))
-
-        return lambda: translated_scores(*pending())
+        """Translate, and send the translations to the teacher; call the result to wait for float32 [B] scores. What the
+        teacher has no room for is cut off: of a translation its end beyond half of the room, of a prompt its
+        beginning."""
+        facts, texts = self._link.facts, self._translate(rollout.texts_B)
+        settings = AutoConfig.from_pretrained(facts.path).get_text_config()
+        room, end = int(getattr(settings, "max_position_embeddings", None) or 2**30), facts.teacher.end_of_text
+        read = [(*facts.teacher.text(" " + text), end) if text else (end,) for text in texts]
+        read = [tokens[: room // 2] for tokens in read]
+        english = [self.prompt(prompt) for prompt in rollout.prompt_of_response()]
+        prompts = [
+            tuple(facts.teacher.tokenizer(prompt)["input_ids"])[-(room - len(tokens)) :]
+            for prompt, tokens in zip(english, read, strict=True)
+        ]
+        future = self._link.client.score(groups_of(prompts, read, 1))
+        return lambda: translated_scores(future.result(), [len(tokens) for tokens in read])
 
     def prompt(self, prompt: Prompt) -> str:
         """The English prompt of a question."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig
 
 from configs.prompts import Asked, Format
@@ -14,6 +13,7 @@ from configs.schema import RunConfig, TeacherConfig
 from inference.model.output_layer import load_output_layer, logit_softcap
 from inference.protocol.fingerprint import tokenizer_fingerprint
 from training.data.prompts import format_of
+from training.losses import OutputLayer
 from training.teacher.token_bytes import TokenBytes
 
 
@@ -30,22 +30,19 @@ class TeacherFacts:
     student: Format
     """How the student is asked."""
 
-    def output_layer(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """[V, D] the teacher's output layer, with the rows of `exchanged` ends in each other's places; None where its
-        files hold none that can be read (quantised)."""
+    def head(self) -> OutputLayer | None:
+        """What makes the teacher's logits of its hidden states, float32, with the rows of `exchanged` ends in each
+        other's places; None with two tokenizers, and where its files hold none that can be read (quantised)."""
+        if not self.same_tokenizer:
+            return None
         try:
-            layer_VD = load_output_layer(self.path).to(dtype)
+            layer_VD = load_output_layer(self.path).float()
         except ValueError:
             return None
         if self.exchanged:
             rows = list(self.exchanged)
             layer_VD[rows] = layer_VD[list(self.exchanged.values())]
-        return layer_VD
-
-    @cached_property
-    def softcap(self) -> float | None:
-        """See `logit_softcap`."""
-        return logit_softcap(self.path)
+        return OutputLayer(layer_VD, softcap=logit_softcap(self.path))
 
     @cached_property
     def columns(self) -> int:

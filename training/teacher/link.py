@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
-from transformers import AutoConfig
 
 from inference.attention.packing import Group, groups_of
-from inference.client import TeacherClient, TeacherDecoding
-from inference.protocol.replies import TeacherInfo
+from inference.client import TeacherClient
 from rewards.alignment import carry
 from training.experience import Prompt, Rollout, TeacherView
 from training.losses import Head
@@ -32,9 +29,8 @@ class TeacherLink:
     """One rank's connection to the teacher server."""
 
     def __init__(self, client: TeacherClient, facts: TeacherFacts, head: Head | None) -> None:
-        self._client = client
-        self._facts = facts
-        self._head = head
+        """`head` makes logits of the teacher's hidden states; None: only log-probabilities of tokens are asked for."""
+        self.client, self.facts, self.head = client, facts, head
         self._tokenizer = facts.teacher.tokenizer
         self._translator: Translator | None = None
         if not facts.same_tokenizer:
@@ -43,25 +39,6 @@ class TeacherLink:
                 TokenBytes(self._tokenizer, f"teacher.path = {str(facts.path)!r}"),
                 space=len(facts.teacher.lead) - len(facts.student.lead),
             )
-
-    @property
-    def same_tokenizer(self) -> bool:
-        """Student tokens are teacher tokens."""
-        return self._facts.same_tokenizer
-
-    @property
-    def exchanged(self) -> dict[int, int]:
-        """See `TeacherFacts.exchanged`."""
-        return self._facts.exchanged
-
-    @property
-    def info(self) -> TeacherInfo:
-        """What the server says of its teacher."""
-        return self._client.info()
-
-    def leave_distribution(self) -> None:
-        """Ask for log-probabilities of tokens only from now on: the server has no hidden states to give."""
-        self._head = None
 
     def ask(self, rollout: Rollout, *, whole_distribution: bool, entries: int = 0) -> PendingView:
         """Send a rollout to be scored; call the result to wait for it.
@@ -74,16 +51,16 @@ class TeacherLink:
             return self._ask_for_text(rollout, self._translator)
         if whole_distribution and entries > 0:
             return self._ask_for_entries(rollout, entries)
-        if whole_distribution and self._head is not None:
-            return self._ask_for_hidden(rollout, self._head)
+        if whole_distribution and self.head is not None:
+            return self._ask_for_hidden(rollout, self.head)
         return self._ask_for_tokens(rollout)
 
     def _ask_for_tokens(self, rollout: Rollout) -> PendingView:
-        future = self._client.score(self._groups(rollout))
+        future = self.client.score(self._groups(rollout))
         return lambda: all_read(rollout, future.result())
 
     def _ask_for_entries(self, rollout: Rollout, count: int) -> PendingView:
-        tokens, likeliest = self._ask_for_tokens(rollout), self._client.topk(self._groups(rollout), count)
+        tokens, likeliest = self._ask_for_tokens(rollout), self.client.topk(self._groups(rollout), count)
 
         def wait() -> TeacherView:
             logprobs_SK, ids_SK = likeliest.result()
@@ -92,7 +69,7 @@ class TeacherLink:
         return wait
 
     def _ask_for_hidden(self, rollout: Rollout, head: Head) -> PendingView:
-        future = self._client.hidden(self._groups(rollout))
+        future = self.client.hidden(self._groups(rollout))
 
         def wait() -> TeacherView:
             hidden_SD = future.result()
@@ -104,27 +81,27 @@ class TeacherLink:
     def _groups(self, rollout: Rollout) -> list[Group]:
         """One tokenizer: the rollout in its tokens, behind the teacher's own prompts; each side's end stands for the
         other's."""
-        ends = self._facts.exchanged
-        responses = [
-            (*response[:-1], ends.get(response[-1], response[-1])) if finished else response
-            for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
-        ]
-        return groups_of([self.prompt_tokens(p) for p in rollout.prompts_N], responses, rollout.group_size)
+        responses = map(self._with_other_end, rollout.responses_B, rollout.finished_B.tolist())
+        return groups_of([self.prompt_tokens(p) for p in rollout.prompts_N], list(responses), rollout.group_size)
+
+    def _with_other_end(self, tokens: tuple[int, ...], ended: bool) -> tuple[int, ...]:
+        """One side's answer as the other would have ended it."""
+        return (*tokens[:-1], self.facts.exchanged.get(tokens[-1], tokens[-1])) if ended else tokens
 
     def _exchanged(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids with each side's end in the place of the other's."""
         out = ids.clone()
-        for ours, theirs in self._facts.exchanged.items():
+        for ours, theirs in self.facts.exchanged.items():
             out[ids == theirs] = ours
         return out
 
     def _ask_for_text(self, rollout: Rollout, translator: Translator) -> PendingView:
         prompts = [self.prompt_tokens(p) for p in rollout.prompts_N]
         read = [
-            translator.translate(response, finished=finished, end_token=self._facts.teacher.end)
+            translator.translate(response, finished=finished, end_token=self.facts.teacher.end)
             for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
         ]
-        future = self._client.score(groups_of(prompts, [r.tokens for r in read], rollout.group_size))
+        future = self.client.score(groups_of(prompts, [r.tokens for r in read], rollout.group_size))
 
         def wait() -> TeacherView:
             of_response = future.result().split([len(r.tokens) for r in read])
@@ -140,36 +117,14 @@ class TeacherLink:
 
         return wait
 
-    def ask_for_texts(
-        self, prompts: Sequence[str], texts: Sequence[str]
-    ) -> Callable[[], tuple[torch.Tensor, list[int]]]:
-        """Send texts that follow prompts, neither of them the student's; call the result to wait for float32 [S]
-        log-probabilities of all texts' tokens, the teacher's end symbol last in each, and how many each has. What the
-        teacher has no room for is cut off: of a text its end beyond half of the room, of a prompt its beginning."""
-        end = self._facts.teacher.end_of_text
-        settings = AutoConfig.from_pretrained(self._facts.path).get_text_config()
-        room = int(getattr(settings, "max_position_embeddings", None) or 2**30)
-        read = [(*self._facts.teacher.text(" " + t), end) if t else (end,) for t in texts]
-        read = [tokens[: room // 2] for tokens in read]
-        asked = [
-            tuple(self._tokenizer(prompt)["input_ids"])[-(room - len(tokens)) :]
-            for prompt, tokens in zip(prompts, read, strict=True)
-        ]
-        future = self._client.score(groups_of(asked, read, 1))
-
-        def wait() -> tuple[torch.Tensor, list[int]]:
-            return future.result(), [len(tokens) for tokens in read]
-
-        return wait
-
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
     ) -> list[tuple[str, bool]]:
         """The teacher's own answers as texts, and whether each has ended; temperature 0 is greedy. A character that
         the limit has cut is left out."""
-        responses = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
-        texts = self._tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
-        ended = [self._ended(r) for r in responses]
+        written = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
+        texts = self._tokenizer.batch_decode([list(tokens) for tokens, _ in written], skip_special_tokens=True)
+        ended = [ended for _, ended in written]
         return [((t if e else t.rstrip("\ufffd")).strip(), e) for t, e in zip(texts, ended, strict=True)]
 
     def responses(
@@ -183,13 +138,9 @@ class TeacherLink:
         if not prompts:
             return []
         if self._translator is None:
-            answers = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
-            ends, own = self._facts.exchanged, [self._ended(r) for r in answers]
-            return [
-                ((*r[:-1], ends.get(r[-1], r[-1])) if ended else r, ended)
-                for r, ended in zip(answers, own, strict=True)
-            ]
-        out, student = [], self._facts.student
+            written = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
+            return [(self._with_other_end(tokens, ended), ended) for tokens, ended in written]
+        out, student = [], self.facts.student
         for text, ended in self.answer(prompts, max_new_tokens, temperature=temperature, seed=seed):
             words = self._translator.student.encode(student.lead + text).tokens if text else ()
             tokens = (*words, student.end) if ended else words
@@ -198,37 +149,19 @@ class TeacherLink:
 
     def _generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float, seed: int
-    ) -> list[tuple[int, ...]]:
-        """The teacher's answers in its own tokens."""
+    ) -> list[tuple[tuple[int, ...], bool]]:
+        """The teacher's answers in its own tokens, and whether each has ended: by a symbol that the model names, or the
+        one that its chat template puts there."""
+        ends = sorted({*self.client.info().eos_ids, self.facts.teacher.end})
         asked = [self.prompt_tokens(p) for p in prompts]
-        return self._client.generate(
-            asked, max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=self._ends, seed=seed
+        written = self.client.generate(
+            asked, max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=ends, seed=seed
         ).result()
-
-    def _ended(self, response: Sequence[int]) -> bool:
-        return bool(response) and response[-1] in self._ends
-
-    @cached_property
-    def _ends(self) -> tuple[int, ...]:
-        """Whatever ends an answer of the teacher: what the model names, and what its chat template puts there."""
-        return tuple(sorted({*self._client.info().eos_ids, self._facts.teacher.end}))
-
-    def decode(self, prompts: Sequence[tuple[int, ...]], samples: int, max_new_tokens: int) -> TeacherDecoding:
-        """Token by token beside the student; `whole_distribution` reads its answers."""
-        return self._client.decode(prompts, max_new_tokens=max_new_tokens, samples=samples)
-
-    def whole_distribution(self, hidden_AH: torch.Tensor) -> torch.Tensor:
-        """float32 [A, V] the teacher's log-probabilities of the next token."""
-        assert self._head is not None
-        return self._head(hidden_AH).float().log_softmax(-1)
-
-    def close(self) -> None:
-        """End the session."""
-        self._client.close()
+        return [(tokens, bool(tokens) and tokens[-1] in ends) for tokens in written]
 
     def prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt as the teacher reads it."""
-        return self._facts.teacher.prompt(prompt.asked)
+        return self.facts.teacher.prompt(prompt.asked)
 
 
 def all_read(rollout: Rollout, logprobs_S: torch.Tensor) -> TeacherView:

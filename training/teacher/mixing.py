@@ -32,15 +32,16 @@ class TokenMixture:
     """At each token, alpha p_T + (1 - alpha) pi; the teacher decodes beside the student (equal tokenizers)."""
 
     def __init__(self, link: TeacherLink, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
-        self._link = link
-        self._alpha = sampling.teacher_mix
+        assert link.head is not None
+        self._head, self._alpha = link.head, sampling.teacher_mix
         tokens = [link.prompt_tokens(p) for p in prompts]
-        self._decoding = link.decode(tokens, sampling.group_size, sampling.max_new_tokens)
+        samples, longest = sampling.group_size, sampling.max_new_tokens
+        self._decoding = link.client.decode(tokens, samples=samples, max_new_tokens=longest)
 
     def __call__(self, t: int, active_A: torch.Tensor, last_A: torch.Tensor, policy_AV: torch.Tensor) -> torch.Tensor:
         """See `sampling.Mixture`; nats, float32 [A, V]."""
         future = self._decoding.first if t == 0 else self._decoding.next(active_A.tolist(), last_A.tolist())
-        teacher_AV = self._link.whole_distribution(future.result()).to(policy_AV.device)
+        teacher_AV = self._head(future.result()).float().log_softmax(-1).to(policy_AV.device)
         return mixed_logprobs(policy_AV, teacher_AV, self._alpha)
 
     def close(self) -> None:

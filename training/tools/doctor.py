@@ -38,8 +38,9 @@ from inference.protocol.fingerprint import load_tokenizer, tokenizer_fingerprint
 from inference.server.launch import SECRET, TeacherDied, launcherless_environment, start_local_teacher
 from training import distributed
 from training.collect import Run, Step, collect, make_experience
+from training.data.order import items_of_step
 from training.experience import Experience, Rewarded, Rollout, Scored
-from training.loop import describe, prompts_of_step, update
+from training.loop import describe, update
 from training.objective import LossWeights, UpdateInput
 from training.recipes import RECIPES
 from training.run.cli import dump_config, fail, load_config
@@ -162,7 +163,8 @@ def of_teacher(probe: Probe, teacher: ExtraTeacherConfig, stack: ExitStack) -> l
 
 def first_step(run: Run, *, local_teacher: bool) -> Probe:
     """Sample, score, reward and update, as the loop does. Collective."""
-    step, prompts = Step.of(run), prompts_of_step(run.corpus, run.config, 0)
+    step = Step.of(run)
+    prompts = items_of_step(run.corpus.prompts, run.config.prompts_per_step, 0, run.config.seed)
     batch, rollout = collect(run, prompts, step), run.models.actor.sample(prompts, step=0)
     return Probe(run, step, batch, rollout, local_teacher, step_metrics(run, step, batch))
 
@@ -248,7 +250,7 @@ def ratio(probe: Probe) -> Finding:
 
 def kl_to_teacher(probe: Probe) -> Finding:
     """The exact KL at each state that the student visited."""
-    if not probe.run.models.teacher.same_tokenizer:
+    if not probe.run.models.teacher.facts.same_tokenizer:
         return Finding(None, "different tokenizers: there is no exact KL over one vocabulary")
     view = probe.run.models.teacher.ask(probe.rollout, whole_distribution=True)()
     if view.hidden_SD is None:
@@ -296,14 +298,14 @@ def micro_batch(probe: Probe) -> Finding:
 def _budget(probe: Probe, tokens: int) -> Iterator[None]:
     """Another micro_batch_tokens for actor and critic."""
     models: list[Any] = [m for m in (probe.run.models.actor, probe.run.models.critic) if m is not None]
-    before = [model.budget.tokens for model in models]
+    before = [model.engine.passes.budget.tokens for model in models]
     for model in models:
-        model.budget.tokens = tokens
+        model.engine.passes.budget.tokens = tokens
     try:
         yield
     finally:
         for model, old in zip(models, before, strict=True):
-            model.budget.tokens = old
+            model.engine.passes.budget.tokens = old
 
 
 def _same_step(probe: Probe, metrics: Mapping[str, float], how: str) -> Finding:
@@ -416,7 +418,7 @@ def tokenizers(probe: Probe) -> Finding:
     """Whether a token id means the same to both, and what is done where it does not."""
     student, teacher = probe.config.student.path, probe.config.teacher.path
     prints = tokenizer_fingerprint(student), tokenizer_fingerprint(teacher)
-    taken_for_one = probe.run.models.teacher.same_tokenizer
+    taken_for_one = probe.run.models.teacher.facts.same_tokenizer
     if prints[0] == prints[1]:
         return Finding(taken_for_one, f"one tokenizer ({prints[0][:8]}): student tokens are teacher tokens")
     if taken_for_one:
@@ -446,8 +448,8 @@ def end_symbols(probe: Probe) -> Finding:
         return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids) or "none"
 
     both = f"student ends with {names(probe.actor.tokenizer, ours)}; teacher with {names(teacher, theirs)}"
-    if probe.run.models.teacher.same_tokenizer:
-        strange = sorted(set(ours) - set(theirs) - set(probe.run.models.teacher.exchanged))
+    if probe.run.models.teacher.facts.same_tokenizer:
+        strange = sorted(set(ours) - set(theirs) - set(probe.run.models.teacher.facts.exchanged))
         return Finding(not strange, f"{both}; {len(strange)} of the student's are unknown to the teacher (allowed 0)")
     return Finding(teacher.eos_token_id is not None, f"{both}; each side's own stands for the other's")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from configs.schema import RunConfig
-from inference.attention.grouped import PackedPlan
+from inference.attention.grouped import PackedPlan, ScoreRule
 from inference.model.families import Architecture
 from inference.model.weights import kv_groups, padded
 from training.student.loading import DTYPES
@@ -105,7 +105,7 @@ def _layer_peak(a: Architecture, config: RunConfig, size: int, prompt_tokens: in
         normed = F.rms_norm(residual.float(), (H,), norm).to(dtype)
         q, k, v = (normed @ qkv.T).split([heads * D, groups * D, groups * D], -1)
         query, key = q.reshape(T, heads, D) * 1.0, k.reshape(T, groups, D) * 1.0  # rotated
-        out = plan.attend(0, query, key, v.reshape(T, groups, D), scale=1.0, window=a.layers[0].window)
+        out = plan.attend(0, query, key, v.reshape(T, groups, D), ScoreRule(1.0, a.layers[0].window))
         residual = residual + out.reshape(T, heads * D) @ proj.T
         del q, k, v, query, key, out
         normed = F.rms_norm(residual.float(), (H,), norm).to(dtype)

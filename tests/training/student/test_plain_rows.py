@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from configs.schema import SamplingConfig
-from inference.attention.packing import groups_of, pack_row, plain_rows
+from inference.attention.packing import groups_of, pack_row
+from inference.attention.plain_rows import plain_rows
 from tests.support.student_models import build, plain_logprobs, save
 from training.data.order import random_stream
 from training.student.loading import load_policy
@@ -43,7 +44,7 @@ def test_a_model_that_cannot_be_packed_says_so_and_samples_and_trains_in_plain_r
     row = pack_row(groups_of(PROMPTS, samples.responses_B, 3))
     logprobs_S = policy(row).logprobs_S
     expected = torch.cat([plain_logprobs(model, PROMPTS[b // 3], r) for b, r in enumerate(samples.responses_B)])
-    torch.testing.assert_close(samples.full_logprobs_S, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(samples.behavior_logprobs_S, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(logprobs_S, expected, atol=1e-5, rtol=0)
 
 
@@ -58,7 +59,7 @@ def test_plain_rows_sample_and_score_what_packed_rows_do(family: str, tmp_path: 
         plain = draw_from(policy)
         rescored = policy(row).logprobs_S
     assert plain.responses_B == packed.responses_B
-    torch.testing.assert_close(plain.full_logprobs_S, packed.full_logprobs_S, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain.behavior_logprobs_S, packed.behavior_logprobs_S, atol=1e-5, rtol=0)
     torch.testing.assert_close(rescored, scored, atol=1e-5, rtol=0)
     # ... and both are what transformers says of each response alone.
     expected = torch.cat([plain_logprobs(build(family), PROMPTS[b // 3], r) for b, r in enumerate(packed.responses_B)])

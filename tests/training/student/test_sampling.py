@@ -36,8 +36,8 @@ def test_recorded_logprobs_are_those_of_the_training_forward(policy: Policy) -> 
     rows = pack(groups_of(PROMPTS, samples.responses_B, 3), 20)
     with torch.no_grad():
         values = [policy(row, temperature=0.7).logprobs_S for row in rows]
-    assert torch.allclose(in_batch_order(rows, values), samples.full_logprobs_S, atol=1e-4)
-    assert torch.equal(samples.full_logprobs_S, samples.drawn_logprobs_S)
+    assert torch.allclose(in_batch_order(rows, values), samples.behavior_logprobs_S, atol=1e-4)
+    assert torch.equal(samples.behavior_logprobs_S, samples.sampled_logprobs_S)
 
 
 def test_logprobs_are_at_the_sampling_temperature(policy: Policy) -> None:
@@ -47,7 +47,7 @@ def test_logprobs_are_at_the_sampling_temperature(policy: Policy) -> None:
     model = build("llama")
     with torch.no_grad():
         want = [plain_logprobs(model, PROMPTS[0], response, temperature=0.5) for response in samples.responses_B]
-    assert torch.allclose(samples.full_logprobs_S, torch.cat(want), atol=1e-4)
+    assert torch.allclose(samples.behavior_logprobs_S, torch.cat(want), atol=1e-4)
 
 
 def test_a_mixture_records_both_distributions(policy: Policy) -> None:
@@ -61,8 +61,8 @@ def test_a_mixture_records_both_distributions(policy: Policy) -> None:
     with torch.no_grad():
         first = build("llama")(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
     chosen = torch.tensor([token for (token,) in samples.responses_B])
-    assert torch.allclose(samples.full_logprobs_S, first[chosen].log(), atol=1e-4)
-    assert torch.allclose(samples.drawn_logprobs_S, (0.5 * first[chosen] + 0.5 / len(first)).log(), atol=1e-4)
+    assert torch.allclose(samples.behavior_logprobs_S, first[chosen].log(), atol=1e-4)
+    assert torch.allclose(samples.sampled_logprobs_S, (0.5 * first[chosen] + 0.5 / len(first)).log(), atol=1e-4)
 
 
 def test_a_prompt_is_sampled_alike_whoever_shares_its_batch(policy: Policy) -> None:
@@ -159,7 +159,7 @@ def test_columns_without_a_token_have_no_probability(tmp_path: Path) -> None:
     assert max(token for response in drawn.responses_B for token in response) < 35
     row = pack_row(groups_of([(3, 4, 5), (7,)], drawn.responses_B, 20))
     found = wide(row, temperature=2.0)
-    torch.testing.assert_close(found.logprobs_S, drawn.full_logprobs_S, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.logprobs_S, drawn.behavior_logprobs_S, atol=1e-5, rtol=0)
     model = build("llama")
     for b in (0, 25):
         ids = torch.tensor([[*[(3, 4, 5), (7,)][b // 20], *drawn.responses_B[b]]])

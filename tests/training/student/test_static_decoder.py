@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from configs.schema import SamplingConfig
+from inference.attention.static_decode import StaticDecodePlan
 from tests.support.model_zoo import FAMILIES, PROMPTS, make
 from tests.support.recorded_graph import Refused, recorded
 from tests.training.student.test_model_zoo import DOCS
 from training.data.order import random_stream
-from training.student import decoders, sampling
+from training.student import graph_decoder, sampling
 from training.student.policy import Policy, Way
 from training.student.sampling import LOOK, Drawing, Samples, sample
 
@@ -41,8 +42,8 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Capture], None]:
     """Sample as on CUDA from now on, with this in place of the graph; spans are short."""
 
     def switch(capture: Capture) -> None:
-        monkeypatch.setattr(decoders, "SPAN", 8)
-        monkeypatch.setattr(decoders, "captured", capture)
+        monkeypatch.setattr(graph_decoder, "SPAN", 8)
+        monkeypatch.setattr(graph_decoder, "captured", capture)
         monkeypatch.setattr(sampling, "stays_on_device", lambda *_: True)
 
     return switch
@@ -60,8 +61,8 @@ def assert_same(ours: Samples, want: Samples) -> None:
     assert ours.responses_B == want.responses_B
     assert torch.equal(ours.finished_B, want.finished_B)
     # Rows read in spans are other products than rows read to their end: the last bits differ.
-    torch.testing.assert_close(ours.full_logprobs_S, want.full_logprobs_S, atol=2e-5, rtol=0)
-    torch.testing.assert_close(ours.drawn_logprobs_S, want.drawn_logprobs_S, atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours.behavior_logprobs_S, want.behavior_logprobs_S, atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours.sampled_logprobs_S, want.sampled_logprobs_S, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", PACKED)
@@ -106,7 +107,7 @@ def test_ends_are_looked_at_now_and_then(on_device: Callable[[Capture], None]) -
     assert steps == list(range(LOOK))
     assert [len(response) for response in samples.responses_B] == [1] * 8
     assert samples.finished_B.all()
-    assert len(samples.full_logprobs_S) == 8
+    assert len(samples.behavior_logprobs_S) == 8
     steps.clear()
     captures.clear()
     samples = drawn(policy, ends=(), on_step=steps.append)
@@ -134,16 +135,19 @@ def test_a_step_that_no_graph_can_hold_is_said_once(
 def test_its_cache_goes_with_it(capture: Capture, on_device: Callable[[Capture], None]) -> None:
     """Gigabytes on a GPU, which the update needs: they may not wait for Python's collector of cycles."""
     on_device(capture)
-    decoder = decoders.StaticDecoder(Policy(make("llama")), PROMPTS, 4, 22, lambda logits, t: logits.argmax(-1))
+    policy = Policy(make("llama"))
+    cache, first_BV = sampling.prefilled(policy, PROMPTS, 4)
+    plan = StaticDecodePlan(cache, 4, 22)
+    decoder = graph_decoder.StaticDecoder(policy, plan, first_BV, lambda logits, t: logits.argmax(-1))
     gc.collect()
     gc.disable()
     try:
         with torch.no_grad():
             for _ in range(3):
                 decoder.advance()
-        cache = weakref.ref(decoder._plan)
-        del decoder
-        assert cache() is None
+        left = weakref.ref(plan)
+        del decoder, plan
+        assert left() is None
     finally:
         gc.enable()
 
