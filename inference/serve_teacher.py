@@ -31,7 +31,7 @@ os.environ.setdefault(
 
 from configs.io.files import write_atomically
 from configs.io.hub import find_model
-from configs.loading import loading
+from configs.io.loading import loading
 from configs.schema import DEMO, TeacherConfig
 from inference.model.backend import BACKENDS, Backend, check_teacher, processes
 from inference.server.guard import Flood

@@ -16,7 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.loading import loading
+from configs.io.loading import loading
 from training.run.cli import parse_supervised
 
 

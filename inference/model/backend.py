@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from configs.io.files import read_json
-from configs.loading import loading
+from configs.io.loading import loading
 from configs.schema import TeacherConfig, require
 from inference.model.files import check_directory, check_heads, megatron_model
 
