@@ -31,6 +31,7 @@ os.environ.setdefault(
 
 from configs.io.files import write_atomically
 from configs.io.hub import find_model
+from configs.io.loading import loading
 from configs.schema import DEMO, TeacherConfig
 from inference.model.backend import BACKENDS, Backend, check_teacher, processes
 from inference.server.guard import Flood
@@ -151,7 +152,8 @@ def load(config: TeacherConfig, ranks: Ranks) -> Backend:
     os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # rows of all lengths follow each other
-    import torch
+    with loading():
+        import torch
 
     torch.set_num_threads(config.threads)
     return BACKENDS[config.backend].load(config, ranks.join())

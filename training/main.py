@@ -21,6 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from configs.io.loading import loading
 from training.run.cli import TOOLS, demo_config, fail, parse
 
 
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> int:
         from training.tools.doctor import doctor
 
         return doctor(config)
-    from training.stage2 import run
+    with loading():
+        from training.stage2 import run
 
     return run(config)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from configs.io.loading import loading
 from configs.schema import require
 from training.run.cli import fail, parse_supervised
 
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> int:
         require(config.data.text is not None, "data.text", None, "give raw text: a file with a `text` in each row")
     except ValueError as error:
         fail(str(error))
-    from training.supervised import learn_text, read_text, run_stage
+    with loading():
+        from training.supervised import learn_text, read_text, run_stage
 
     return run_stage(0, config, read_text, learn_text)
 

@@ -16,13 +16,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from configs.io.loading import loading
 from training.run.cli import parse_supervised
 
 
 def main(argv: list[str]) -> int:
     """Parse, check, train. Heavy libraries load only after the arguments are known to be good."""
     config = parse_supervised(argv, "Stage 1: supervised warm-up.", "sft")
-    from training.supervised import learn_answers, read_questions, run_stage
+    with loading():
+        from training.supervised import learn_answers, read_questions, run_stage
 
     return run_stage(1, config, read_questions, learn_answers)
 

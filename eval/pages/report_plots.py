@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -251,13 +253,33 @@ def _plot(slug: str, title: str, unit: str, alt: str, draw: Draw, height: float 
 
 
 def save_plot(figure: Figure, slug: str, title: str, alt: str, dpi: int = 160) -> Plot:
-    """A finished figure as inline SVG without a title (the page has it) and as PNG with one. Call within STYLE."""
-    vector, pixels = io.StringIO(), io.BytesIO()
+    """A finished figure as inline SVG without a title (the page has it) and as PNG with one. Call within STYLE.
+
+    It is laid out once, and drawn once for each: `savefig` would lay out and draw twice as often."""
+    engine, vector, pixels = figure.get_layout_engine(), io.StringIO(), io.BytesIO()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_alpha(0)  # the page's own background
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(vector, format="svg", transparent=True, metadata=nothing)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(pixels, format="png", dpi=dpi)
+    FigureCanvasSVG(figure).print_svg(vector, metadata=nothing)
+    figure.patch.set_alpha(1)
+    _add_title(figure, title)
+    figure.set_dpi(dpi)
+    FigureCanvasAgg(figure).print_png(pixels)
     return Plot(slug=slug, title=title, alt=alt, svg=_inline(vector.getvalue(), slug), png=pixels.getvalue())
+
+
+def _add_title(figure: Figure, title: str, inches: float = 0.25) -> None:
+    """Make the figure higher by a line, with the title in it."""
+    height = figure.get_figheight()
+    figure.set_figheight(height + inches)
+    share = height / (height + inches)
+    for axes in figure.axes:
+        left, bottom, width, upward = axes.get_position().bounds
+        axes.set_position((left, bottom * share, width, upward * share))
+    figure.suptitle(title, fontsize=10)
 
 
 def _inline(svg: str, slug: str) -> str:

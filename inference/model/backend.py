@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from configs.io.files import read_json
+from configs.io.loading import loading
 from configs.schema import TeacherConfig, require
 from inference.model.files import check_directory, check_heads, megatron_model
 
@@ -98,8 +99,9 @@ def processes(config: TeacherConfig) -> int:
 
 
 def _megatron(config: TeacherConfig, device: torch.device) -> Backend:
-    from inference.model.scoring import Scorer
-    from inference.model.teacher import Teacher
+    with loading():
+        from inference.model.scoring import Scorer
+        from inference.model.teacher import Teacher
 
     return Scorer(
         Teacher(Path(config.path), config.dtype, device=device),

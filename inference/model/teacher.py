@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,7 +35,9 @@ def _not_compiled(function: Any = None, **_: Any) -> Any:
 
 
 # Megatron compiles its fused kernels while it is imported, for which torch loads all of its compiler: more than half
-# of a small teacher's start-up. Nothing here uses these kernels (every fusion is off in `_build`).
+# of a small teacher's start-up. Nothing here uses these kernels (every fusion is off in `_build`), nor its timers, for
+# which it loads TensorBoard where that can be imported.
+_board = sys.modules.setdefault("torch.utils.tensorboard", None)  # type: ignore[arg-type]
 with warnings.catch_warnings(), mock.patch.object(torch, "compile", _not_compiled):
     warnings.simplefilter("ignore")  # "Apex is not installed", "Transformer Engine is not installed"
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -43,6 +46,8 @@ with warnings.catch_warnings(), mock.patch.object(torch, "compile", _not_compile
     from megatron.core.tensor_parallel.layers import RowParallelLinear
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
+if _board is None:
+    del sys.modules["torch.utils.tensorboard"]
 
 # Its deprecation warnings are about settings that we leave at their defaults.
 warnings.filterwarnings("ignore", module=r"megatron\.")

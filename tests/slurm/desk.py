@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.cluster import NODES, Cluster, run, until
-from tests.support.runs import ROOT, TINY, environment, timeless
+from tests.support.runs import ROOT, TINY, TWO_TEACHER_RANKS, environment, timeless
 from tests.support.runs import metrics as read_metrics
 
 SITE = """
@@ -47,7 +47,7 @@ class Desk:
         output = f"--output={self.folder}/%j.out"
         folders = ["--runs_dir", str(self.folder), "--cache_dir", str(self.cache)]
         done = subprocess.run(
-            ["bash", *script.split(), *TINY, *folders, *arguments],
+            ["bash", *script.split(), *TINY, *TWO_TEACHER_RANKS, *folders, *arguments],
             cwd=ROOT, text=True, capture_output=True, timeout=120, check=False,
             env=environment() | self._own | {"SBATCH": f"{output} {sbatch}"} | variables,
         )  # fmt: skip

@@ -12,7 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--demo_size", "tiny", "--prompts_per_step", "8", "--threads", "1", "--eval.questions", "24"]
-TINY += ["--sampling.max_new_tokens", "12"]
+TINY += ["--sampling.max_new_tokens", "12", "--teacher.tensor_parallel", "1"]
+TWO_TEACHER_RANKS = ("--teacher.tensor_parallel", "2")
+"""As by default, where a test is about them: the second rank is a quarter of the CPU time of a short run."""
 
 
 def environment() -> dict[str, str]:
@@ -45,11 +47,14 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def finish(command: Sequence[str], code: int = 0, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+def finish(
+    command: Sequence[str], code: int = 0, timeout: float = 400, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit code is asserted with the output in the message."""
     done = subprocess.run(
-        list(command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
+        list(command), cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=timeout,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 import yaml
 
-from tests.support.runs import command, finish, metrics
+from tests.support.runs import TWO_TEACHER_RANKS, command, finish, metrics
 
 GOLDEN = Path(__file__).parent / "golden"
 KEYS = ("reward/mean", "kl/teacher", "kl/reference", "length/mean", "loss/policy", "loss/single_step", "loss/pt",
@@ -61,7 +61,8 @@ def test_five_steps_are_what_they_were(
     paths = [word for key in ("prompts", "warmup", "heldout", "text") for word in (f"--data.{key}", data[key])]
     finish(
         command(
-            tmp_path, demo_cache, *paths, "--algo", algo, "--reward", reward, "--steps", "5", "--eval.questions", "4",
+            tmp_path, demo_cache, *TWO_TEACHER_RANKS, *paths, "--algo", algo, "--reward", reward, "--steps", "5",
+            "--eval.questions", "4",
             "--student.path", str(student), "--teacher.path", str(teacher), "--name", "run", "--loss.kl_coef", "0.05",
             "--actor.updates_per_rollout", "2", "--sampling.max_new_tokens", "12",
             "--actor.learning_rate", RATES[reward], "--actor.schedule", "cosine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,74 +13,88 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.support.runs import command, finish, metrics, timeless
+from tests.support.teacher_servers import SECRET, serve
 
 FEW = ["--eval.questions", "8", "--name", "run"]
+Run = Callable[..., Path]
 
 
-def run(folder: Path, cache: Path, *options: str) -> Path:
-    finish(command(folder, cache, *FEW, *options))
-    return folder / "run"
+@pytest.fixture(scope="module")
+def run(finished_run: Path, demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Starts a run in a folder with options, and gives its own folder. All of them ask one server."""
+    teacher = yaml.safe_load((finished_run / "config.yaml").read_text())["teacher"]["path"]
+    folder = tmp_path_factory.mktemp("teacher")
+    server = serve(Path(teacher), folder / "address", folder / "log")
+
+    def start(folder_of_runs: Path, *options: str) -> Path:
+        address = ("--teacher.address", str(folder / "address"))
+        finish(command(folder_of_runs, demo_cache, *FEW, *address, *options), GRPO_KD_TEACHER_SECRET=SECRET)
+        return folder_of_runs / "run"
+
+    yield start
+    server.kill()
+    server.wait()
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
     return load_file(model / "model.safetensors")
 
 
-def start_of(run: Path) -> dict[str, torch.Tensor]:
-    return weights(Path(yaml.safe_load((run / "config.yaml").read_text())["student"]["path"]))
+def start_of(folder: Path) -> dict[str, torch.Tensor]:
+    return weights(Path(yaml.safe_load((folder / "config.yaml").read_text())["student"]["path"]))
 
 
-def test_seqkd_learns_from_the_teachers_answers_alone(tmp_path: Path, demo_cache: Path) -> None:
-    rows = metrics(run(tmp_path, demo_cache, "--recipe", "seqkd", "--steps", "4", "--actor.learning_rate", "0.003"))
+def test_seqkd_learns_from_the_teachers_answers_alone(tmp_path: Path, run: Run) -> None:
+    rows = metrics(run(tmp_path, "--recipe", "seqkd", "--steps", "4", "--actor.learning_rate", "0.003"))
     assert rows[-1]["loss/bc"] < rows[0]["loss/bc"]
     assert not any("loss/policy" in row or "loss/single_step" in row for row in rows)
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert all(len(s["responses"]) == 1 for s in samples)
 
 
-def test_sampled_cross_entropy_falls_on_the_teachers_answers(tmp_path: Path, demo_cache: Path) -> None:
+def test_sampled_cross_entropy_falls_on_the_teachers_answers(tmp_path: Path, run: Run) -> None:
     options = ["--recipe", "sampled_ce", "--steps", "4", "--actor.learning_rate", "0.003", "--distill.sampled_tokens"]
-    rows = metrics(run(tmp_path, demo_cache, *options, "64"))
+    rows = metrics(run(tmp_path, *options, "64"))
     assert rows[-1]["loss/single_step"] < rows[0]["loss/single_step"]
     assert rows[-1]["loss/total"] == pytest.approx(
         rows[-1]["loss/single_step"] + 0.1 * rows[-1]["loss/pt"], rel=1e-4
     )  # no policy gradient
 
 
-def test_gkd_is_a_divergence_on_the_students_own_answers(tmp_path: Path, demo_cache: Path) -> None:
+def test_gkd_is_a_divergence_on_the_students_own_answers(tmp_path: Path, run: Run) -> None:
     options = ["--recipe", "gkd", "--steps", "4", "--actor.learning_rate", "0.003", "--distill.jsd_beta", "1.0"]
-    rows = metrics(run(tmp_path, demo_cache, *options))
+    rows = metrics(run(tmp_path, *options))
     # beta 1 is the reverse KL, whose estimate from the same samples is kl/teacher.
     assert rows[0]["loss/single_step"] == pytest.approx(rows[0]["kl/teacher"], rel=0.5)
     assert rows[-1]["loss/single_step"] < rows[0]["loss/single_step"]
     assert rows[-1]["loss/total"] == pytest.approx(rows[-1]["loss/single_step"] + 0.1 * rows[-1]["loss/pt"], rel=1e-4)
 
 
-def test_bond_imitates_the_best_and_climbs_the_quantile(tmp_path: Path, demo_cache: Path) -> None:
+def test_bond_imitates_the_best_and_climbs_the_quantile(tmp_path: Path, run: Run) -> None:
     options = ["--recipe", "bond", "--reward", "teacher_logprob", "--steps", "2", "--loss.kl_coef", "0.1"]
-    rows = metrics(run(tmp_path, demo_cache, *options, "--reference.update", "ema"))
+    rows = metrics(run(tmp_path, *options, "--reference.update", "ema"))
     assert {"loss/policy", "loss/bc", "loss/kl"} <= rows[-1].keys()
     last = rows[-1]
     expected = 0.5 * last["loss/policy"] + 0.5 * last["loss/bc"] + 0.1 * last["loss/kl"]
     assert last["loss/total"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_warp_exports_a_student_half_way_from_the_start(tmp_path: Path, demo_cache: Path) -> None:
+def test_warp_exports_a_student_half_way_from_the_start(tmp_path: Path, run: Run) -> None:
     options = ["--steps", "2", "--reference.update", "ema", "--loss.kl_coef", "0.1"]
-    merged = run(tmp_path / "warp", demo_cache, "--recipe", "warp", *options)
-    whole = run(tmp_path / "rl", demo_cache, *options)
+    merged = run(tmp_path / "warp", "--recipe", "warp", *options)
+    whole = run(tmp_path / "rl", *options)
     start, end = start_of(merged), weights(whole / "export")
     for name, value in weights(merged / "export").items():
         torch.testing.assert_close(value, 0.5 * (start[name] + end[name]), atol=1e-6, rtol=0)
 
 
-def test_everything_around_the_loop_at_once(tmp_path: Path, demo_cache: Path) -> None:
+def test_everything_around_the_loop_at_once(tmp_path: Path, run: Run) -> None:
     options = ["--steps", "4", "--sampling.teacher_mix", "0.3", "--reference.update", "ema", "--loss.kl_coef", "0.1",
                "--loss.kl_estimator", "full", "--loss.pt_schedule.kind", "linear", "--loss.pt_schedule.steps", "3",
                "--loss.gradient_shares_every", "2",
                "--phases.every", "2", "--phases.steps", "2", "--loss.importance_cap", "2",
                "--reference.kl_limit", "100"]  # fmt: skip
-    folder = run(tmp_path, demo_cache, *options, "--checkpoint.every", "1")
+    folder = run(tmp_path, *options, "--checkpoint.every", "1")
     unbroken = metrics(folder)
     rows = unbroken[:3]
     assert rows[0]["kl/start"] == pytest.approx(0.0, abs=1e-9)
@@ -97,34 +112,34 @@ def test_everything_around_the_loop_at_once(tmp_path: Path, demo_cache: Path) ->
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "step-000004")
     (folder / "checkpoints" / "latest").write_text("step-000003")
-    run(tmp_path, demo_cache, *options, "--checkpoint.every", "1")
+    run(tmp_path, *options, "--checkpoint.every", "1")
     assert timeless(metrics(folder)) == timeless(unbroken)
     assert metrics(folder)[3] != unbroken[3], "it was done again"
 
 
-def test_responses_of_the_teacher_among_the_students_carry_their_weight(tmp_path: Path, demo_cache: Path) -> None:
+def test_responses_of_the_teacher_among_the_students_carry_their_weight(tmp_path: Path, run: Run) -> None:
     options = ["--reward", "teacher_logprob", "--steps", "2", "--sampling.teacher_mix", "0.5", "--sampling.mix_by",
                "response", "--grpo.baseline", "leave_one_out", "--grpo.no_signal", "resample"]  # fmt: skip
-    rows = metrics(run(tmp_path, demo_cache, *options))
+    rows = metrics(run(tmp_path, *options))
     assert all(0.3 < row["importance/mean"] <= 2.0 for row in rows)  # at most 1 / (1 - alpha)
     assert all("groups/without_signal" in row for row in rows)
 
 
 def test_the_teachers_likeliest_entries_bound_the_single_step_term_from_below(
-    finished_run: Path, tmp_path: Path, demo_cache: Path
+    finished_run: Path, tmp_path: Path, run: Run
 ) -> None:
     def first(entries: str) -> dict[str, float]:
         options = ["--steps", "1", "--loss.single_step_entries", entries]
-        return metrics(run(tmp_path / entries, demo_cache, *options))[0]
+        return metrics(run(tmp_path / entries, *options))[0]
 
     exact, most, few = metrics(finished_run)[0], first("64"), first("2")
     assert 0 < few["loss/single_step"] < most["loss/single_step"] < exact["loss/single_step"]
     assert few["kl/teacher"] == pytest.approx(exact["kl/teacher"], rel=1e-4)  # the same samples, the same scores
 
 
-def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, demo_cache: Path) -> None:
+def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, run: Run, demo_cache: Path) -> None:
     options = ["--steps", "6", "--reference.kl_limit", "0.001", "--actor.learning_rate", "0.01"]
-    folder = run(tmp_path, demo_cache, *options)
+    folder = run(tmp_path, *options)
     rows, summary = metrics(folder), json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert len(rows) < 6

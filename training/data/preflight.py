@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from configs.io.files import read_json
 from configs.io.jsonl import iterate_jsonl, read_open_questions, read_questions
+from configs.io.loading import loading
 from configs.models import DEMO_STAGE1
 from configs.prompts import Format
 from configs.schema import DEMO, RunConfig, require
@@ -69,7 +70,8 @@ def with_model_directories(config: RunConfig) -> RunConfig:
 def check_files(config: RunConfig) -> None:
     """What can be said before the demo is built: JSONL syntax, tensor-parallel size."""
     if config.teacher.path == DEMO:
-        from training.data.demo.models import RECIPES
+        with loading():
+            from training.data.demo.models import RECIPES
 
         heads = RECIPES[config.demo_size].teacher.heads
         require(

@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.checkpoint import ds_to_universal
-from deepspeed.runtime import hybrid_engine
+from deepspeed.runtime import compiler, hybrid_engine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -54,8 +54,8 @@ def start_distributed() -> None:
     distributed.ensure_launcher_environment()
     deepspeed_logger.setLevel(logging.ERROR)
     # On CPU, DeepSpeed would compile a shared-memory collective (a minute, and a compiler on every node) that gloo
-    # does as well at our sizes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # does as well at our sizes. It asks this table alone, which it would fill with a compiler's help.
+    deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         # A launcher may show each task its own GPU only, which is then number 0.
@@ -90,9 +90,13 @@ def learning_rate(step: int, config: ActorConfig, options: Optimisation) -> floa
 @contextlib.contextmanager
 def _native_hybrid_engine() -> Iterator[None]:
     """The hybrid engine without injected kernels: they replace the layers that grouped attention needs, exist for few
-    models and for none on CPU. Without families it stays native for every model, and needs no kernel's workspace."""
+    models and for none on CPU. Without families it stays native for every model, and needs no kernel's workspace.
+
+    Nor does DeepSpeed compile its Muon optimizer, for which torch would load its compiler: it reads that file only to
+    see that the optimizer is another."""
     hybrid_engine.replace_policies.clear()
-    with mock.patch.object(hybrid_engine, "WorkspaceOp", return_value=None):
+    as_it_is = mock.patch.object(compiler, "compile", return_value=lambda function: function)
+    with as_it_is, mock.patch.object(hybrid_engine, "WorkspaceOp", return_value=None):
         yield
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import ROOT, command, environment
+from tests.support.runs import ROOT, TWO_TEACHER_RANKS, command, environment
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -51,8 +51,9 @@ def test_no_teacher_outlives_its_trainer(
     number: signal.Signals, ranks: int | None, code: int | None, tmp_path: Path, demo_cache: Path
 ) -> None:
     run = tmp_path / "grpo-minillm"
+    steps = ("--steps", "100000", "--checkpoint.every", "1000")
     process = subprocess.Popen(
-        command(tmp_path, demo_cache, "--steps", "100000", "--checkpoint.every", "1000", ranks=ranks),
+        command(tmp_path, demo_cache, *TWO_TEACHER_RANKS, *steps, ranks=ranks),
         cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:

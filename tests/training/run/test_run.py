@@ -1,4 +1,4 @@
-"""Whole runs of the real processes on the tiny demo: DeepSpeed actor and critic, Megatron teacher on two ranks."""
+"""Whole runs of the real processes on the tiny demo: DeepSpeed actor and critic, Megatron teacher."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_a_teacher_that_is_killed_and_started_again_changes_no_metric(
     teacher, address, log = teacher_of(finished_run), tmp_path / "teacher.address", tmp_path / "log"
     run = tmp_path / "runs" / "grpo-minillm"
     arguments = ["--steps", "3", "--checkpoint.every", "2", "--teacher.address", str(address)]
-    servers = [serve(teacher, address, log, tensor_parallel=2)]
+    servers = [serve(teacher, address, log)]
     trainer = subprocess.Popen(
         command(tmp_path / "runs", demo_cache, *arguments),
         cwd=ROOT,
@@ -53,7 +53,7 @@ def test_a_teacher_that_is_killed_and_started_again_changes_no_metric(
         assert done < 3
         time.sleep(2)
         assert trainer.poll() is None
-        servers.append(serve(teacher, address, log, tensor_parallel=2))
+        servers.append(serve(teacher, address, log))
         _, said = trainer.communicate(timeout=240)
         assert trainer.returncode == 0, said
     finally:
