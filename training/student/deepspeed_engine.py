@@ -32,7 +32,6 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from configs.schema import ActorConfig
 from inference.attention.packing import PackedRow
 from training import distributed
-from training.losses import schedule_factor
 from training.run.memory import OutOfMemory, OutOfMemoryAlone, TokenBudget, agreed, out_of_memory
 from training.run.safe_points import nothing
 from training.student.passes import Passes
@@ -84,7 +83,12 @@ def learning_rate(step: int, config: ActorConfig, options: Optimisation) -> floa
     peak, warmup = options.learning_rate, config.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * schedule_factor(step - warmup, kind=config.schedule, final=0.0, total=options.total_steps - warmup)
+    done = (step - warmup) / max(options.total_steps - warmup, 1)
+    if config.schedule == "linear":
+        return peak * max(1.0 - done, 0.0)
+    if config.schedule == "cosine":
+        return peak * 0.5 * (1.0 + float(torch.cos(torch.tensor(min(done, 1.0) * torch.pi))))
+    return peak
 
 
 @contextlib.contextmanager
