@@ -13,7 +13,7 @@ are counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -77,7 +77,7 @@ def _by_pattern(questions: Sequence[Question], texts: Sequence[str], samples: in
     return list(rows.values())
 
 
-def shares(rows: Sequence[Question], key: str) -> Examples:
+def shares(rows: Sequence[Mapping[str, Any]], key: str) -> Examples:
     """100 times `right` or `different` over the answers, a row an example."""
     columns = [[100.0 * row[key], len(row["answers"])] for row in rows]
     return Examples(ids=tuple(row["id"] for row in rows), columns=np.array(columns, float))

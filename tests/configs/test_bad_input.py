@@ -51,6 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--teacher.tensor_parallel", "3"], ["teacher.tensor_parallel", "3", "heads"]),
         (["--data.prompts", "/no/such.jsonl"], ["data.prompts", "/no/such.jsonl", "no such file"]),
         (["--name", "a/b"], ["name", "a/b", "runs_dir"]),
+        (["--runs_dir", "~/runs"], ["runs_dir = '~/runs'", "write the whole path"]),
     ],
 )
 def test_one_message(
