@@ -54,10 +54,8 @@ class HeldoutSettings:
 
     def asked(self, tokenizer: Any, ends: Collection[int] = ()) -> Format:
         """How a model with this tokenizer is asked; `ends`: what ends its texts where the tokenizer does not say."""
-        return Format(
-            tokenizer, self.prompt, self.system_prompt, self.chat_template_kwargs,
-            parsed=self.template, model_ends=tuple(sorted(ends)),
-        )  # fmt: skip
+        said = (self.prompt, self.system_prompt, self.chat_template_kwargs)
+        return Format(tokenizer, *said, parsed=self.template, model_ends=tuple(sorted(ends)))
 
 
 def heldout(model: Model, settings: HeldoutSettings) -> Result:

@@ -178,11 +178,11 @@ def check_room(key: str, path: Path, asked: Format, config: RunConfig, prompts: 
         if not prompt.turns and around + len(prompt.text.encode()) < room:  # no token is less than a byte
             continue
         count = len(asked.prompt(prompt.asked))
-        require(
-            count <= room, "data.max_prompt_tokens", config.data.max_prompt_tokens,
+        mend = (
             f"{key} = {str(path)!r} needs {count} tokens for the prompt {prompt.text[:40]!r}, and its context of "
-            f"{context} leaves {room} beside sampling.max_new_tokens; lower it, or leave that prompt out",
-        )  # fmt: skip
+            f"{context} leaves {room} beside sampling.max_new_tokens; lower it, or leave that prompt out"
+        )
+        require(count <= room, "data.max_prompt_tokens", config.data.max_prompt_tokens, mend)
 
 
 def _all_models(config: RunConfig) -> list[str]:
