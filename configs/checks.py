@@ -79,6 +79,9 @@ def _run_rules(config: RunConfig) -> Rules:
         config.name is None or is_folder_name(config.name),
         "must be a plain folder name, in one line; choose the parent with runs_dir",
     )
+    for key in ("runs_dir", "cache_dir", "sft.output"):
+        at_home = str(attrgetter(key)(config)).startswith("~")
+        yield key, not at_home, "write the whole path: `~` would be a folder of that name"
     updates = config.actor.updates_per_rollout
     yield (
         "prompts_per_step",

@@ -48,7 +48,7 @@ class ActorConfig:
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of the learning rate from the end of warm-up to the last step."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down."""
@@ -60,7 +60,7 @@ class ActorConfig:
     """Packed tokens in one forward and backward pass; a longer single group is run by itself."""
     updates_per_rollout: PositiveInt = 1
     """Optimizer steps on one batch of samples; the prompts are dealt into that many mini-batches."""
-    max_skipped: int = 10
+    max_skipped: PositiveInt = 10
     """Updates in a row that may be skipped for a non-finite loss or score before the run ends."""
 
 
@@ -115,11 +115,11 @@ class BilingualConfig:
 class RewardConfig:
     """From log-probabilities to token rewards (DESIGN: docs/algorithms.md)."""
 
-    length_alpha: float = 1.0
+    length_alpha: Finite = 1.0
     """teacher_logprob: the sum over a response is divided by T**alpha. 1: mean of a token, 0: plain sum."""
     length_normalize: bool = True
     """minillm: the long part is the mean, not the sum, of the rewards that follow."""
-    gamma: float = 1.0
+    gamma: ClosedUnitInterval = 1.0
     """minillm: discount of the long part, in powers relative to the token."""
     teacher_weight: Finite = 1.0
     """Weight of `teacher` in the reward; each of `teachers` has its own."""
@@ -150,7 +150,7 @@ class RewardConfig:
     custom: str | None = None
     """A function of one's own as an extra part, FILE.py:FUNCTION: from rewards.base.RewardInput to a number for each
     response, or for each token (docs/extending.md)."""
-    custom_weight: float = 1.0
+    custom_weight: Finite = 1.0
     """Weight of that part."""
     bilingual: BilingualConfig = field(default_factory=BilingualConfig)
     """The translator."""
@@ -166,7 +166,7 @@ class GRPOConfig:
     """What a score is compared with: the mean of its group, or of the others in it (RLOO, arXiv 2402.14740)."""
     scale: Literal["group", "batch", "none"] = "group"
     """What centred scores are divided by: the standard deviation of the group, of the batch, or nothing."""
-    epsilon: float = 1e-4
+    epsilon: PositiveFloat = 1e-4
     """Added to the standard deviation."""
     no_signal: Literal["keep", "skip", "resample"] = "keep"
     """A group whose scores are all equal: keep it (it counts in the denominators), leave it out, or answer other
@@ -179,15 +179,15 @@ class GRPOConfig:
 class PPOConfig:
     """Generalised advantage estimation (arXiv 1506.02438) and PPO's extras."""
 
-    gamma: float = 1.0
+    gamma: ClosedUnitInterval = 1.0
     """Discount a token."""
-    gae_lambda: float = 0.95
+    gae_lambda: ClosedUnitInterval = 0.95
     """Lambda of GAE."""
-    kl_penalty: float = 0.02
+    kl_penalty: NonNegativeFloat = 0.02
     """Coefficient of -(log pi_b - log pi_ref) in the reward: the fixed one, or the first of the adaptive one."""
-    kl_target: float | None = None
+    kl_target: PositiveFloat | None = None
     """Nats a token that the adaptive controller aims at. None: fixed coefficient."""
-    value_clip: float = 0.2
+    value_clip: PositiveFloat = 0.2
     """Values move at most this far from their old ones in one update."""
     whiten: bool = True
     """Centre and scale the advantages over all tokens of the batch."""

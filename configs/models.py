@@ -104,7 +104,7 @@ class TeacherConfig:
     """Seconds that a client waits for a lost or slow teacher before the run is checkpointed and leaves with 75."""
     max_batch_tokens: PositiveInt = 16384
     """Packed tokens in one teacher forward; larger requests are cut into several."""
-    max_cache_tokens: int = 65536
+    max_cache_tokens: PositiveInt = 65536
     """Tokens whose keys and values wait for the next decode step (`next`); the longest unused are dropped first."""
     logit_chunk: PositiveInt = 1024
     """Tokens whose vocabulary logits are alive at once."""

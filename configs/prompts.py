@@ -94,8 +94,8 @@ class Format:
         if self.chat:
             return tuple(self._pieces(marked))
         if _MARK in marked:
-            empty = self.tokenizer("")["input_ids"]
-            return (*[i for i in empty if i != self.tokenizer.eos_token_id][:1], *self._pieces(marked))
+            whole, text = self.prompt("a"), self._ids("a")
+            return (*whole[: len(whole) - len(text)], *self._pieces(marked))
         whole, bare = list(self.tokenizer(marked)["input_ids"]), self._ids(marked)
         behind = next((n for n in range(len(whole) - len(bare), -1, -1) if whole[n : n + len(bare)] == bare), None)
         return tuple(whole if behind is None else whole[: behind + len(bare)])
@@ -154,6 +154,10 @@ class Format:
         return {str(token.content) for token in added if token.special} | set(self.tokenizer.all_special_tokens)
 
     @cached_property
+    def _symbol_ids(self) -> set[int]:
+        return {*self.tokenizer.convert_tokens_to_ids(list(self._symbols))} - {self.tokenizer.unk_token_id}
+
+    @cached_property
     def _first_letters(self) -> set[str]:
         return {name[0] for name in self._symbols if name}
 
@@ -166,7 +170,12 @@ class Format:
 
     def _ids(self, text: str, *, only_text: bool = False) -> list[int]:
         options = {"split_special_tokens": True} if only_text else {}
-        return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+        if (
+            only_text and len(text) > 1 and not self._symbol_ids.isdisjoint(ids)
+        ):  # a unigram model has it as a piece too
+            return self._ids(text[:1], only_text=True) + self._ids(text[1:], only_text=True)
+        return ids
 
     def _adds_a_space(self) -> bool:
         """Llama-2's and Mistral's tokenizers put a space in front of every text."""

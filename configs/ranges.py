@@ -24,6 +24,7 @@ class Range:
 PositiveInt = Annotated[int, Range(lambda x: x >= 1, "must be at least 1")]
 NonNegativeInt = Annotated[int, Range(lambda x: x >= 0, "must be at least 0")]
 AtLeastTwo = Annotated[int, Range(lambda x: x >= 2, "must be at least 2")]
+Seed = Annotated[int, Range(lambda x: abs(x) < 2**32, "must lie between -2**32 and 2**32, and be neither")]
 PositiveFloat = Annotated[float, Range(lambda x: x > 0, "must be above 0")]
 NonNegativeFloat = Annotated[float, Range(lambda x: x >= 0, "must be at least 0")]
 AtLeastOne = Annotated[float, Range(lambda x: x >= 1, "must be at least 1")]

@@ -34,7 +34,7 @@ from configs.models import (
     StudentConfig,
     TeacherConfig,
 )
-from configs.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt
+from configs.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class DataConfig:
 class EvalConfig:
     """The held-out evaluation before and after."""
 
-    questions: int | None = None
+    questions: PositiveInt | None = None
     """Held-out questions asked. None: all."""
     batch: PositiveInt = 64
     """Questions answered at a time."""
@@ -161,7 +161,7 @@ class RunConfig:
     """Folder of what can be made again: demo models, teacher answers."""
     demo_size: Literal["demo", "small", "tiny"] = "demo"
     """Size of the embedded demo's models; `small` has a smaller student, `tiny` is for tests and learns little."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling, data order and new weights."""
     steps: PositiveInt = 100
     """RL steps."""
@@ -170,7 +170,7 @@ class RunConfig:
     report_to: str = "tensorboard"
     """Where the numbers of each step are shown besides metrics.jsonl: tensorboard, wandb, mlflow, with commas between;
     or none."""
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """CPU threads of each trainer process. None: the cores divided among the trainer's local ranks."""
     time_limit_s: PositiveFloat | None = None
     """Seconds that one start of the run may take: it checkpoints in time and leaves with 75. Where SLURM says when the
@@ -213,14 +213,26 @@ def as_dict(config: RunConfig) -> dict[str, object]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted keys; those of a list of teachers with their place, `teachers[0].path`."""
+    """Settings by their dotted keys; those of a list of teachers with their place, `teachers[0].path`. An empty list or
+    mapping has none: beside the settings of one that is not empty it would be a setting that differs."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        elif isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
             for place, one in enumerate(value):
                 found |= flat(one, f"{prefix}{key}[{place}].")
         else:
             found[f"{prefix}{key}"] = value
     return found
+
+
+def check_sections(values: Any, known: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises ValueError where settings, as a YAML file has them, have a section with nothing below it. `known`: the
+    sections that there are, as `as_dict` has them."""
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        below = known.get(key)
+        if isinstance(below, Mapping | list) and value is None:
+            raise ValueError(f"{prefix}{key}: nothing stands below it; give it a setting, or leave it out")
+        if isinstance(below, Mapping):
+            check_sections(value, below, f"{prefix}{key}.")

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # Imported late: a mistake in the arguments is answered at once, not after seconds of importing matplotlib.
     from eval.measures.model_dirs import newest_run
-    from eval.pages.compare_models import entrants_of, published
+    from eval.pages.compare_models import entrants_of, published, with_own_names
     from eval.pages.compare_page import render_comparison, render_curves
     from eval.pages.compare_plots import draw_comparison
     from eval.pages.compare_tables import latex, markdown
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         entrants = entrants_of(runs, options.model, options.runs_dir)
         known = {key for one in entrants for key in one.scores}
         if not options.no_published:  # a published figure says something beside one of ours only
-            entrants += [one for one in published() if known & one.scores.keys()]
+            entrants = with_own_names([*entrants, *(one for one in published() if known & one.scores.keys())])
         comparison = compare(entrants)
         files = [read_run(run) for run in runs]
         names = [file.name for file in files]

@@ -19,11 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 if not __package__:  # started as a script: the repository first, and no file of this folder hides a library
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from configs.checks import check_ranges
 from configs.io.results import Result, Value
 from configs.schema import RunConfig
 from eval.measures.model_dirs import check_model
@@ -80,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     hints = get_type_hints(settings)
     for one in fields(settings):
         kind, several = hints[one.name], get_origin(hints[one.name]) is tuple
-        if several or get_origin(kind) is UnionType:  # tuple[X, ...], or X | None
+        if several or get_origin(kind) in (UnionType, Union):  # tuple[X, ...], or X | None
             kind = get_args(kind)[0]
         extra: dict[str, Any] = {"type": json.loads if get_origin(kind) is dict else kind}
         if kind is bool:
@@ -97,6 +98,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
 
 def run(name: str, models: Sequence[str], settings: Any, dtype: str, runs_dir: Path) -> list[Result]:
     """Measure each model, write its result, and print them all. Raises ValueError where something is to be mended."""
+    check_ranges(settings, "--")
     for path in models:
         check_model(path)
     from eval.measures import MEASURES

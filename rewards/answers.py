@@ -43,7 +43,8 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
 def answer_row(question: Mapping[str, Any], prediction: str) -> dict[str, Any]:
     """A row of a result: the question (id, question, context, answers), what was said, and f1 and exact_match of that
     in percent."""
-    kept = {key: question[key] for key in ("id", "question", "context", "answers") if question.get(key) is not None}
+    named = ("id", "question", "context", "answers")
+    kept = {key: question[key] for key in named if question.get(key) not in (None, "")}
     answers = question["answers"]
     f1, match = 100.0 * token_f1(prediction, answers), 100.0 * exact_match(prediction, answers)
     return {**kept, "prediction": prediction, "f1": f1, "exact_match": match}

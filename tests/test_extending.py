@@ -93,6 +93,7 @@ def test_a_custom_reward_may_define_dataclasses(tmp_path: Path) -> None:
     [
         ("[1.0]", "it returned 1 numbers for 3 responses of 3 tokens"),
         ("[1.0, float('nan'), 1.0]", "number 1 of 3 is nan; return finite numbers"),
+        ("[1.0, 1.0, 1e39]", "number 2 of 3 is 1e+39; return finite numbers"),
         ("[1 / 0]", "it raised ZeroDivisionError: division by zero"),
         ("['good'] * 3", "it raised ValueError: could not convert string to float"),
     ],

@@ -226,7 +226,7 @@ def make_experience(run: Run, batch: Rewarded, kl_coef: float) -> tuple[Experien
     finite_N = finite_groups(batch)
     dropped = torch.nonzero(~finite_N).flatten().tolist()
     if dropped:
-        ids = [batch.rollout.prompts_N[n].id for n in dropped]
+        ids = [batch.rollout.prompts_N[n].id or batch.rollout.prompts_N[n].index for n in dropped]
         log.warning("dropped %d groups with a non-finite score: %s", len(dropped), ids)
         batch = take(batch, torch.nonzero(finite_N).flatten().tolist())
     advantages = recipe.advantages or algorithm.advantages

@@ -27,7 +27,7 @@ from training.algorithms import ALGORITHMS, check_choices
 from training.collect import Models, Run
 from training.data.demo.resolve import resolve_demo
 from training.data.overlap import data_warnings
-from training.data.preflight import Inputs, check_files, check_world, load_inputs, with_model_directories
+from training.data.preflight import Inputs, check_files, check_room, check_world, load_inputs, with_model_directories
 from training.evaluation import evaluate_student, evaluate_teacher, validation_summary
 from training.experience import Prompt
 from training.loop import save_checkpoint, saved_parts, train
@@ -126,12 +126,16 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     check_recipe(config, facts.same_tokenizer)
     check_mixing(config, facts.same_tokenizer)
     check_tokenizers(config, "teacher.path", facts)
-    formats = {"teacher.path": facts.teacher}
+    every = {"teacher.path": facts}
     for place, extra in enumerate(config.teachers):
         key, further = f"teachers[{place}].path", teacher_facts(config, extra, f"teachers[{place}]")
         check_tokenizers(config, key, further)
-        formats[key] = further.teacher
-    return config, facts, load_inputs(config, facts.student, formats)
+        every[key] = further
+    inputs = load_inputs(config, facts.student, {key: one.teacher for key, one in every.items()})
+    for key, one in every.items():
+        asked = (*inputs.corpus.prompts, *inputs.heldout, *inputs.corpus.validation)
+        check_room(key, one.path, one.teacher, config, asked)
+    return config, facts, inputs
 
 
 @contextmanager

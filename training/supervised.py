@@ -32,7 +32,7 @@ from training import distributed
 from training.data.demo.resolve import resolve_demo
 from training.data.order import items_of_step, share_of_rank
 from training.data.overlap import data_warnings
-from training.data.preflight import check_files, room_for_prompt, with_model_directories
+from training.data.preflight import check_context, check_files, check_room, room_for_prompt, with_model_directories
 from training.data.prompts import answer_group, format_of, load_prompts
 from training.data.text import TextBlocks, flat, text_blocks
 from training.evaluation import evaluate
@@ -196,6 +196,7 @@ def train(
 
 def read_text(config: RunConfig, asked: Format) -> tuple[TextBlocks, TextBlocks]:
     """(blocks to learn from, every twentieth, which is held out). Raises ValueError where there are too few."""
+    check_context(config, text=True)
     blocks = text_blocks(config.data, asked, config.cache_dir)
     every = np.arange(1, len(blocks) + 1) % HELD_OUT_EVERY == 0
     text, held = blocks.picked(~every), blocks.picked(every)
@@ -272,6 +273,8 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
     Collective."""
     (prompts, heldout), config, asked = inputs, stage.config, stage.asked
     facts = teacher_facts(config, config.teacher) if config.sft.answers == "teacher" else None
+    if facts is not None:
+        check_room("teacher.path", facts.path, facts.teacher, config, prompts)
     with ExitStack() as stack:
         link = None if facts is None else ask_teacher(stage, facts, stack)
         if link is None:
@@ -279,6 +282,8 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
         else:
             answers_N = teacher_answers(config, link, prompts)
         examples = cloned(prompts, answers_N, asked)
+        if link is None:
+            check_context(config, text=False, examples=examples)
         actor = stage.new_actor(facts)
         seconds = train(stage, actor, examples, lambda mine: UpdateInput(None, [], mine, SUPERVISED), "bc")
         after = evaluate(actor, link, heldout, config, str(stage.run.folder.export))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+import yaml
 
 _BLOCK = 1 << 20
 _SMALL = 1 << 24
@@ -69,6 +70,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return value
+
+
+class _Once(yaml.SafeLoader):
+    """YAML whose mappings have each key once: of one that is there twice all but the last would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := [key for n, (key, _) in enumerate(node.value) if key.value in names[:n]]:
+            line = twice[0].start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: key {twice[0].value!r} is there twice; write it once, with all of both")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, or a ValueError that names the file."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
 
 def fingerprint(path: str | Path, *, whole: bool = True) -> str:

@@ -167,10 +167,13 @@ def _read_csv(file: Path) -> Iterator[Placed]:
         lines = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
         reader = csv.DictReader(lines, delimiter="\t" if layout(file) == ".tsv" else ",", strict=True)
         try:
+            header = reader.fieldnames or []
+            if twice := [name for n, name in enumerate(header) if name in header[:n]]:
+                raise ValueError(f"{file}:1: column {twice[0]!r} is there twice; write a JSON list in one")
             for row in reader:
                 where = f"{file}:{reader.line_num}"
                 if None in row or None in row.values():
-                    columns = ", ".join(reader.fieldnames or [])
+                    columns = ", ".join(header)
                     raise ValueError(f"{where}: not as many fields as the header ({columns}); quote commas in a field")
                 yield where, {key: _cell(key, value, where) if value else None for key, value in row.items()}
         except csv.Error as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from configs.io.files import read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +127,15 @@ def flags(values: Mapping[str, Any], lists: bool = False) -> list[str]:
 def read_plan(path: Path) -> Plan:
     """The plan; ValueError where the file does not hold one."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = {key: value for key, value in read_yaml(path).items() if value is not None}  # nothing stands below it
         columns = {name: Column(**row) for name, row in values["columns"].items()}
-        variants = [Variant(**row) for row in values["variants"]]
+        variants = [Variant(**{**row, "settings": row["settings"] or {}}) for row in values["variants"]]
         plan = Plan(**{**values, "variants": variants, "columns": columns})
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        seeds = [operator.index(seed) for seed in plan.seeds]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the plan of an experiment ({' '.join(str(error).split())})") from None
+    if not seeds:
+        raise ValueError(f"{path}: seeds is empty; write a list of whole numbers")
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two variants have the same name")

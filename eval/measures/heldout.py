@@ -11,7 +11,7 @@ exact_match}.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from configs.io.jsonl import read_questions
 from configs.io.results import Result, about_file, versions
 from configs.prompts import Format, PromptKind, render
+from configs.ranges import PositiveInt
 from configs.schema import RunConfig
 from eval.measures.intervals import interval, means
 from eval.measures.model import Model, context_length, end_tokens
@@ -36,13 +37,13 @@ class HeldoutSettings:
     """JSONL with question, answers and perhaps context, id in each row."""
     template: str = _DEFAULTS.data.template
     """How a question becomes a prompt."""
-    max_prompt_tokens: int = _DEFAULTS.data.max_prompt_tokens
+    max_prompt_tokens: PositiveInt = _DEFAULTS.data.max_prompt_tokens
     """Longer prompts are counted and skipped."""
-    max_new_tokens: int = _DEFAULTS.sampling.max_new_tokens
+    max_new_tokens: PositiveInt = _DEFAULTS.sampling.max_new_tokens
     """Longest answer, in tokens."""
-    questions: int | None = _DEFAULTS.eval.questions
+    questions: PositiveInt | None = _DEFAULTS.eval.questions
     """Questions asked, of those that fit. None: all."""
-    batch: int = _DEFAULTS.eval.batch
+    batch: PositiveInt = _DEFAULTS.eval.batch
     """Questions answered at a time."""
     prompt: PromptKind = "auto"
     """How the model is asked: as student.prompt of a run."""
@@ -51,9 +52,10 @@ class HeldoutSettings:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """What else the chat template takes."""
 
-    def asked(self, tokenizer: Any) -> Format:
-        """How a model with this tokenizer is asked."""
-        return Format(tokenizer, self.prompt, self.system_prompt, self.chat_template_kwargs, parsed=self.template)
+    def asked(self, tokenizer: Any, ends: Collection[int] = ()) -> Format:
+        """How a model with this tokenizer is asked; `ends`: what ends its texts where the tokenizer does not say."""
+        said = (self.prompt, self.system_prompt, self.chat_template_kwargs)
+        return Format(tokenizer, *said, parsed=self.template, model_ends=tuple(sorted(ends)))
 
 
 def heldout(model: Model, settings: HeldoutSettings) -> Result:
@@ -108,7 +110,8 @@ def answers(
 
     from eval.measures.generation import Decoding, generate
 
-    ends = end_tokens(model.network, model.tokenizer) | {settings.asked(model.tokenizer).end}
+    ends = end_tokens(model.network, model.tokenizer)
+    ends |= {settings.asked(model.tokenizer, ends).end}
     decoding = Decoding(max_new_tokens=settings.max_new_tokens, batch=settings.batch, ends=ends, sampled=sampled)
     path = Path(model.path)
     label = path.parent.name if path.name == "export" else path.name

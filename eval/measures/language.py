@@ -22,6 +22,7 @@ from typing import Any
 
 from configs.io.jsonl import read_jsonl, read_texts
 from configs.io.results import Result, Value, about_file, versions
+from configs.ranges import PositiveInt
 from eval.measures.intervals import interval, means
 from eval.measures.model import Model
 
@@ -38,9 +39,9 @@ class LanguageSettings:
     """Faroese texts, of which a model gets the first halves: JSONL with `text`, or one in each line."""
     words: tuple[str, ...]
     """JSONL files of known words: every word of `question`, `context`, `answers` and `text`."""
-    continuations: int = 256
+    continuations: PositiveInt = 256
     """Texts gone on with, at most."""
-    new_tokens: int = 24
+    new_tokens: PositiveInt = 24
     """Longest continuation."""
     seed: int = 0
     """Of the samples."""

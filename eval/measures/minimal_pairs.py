@@ -21,6 +21,7 @@ from pathlib import Path
 
 from configs.io.jsonl import read_texts
 from configs.io.results import Result, Value, versions
+from configs.ranges import PositiveInt
 from eval.measures.model import Model
 from eval.measures.perplexity import score_texts
 from rewards.minimal_pairs import make_pairs, score_pairs, sentences_of, wins_of
@@ -32,11 +33,11 @@ class PairSettings:
 
     text: Path
     """Right sentences: JSONL with `text`, or one in each line."""
-    pairs: int = 1000
+    pairs: PositiveInt = 1000
     """Pairs, at most."""
     seed: int = 0
     """Of the mistakes."""
-    batch: int = 32
+    batch: PositiveInt = 32
     """Sentences in a forward pass."""
 
 

@@ -13,13 +13,15 @@ are counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from configs.io.jsonl import read_open_questions
 from configs.io.results import Result, about_file, versions
+from configs.ranges import PositiveInt
 from eval.measures.heldout import HeldoutSettings, Question, answers, fitting_prompts
 from eval.measures.intervals import Examples, interval
 from eval.measures.model import Model
@@ -30,7 +32,7 @@ from rewards.answers import right_answers
 class OpenSettings(HeldoutSettings):
     """As for questions with one answer; `data`: JSONL with question and pattern in each row."""
 
-    samples: int = 4
+    samples: PositiveInt = 4
     """Answers to each question, sampled at temperature 1."""
     seed: int = 0
     """Of the samples."""
@@ -67,7 +69,7 @@ def _by_pattern(questions: Sequence[Question], texts: Sequence[str], samples: in
     """A row for each pattern, of the questions that have it and the answers to them (`samples` to each question)."""
     rows: dict[str, Question] = {}
     for place, one in enumerate(questions):
-        row = rows.setdefault(one["pattern"], {"id": str(one.get("id", place)), "questions": [], "answers": []})
+        row = rows.setdefault(one["pattern"], {"id": one["pattern"], "questions": [], "answers": []})
         row["questions"].append(one["question"])
         row["answers"] += texts[place * samples : (place + 1) * samples]
     for pattern, row in rows.items():
@@ -76,7 +78,7 @@ def _by_pattern(questions: Sequence[Question], texts: Sequence[str], samples: in
     return list(rows.values())
 
 
-def shares(rows: Sequence[Question], key: str) -> Examples:
+def shares(rows: Sequence[Mapping[str, Any]], key: str) -> Examples:
     """100 times `right` or `different` over the answers, a row an example."""
     columns = [[100.0 * row[key], len(row["answers"])] for row in rows]
     return Examples(ids=tuple(row["id"] for row in rows), columns=np.array(columns, float))

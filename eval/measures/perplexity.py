@@ -25,6 +25,7 @@ import numpy as np
 
 from configs.io.jsonl import read_texts
 from configs.io.results import Result, Value, about_file, versions
+from configs.ranges import PositiveInt
 from eval.measures.intervals import Examples, interval
 from eval.measures.model import Model, context_length
 
@@ -38,7 +39,7 @@ class PerplexitySettings:
 
     text: tuple[str, ...]
     """[NAME=]FILE: JSONL with `text`, or a text in each line."""
-    batch: int = 32
+    batch: PositiveInt = 32
     """Windows in a forward pass."""
 
 

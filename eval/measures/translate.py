@@ -22,6 +22,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from configs.io.results import Result, read_result, versions
+from configs.ranges import NonNegativeInt, PositiveInt
 from eval.measures.intervals import interval, translations
 from eval.measures.model import Model, context_length, end_tokens, prompt_tokens
 from eval.measures.parallel_text import NAMES, ParallelText, load_parallel
@@ -43,13 +44,13 @@ class TranslateSettings:
     """A table of examples; by default split `dev` of --data."""
     kind: Literal["auto", "base", "instruct"] = "auto"
     """How the model is asked; auto: instruct where the tokenizer has a chat template."""
-    few_shot: int = 5
+    few_shot: NonNegativeInt = 5
     """Examples in a base model's prompt."""
-    sentences: int | None = None
+    sentences: PositiveInt | None = None
     """Translate the first ones only."""
-    max_new_tokens: int = 256
+    max_new_tokens: PositiveInt = 256
     """Longest translation."""
-    batch: int = 16
+    batch: PositiveInt = 16
     """Sentences at a time."""
 
 
@@ -97,8 +98,6 @@ def translate(model: Model, settings: TranslateSettings) -> Result:
 def _texts(settings: TranslateSettings) -> tuple[ParallelText, ParallelText]:
     """What is translated, and what examples are taken from: never the same sentences."""
     languages = sorted({language for direction in settings.directions for language in direction.split("-")})
-    if settings.few_shot < 0 or settings.batch < 1 or settings.max_new_tokens < 1:
-        raise ValueError("--few_shot must be at least 0, --batch and --max_new_tokens at least 1")
     text = load_parallel(settings.data, languages, settings.split)
     if settings.few_shot == 0 or settings.kind == "instruct":
         return text.first(settings.sentences), text.first(0)

@@ -15,7 +15,7 @@ import yaml
 
 from configs.io.results import find_result
 from eval.measures.model_dirs import output_folder, run_config, run_of
-from eval.pages.compare_scores import Score, Scores, read_folder, read_heldout, read_teacher_check
+from eval.pages.compare_scores import Score, Scores, read_file, read_folder, read_heldout, read_teacher_check
 
 _config = partial(run_config, needed=("student", "teacher", "data"))
 PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
@@ -60,7 +60,7 @@ def entrants_of(runs: Sequence[Path], models: Sequence[str], runs_dir: Path) -> 
         merged[key] = one if key not in merged else _merged(merged[key], one)
     order = {"before": 0, "after": 1, "model": 2, "teacher": 3}
     rows = sorted((one for one in merged.values() if one.scores), key=lambda one: order[one.kind])
-    return _with_own_names(rows)
+    return with_own_names(rows)
 
 
 def published(file: Path = PUBLISHED_FILE) -> list[Entrant]:
@@ -121,15 +121,15 @@ def _entrant(
     the pair at the start of the run `started`, which counts for less."""
     folder = output_folder(path, runs_dir)
     scores = read_folder(folder)
+    for file in heldout:
+        scores |= read_file(file, read_heldout)
     asked = [one for one in map(find_result, (folder / "heldout.json", *heldout)) if one is not None]
-    for result in asked:
-        scores |= read_heldout(result, folder)
-    check = None if started is None else find_result(started / "eval" / "minimal_pairs.json")
+    check = partial(read_teacher_check, who=who)
     return Entrant(
         name=name,
         kind=kind,
         source=str(Path(path).resolve() if Path(path).exists() or kind != "model" else path),
-        scores=scores if check is None else {**read_teacher_check(check, who), **scores},
+        scores=scores if started is None else read_file(started / "eval" / "minimal_pairs.json", check) | scores,
         answers=next((one.rows for one in reversed(asked) if one.rows), ()),
         translations=_translations(folder),
     )
@@ -150,14 +150,13 @@ def _merged(first: Entrant, second: Entrant) -> Entrant:
     )
 
 
-def _with_own_names(rows: Sequence[Entrant]) -> list[Entrant]:
-    """No two rows have one name: a second one gets the name of its folder."""
-    seen: dict[str, int] = {}
-    named = []
+def with_own_names(rows: Sequence[Entrant]) -> list[Entrant]:
+    """No two rows have one name: a second one gets the name of its folder, a third one all of its path."""
+    named: dict[str, Entrant] = {}
     for row in rows:
-        count = seen.get(row.name, 0)
-        seen[row.name] = count + 1
         path = Path(row.source)
         folder = path.parent.name if path.name == "export" else path.name
-        named.append(row if count == 0 else replace(row, name=f"{row.name} ({folder})"))
-    return named
+        more = ("", f" ({folder})", f" ({row.source})", f" ({row.source}, {row.kind})")
+        name = next(row.name + words for words in more if row.name + words not in named)
+        named[name] = replace(row, name=name)
+    return list(named.values())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from configs.io.jsonl import read_jsonl
-from configs.io.results import Result, Value, read_result
+from configs.io.results import Result, Value, find_result
 from eval.measures.intervals import Examples, interval, means, translations
 from eval.measures.open_questions import shares
 from eval.pages.page_parts import answer_key
@@ -168,7 +168,7 @@ def read_pairs(result: Result, folder: Path) -> Scores:
     return {"pairs/accuracy": _score(100.0 * result.values["accuracy"].value, examples, conditions)}
 
 
-def read_teacher_check(result: Result, who: str) -> Scores:
+def read_teacher_check(result: Result, folder: Path, who: str) -> Scores:
     """A run's minimal_pairs.json: student or teacher at its start."""
     if not result.values:
         return {}
@@ -258,15 +258,19 @@ def read_folder(folder: Path) -> Scores:
     """All evaluations in a model's eval folder. Raises ValueError for a broken file."""
     found: Scores = {}
     for name, read in READERS.items():
-        if not (folder / name).is_file():
-            continue
-        result = read_result(folder / name)
-        try:
-            found |= read(result, folder)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{folder / name}: not as this version writes it ({reason}); evaluate again") from None
+        found |= read_file(folder / name, read)
     return found
+
+
+def read_file(file: Path, read: Callable[[Result, Path], Scores]) -> Scores:
+    """An evaluation, if it is there. Raises ValueError for a broken file."""
+    if (result := find_result(file)) is None:
+        return {}
+    try:
+        return read(result, file.parent)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: not as this version writes it ({reason}); evaluate again") from None
 
 
 def _score(value: float, examples: Examples | None, conditions: Mapping[str, str]) -> Score:

@@ -11,12 +11,13 @@ import pytest
 
 from configs.checks import names_setting
 from configs.io.results import read_result
-from configs.schema import RunConfig
+from configs.schema import RunConfig, validate
 from tests.support.runs import ROOT, command, environment, finish, metrics
 from tests.support.student_models import save
 from tests.support.teacher_models import save_tokenizer
 from tests.support.tiny_tokenizers import save_tiny
 from training.main import main
+from training.run.cli import instantiate, make_parser
 
 QUESTION = {"question": "Hvat eitur høvuðsstaðurin?", "answers": ["Tórshavn"]}
 
@@ -50,6 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--teacher.tensor_parallel", "3"], ["teacher.tensor_parallel", "3", "heads"]),
         (["--data.prompts", "/no/such.jsonl"], ["data.prompts", "/no/such.jsonl", "no such file"]),
         (["--name", "a/b"], ["name", "a/b", "runs_dir"]),
+        (["--runs_dir", "~/runs"], ["runs_dir = '~/runs'", "write the whole path"]),
     ],
 )
 def test_one_message(
@@ -69,6 +71,39 @@ def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path
     message = refused(capsys, "--config", str(nested))
     assert "actor" in message
     assert "lr" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: {prompts: mine.jsonl}\nsteps: 5\ndata: {text: my.jsonl}\n", "line 3: key 'data' is there twice"),
+        ("actor:\n  offload: true\n  zero_stage: 1\n  offload: false\n", "line 4: key 'offload' is there twice"),
+        ("steps: 5\ndata:\n", "data: nothing stands below it"),
+        ("steps: 5\nteachers:\n", "teachers: nothing stands below it"),
+        ("rewards:\n  judge:\n", "rewards.judge: nothing stands below it"),
+        ("student: {chat_template_kwargs: }\n", "student.chat_template_kwargs: nothing stands below it"),
+    ],
+)
+def test_no_section_of_yaml_is_lost_or_empty(
+    content: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(content)
+    assert message in refused(capsys, "--config", str(file))
+    assert message in refused(capsys, f"--config={file}")
+
+
+def test_numbers_that_would_mean_something_else() -> None:
+    parser = make_parser("test")
+    for setting in (
+        "eval.questions 0", "eval.questions -3", "threads 0", "actor.warmup_steps -5", "actor.max_skipped 0",
+        "rewards.length_alpha .nan", "rewards.gamma 1.5", "rewards.custom_weight .nan", "grpo.epsilon 0",
+        "ppo.gamma -1", "ppo.gae_lambda 2", "ppo.kl_penalty -0.1", "ppo.kl_target 0", "ppo.value_clip -1",
+        "teacher.max_cache_tokens -1", "seed 4294967296",
+    ):  # fmt: skip
+        key, value = setting.split()
+        with pytest.raises(ValueError, match=rf"^{key} = {value.removeprefix('.')}.*: must "):
+            validate(instantiate(parser, [f"--{key}={value}"]))
 
 
 def test_model_directories_without_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

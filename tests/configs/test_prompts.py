@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from configs.prompts import Format, render
 from configs.schema import DataConfig, RunConfig, StudentConfig, TeacherConfig
 from inference.protocol.fingerprint import load_tokenizer
+from tests.support.tiny_tokenizers import build_tokenizer
 from tests.support.tokenizer_zoo import build
 from training.data.preflight import load_inputs
 from training.data.prompts import format_of, load_prompts
@@ -86,6 +87,22 @@ def test_the_name_of_a_symbol_in_the_data_is_only_text(kind: Any, made: Any) -> 
     # ... but those of the user's own template are meant.
     meant = Format(made, "plain", parsed="<|im_start|>user\n{question}<|im_end|>")
     assert meant.prompt("<|im_start|>user\nHvat?<|im_end|>").count(end) == 1
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
+@pytest.mark.parametrize("single", ["</s> $A", "<s> <unk> $A", "<s> $A </s>", "$A </s>", "$A"])
+def test_the_name_of_a_symbol_changes_nothing_around_it(kind: str, single: str) -> None:
+    tokenizer = build_tokenizer(kind)
+    symbols = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>", "<unk>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=symbols)
+    asked, text = Format(tokenizer), tokenizer("The sea", add_special_tokens=False)["input_ids"]
+    start = asked.prompt("The sea")[: -len(text)]
+    found = asked.prompt("The sea </s> the sea <s>")
+    assert found[: len(start)] == start
+    assert {1, 2}.isdisjoint(found[len(start) :]), "no start, no end"
+    if kind != "unigram":  # which does not know the letter <
+        assert tokenizer.decode(found[len(start) :]).replace(" ", "") == "Thesea</s>thesea<s>"
+    assert {1, 2}.isdisjoint([*asked.text("</s>"), *asked.answer("a </s> b")])
 
 
 def test_a_template_that_writes_the_date_writes_the_same_one_every_day(made: Any) -> None:

@@ -59,6 +59,7 @@ def test_csv(tmp_path: Path) -> None:
         ('question,answers\nx,"[1, 2]"\n', 2, "write a list of strings"),
         ('question,answers\nx,"[""y"""\n', 2, "no JSON list"),
         ("question,answers\n", None, "no row"),
+        ("question,answers,answers\nx,y,z\n", 1, "column 'answers' is there twice"),
     ],
 )
 def test_bad_csv_rows_are_named(tmp_path: Path, content: str, line: int | None, problem: str) -> None:

@@ -3,7 +3,7 @@
 FoQA's contexts come from the Faroese Wikipedia, and so does most Faroese text: a model that has read the contexts as
 raw text is not judged on what it can find in them. The rule: a context is in the training text where at least half of
 its sequences of 13 words are (letter case and punctuation do not count); one of fewer words, where all of it is, in
-this order. Raw texts are repeated where they agree but for case and white space.
+this order. Raw texts are repeated, and questions are one, where they agree but for case and white space.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from configs.io.jsonl import iterate_jsonl, read_questions
+from configs.prompts import as_text, render
 from configs.schema import RunConfig
 from training.experience import Prompt
 from training.objective import pt_coef
@@ -62,8 +63,14 @@ def data_warnings(config: RunConfig, heldout: Sequence[Prompt], *, stage: int = 
     questions = {"data.prompts": data.prompts} if stage == 2 or from_teacher else {}
     if (stage == 1 and not from_teacher) or config.loss.bc_coef > 0 or config.phases.every > 0:
         questions["data.warmup"] = data.warmup
+    asked = {folded(prompt.text) for prompt in heldout}
     for key, path in questions.items():
         rows = read_questions(path, answers=False)
+        if same := sum(folded(as_text(render(row, data.template))) in asked for row in rows):
+            lines.append(
+                f"{key} = {path!r}: {same} of its {len(rows)} questions are held-out ones, so the evaluation asks what "
+                "was trained on; leave them out of one of the files"
+            )
         lines += _found_line(key, path, heldout, (f"{row.get('context') or ''} {row['question']}" for row in rows))
     if stage == 2 and pt_coef(config) > 0 and data.text is not None:
         lines += _found_line("data.text", data.text, heldout, _texts(data.text))

@@ -160,6 +160,33 @@ def room_for_prompt(config: RunConfig) -> int:
     return room
 
 
+def check_context(config: RunConfig, *, text: bool, examples: Sequence[Group] = ()) -> None:
+    """Blocks of `text` and `examples` of data.warmup fit into the student's context. Raises ValueError."""
+    context, block = context_length(config.student.path) or 2**30, config.data.text_block_tokens
+    longest = max((len(one.prompt) + len(one.responses[0]) for one in examples), default=0)
+    what = f"the {context} tokens of the context of student.path = {config.student.path!r}"
+    require(not text or block <= context, "data.text_block_tokens", block, f"is more than {what}; lower it")
+    mend = f"{longest} tokens, a prompt with its answer, are more than {what}; shorten that answer"
+    require(longest <= context, "data.warmup", config.data.warmup, mend)
+
+
+def check_room(key: str, path: Path, asked: Format, config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """A teacher, the setting `key` (teacher.path), has its own tokens and words around a prompt: they too have to leave
+    room for an answer. Raises ValueError where those of a prompt do not."""
+    context = context_length(path)
+    room = 2**30 if context is None else context - config.sampling.max_new_tokens
+    around = len(asked.rendered("?").encode())
+    for prompt in prompts:
+        if not prompt.turns and around + len(prompt.text.encode()) < room:  # no token is less than a byte
+            continue
+        count = len(asked.prompt(prompt.asked))
+        mend = (
+            f"{key} = {str(path)!r} needs {count} tokens for the prompt {prompt.text[:40]!r}, and its context of "
+            f"{context} leaves {room} beside sampling.max_new_tokens; lower it, or leave that prompt out"
+        )
+        require(count <= room, "data.max_prompt_tokens", config.data.max_prompt_tokens, mend)
+
+
 def _all_models(config: RunConfig) -> list[str]:
     return [config.student.path, config.teacher.path, *(teacher.path for teacher in config.teachers)]
 
@@ -201,6 +228,7 @@ def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] |
         warmup = [prompt for prompt in load("warmup", True) if question_key(prompt) not in kept_out]
         cloning = [answer_group(prompt, prompt.answers[0], asked) for prompt in warmup]
         _enough("loss.pt_batch", config.loss.pt_batch, len(cloning), f"examples in {data.warmup}")
+    check_context(config, text=pt_coef(config) > 0, examples=cloning)
     every = (*prompts, *heldout, *open_questions, *judged)
     for key, other in (others or {}).items():
         for prompt in every if other.chat else ():

@@ -69,7 +69,7 @@ def load_prompts(key: str, data: DataConfig, asked: Format, *, room: int, need_a
                 answers=tuple(row.get("answers") or ()),
                 question=row["question"],
                 context=row.get("context"),
-                id=str(row.get("id", len(prompts))),
+                id="" if row.get("id") is None else str(row["id"]),
                 pattern=row.get("pattern"),
                 question_en=row.get("question_en"),
                 context_en=row.get("context_en"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +14,9 @@ from typing import NoReturn
 import jsonargparse
 import yaml
 
+from configs.io.files import read_yaml
 from configs.models import DEMO, DEMO_STAGE1
-from configs.schema import RunConfig, validate
+from configs.schema import RunConfig, as_dict, check_sections, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_CONFIGS = ROOT / "configs" / "demo"
@@ -107,6 +109,12 @@ def parse_supervised(argv: Sequence[str], description: str, name: str) -> RunCon
 
 def instantiate(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> RunConfig:
     """Parse and build the frozen dataclasses."""
+    files = [word for flag, word in itertools.pairwise(arguments) if flag == "--config"]
+    for file in files + [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]:
+        try:
+            check_sections(read_yaml(Path(file)), as_dict(RunConfig()))
+        except ValueError as error:
+            fail(str(error))
     values = parser.instantiate_classes(parser.parse_args(list(arguments)))
     fields = {k: v for k, v in vars(values).items() if k in RunConfig.__dataclass_fields__}
     return RunConfig(**fields)

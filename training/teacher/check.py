@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from configs.io.jsonl import read_jsonl
 from configs.io.results import Result, Value, versions
+from configs.prompts import Format
 from configs.schema import RunConfig
 from rewards.minimal_pairs import (
     Pair,
@@ -56,7 +58,7 @@ def teacher_check(actor: Actor, link: TeacherLink, config: RunConfig, heldout: S
     pairs = [pair for pair in pairs if _fits(actor, pair, config.data.max_prompt_tokens)]
     logprobs: dict[str, list[float]] = {"student": [], "teacher": []}
     for begin in range(0, len(pairs), BATCH):
-        rollout = as_rollout(actor, pairs[begin : begin + BATCH])
+        rollout = as_rollout(actor.asked, pairs[begin : begin + BATCH])
         asked = link.ask(rollout, whole_distribution=False)
         logprobs_S = {"student": actor.logprobs(rollout, temperature=1.0), "teacher": asked().logprobs_S}
         for name, found_S in logprobs_S.items():
@@ -95,18 +97,19 @@ def warning(found: Result) -> str | None:
     )
 
 
-def as_rollout(actor: Actor, pairs: Sequence[Pair]) -> Rollout:
-    """Each pair as a group of two responses, right and wrong, to the sentence's first word."""
+def as_rollout(asked: Format, pairs: Sequence[Pair]) -> Rollout:
+    """Each pair as a group of two responses, right and wrong, to the sentence's first word. `asked`: how the student
+    is asked; these are plain texts, which have one space between the words in every tokenizer."""
+    plain = replace(asked, kind="plain")
     prompts: list[Prompt] = []
     responses: list[tuple[int, ...]] = []
     texts: list[str] = []
     for index, pair in enumerate(pairs):
         first = pair.right.split(maxsplit=1)[0]
-        tokens = tuple(actor.tokenizer(first)["input_ids"])
-        prompts.append(Prompt(index=index, text=first, tokens=tokens, answers=(), question=first))
+        prompts.append(Prompt(index=index, text=first, tokens=plain.prompt(first), answers=(), question=first))
         for sentence in (pair.right, pair.wrong):
             texts.append(behind_first_word(sentence).strip())
-            responses.append(tuple(actor.tokenizer(" " + texts[-1], add_special_tokens=False)["input_ids"]))
+            responses.append(plain.answer(texts[-1]))
     return Rollout(
         prompts_N=prompts,
         group_size=2,

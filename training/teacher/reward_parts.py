@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -63,7 +62,7 @@ def _custom(inputs: RewardInput, name: str) -> Sequence[float]:
             f"{int(inputs.lengths_B.sum())} tokens; return one for each response, or one for each token"
         )
     for i, value in enumerate(values):
-        if not math.isfinite(value):
+        if not abs(value) <= torch.finfo(torch.float32).max:
             raise RunFailed(f"rewards.custom = {name!r}: number {i} of {len(values)} is {value}; return finite numbers")
     return values
 

@@ -122,10 +122,22 @@ def test_bad_plans_are_refused(tmp_path: Path) -> None:
         ({"variants": [one, one]}, "same name"),
         ({"variants": [one | {"group": "g"}]}, "no heading for the groups g"),
         ({"variants": [one], "whole": "b"}, "whole = 'b'"),
+        ({"variants": [one], "seeds": 3}, "not the plan of an experiment"),
+        ({"variants": [one], "seeds": "012"}, "not the plan of an experiment"),
+        ({"variants": [one], "seeds": []}, "seeds is empty"),
     ):
         path.write_text(yaml.safe_dump({"seeds": [0], "columns": {}, **values}))
         with pytest.raises(ValueError, match=message):
             read_plan(path)
+    path.write_text(
+        "seeds: [0]\ncolumns: {}\nvariants:\n- {name: a, what: w, settings: }\ncommon:\nmeasures:\ngroups:\n"
+    )
+    plan = read_plan(path)
+    assert plan.arguments(plan.variants[0], {}) == []
+    assert (plan.measures, plan.groups) == ({}, {"": "Variants"})
+    path.write_text(path.read_text() + "common: {steps: 3}\n")
+    with pytest.raises(ValueError, match="line 8: key 'common' is there twice"):
+        read_plan(path)
     with pytest.raises(ValueError, match="no such variant; there are text, grpo-minillm"):
         MINIATURE.chosen(["text", "other"])
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,10 +19,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from configs.io.results import Result, read_result
-from configs.prompts import as_text, render
+from configs.prompts import Format, as_text, render
+from configs.schema import DataConfig
 from eval.heldout import main
-from eval.measures.heldout import HeldoutSettings, answers
+from eval.measures.heldout import HeldoutSettings, answers, heldout
 from eval.measures.model import Model, prompt_tokens
+from eval.pages.compare_scores import read_heldout
+from eval.pages.comparison import unlike
+from training.data.prompts import load_prompts
+from training.evaluation import answer_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 WORDS = ["<pad>", "</s>", "Spurningur", "Tekstur", "Svar", ":", "?", "Hvat", "eitur", "høvuðsstaðurin", "í", "Noregi"]
@@ -208,3 +214,27 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "error: --model nowhere: no such directory; give a Hugging Face model directory or a hub id\n"
     assert done.stdout == ""
+
+
+def test_a_tokenizer_without_an_end_has_the_models(tmp_path: Path) -> None:
+    path = save_oracle(tmp_path / "model", ["Oslo", "og", "Havn"])
+    nameless = tokenizer()
+    nameless.eos_token = None
+    nameless.save_pretrained(path)
+    settings = HeldoutSettings(data=write_jsonl(tmp_path / "h.jsonl", QUESTIONS), max_new_tokens=6)
+    found = heldout(Model(path=str(path)), settings)
+    assert found.rows[0]["prediction"] == "Oslo og Havn"
+
+
+def test_the_trainer_and_the_measure_know_a_question_alike(tmp_path: Path) -> None:
+    rows = [{"question": "Hvat?", "answers": ["Havn"]}, {"id": None, "question": "Hvat eitur?", "answers": ["Oslo"]}]
+    file = write_jsonl(tmp_path / "h.jsonl", rows)
+    path = save_oracle(tmp_path / "model", ["Oslo"])
+    measured = heldout(Model(path=str(path)), HeldoutSettings(data=file, max_new_tokens=4))
+    prompts = load_prompts(
+        "data.heldout", DataConfig(heldout=str(file)), Format(tokenizer()), room=60, need_answers=True
+    )
+    trained = replace(measured, rows=answer_rows(prompts, [str(row["prediction"]) for row in measured.rows]))
+    scores = [read_heldout(one, tmp_path)["heldout/f1"] for one in (measured, trained)]
+    assert unlike(*scores) == []
+    assert [score.examples.ids for score in scores if score.examples is not None] == [("\nHvat?", "\nHvat eitur?")] * 2

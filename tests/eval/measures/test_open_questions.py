@@ -15,8 +15,9 @@ from tests.eval.measures.test_heldout import ANSWERS, save_model
 ANY_TWO = f"({'|'.join(ANSWERS)}) ({'|'.join(ANSWERS)})"
 QUESTIONS = [
     {"id": "a", "question": "Hvat eitur?", "pattern": ".*"},
-    {"id": "b", "question": "Hvat?", "pattern": ANY_TWO},
+    {"id": None, "question": "Hvat?", "pattern": ANY_TWO},
     {"id": "c", "question": "Hvat eitur Oslo?", "pattern": ".*"},
+    {"id": "a", "question": "Hvat eitur Noreg?", "pattern": "x"},
 ]
 
 
@@ -30,8 +31,10 @@ def settings(tmp_path: Path) -> OpenSettings:
 def test_answers_are_counted_by_pattern(tmp_path: Path, settings: OpenSettings) -> None:
     model = Model(path=str(save_model(tmp_path / "model")))
     found = open_questions(model, settings)
-    everything, two = found.rows
-    assert [row["id"] for row in found.rows] == ["a", "b"]
+    everything, two, none = found.rows
+    assert [row["id"] for row in found.rows] == [".*", ANY_TWO, "x"], (
+        "ids of the data may be missing, or be there twice"
+    )
     assert everything["questions"] == ["Hvat eitur?", "Hvat eitur Oslo?"]
     assert len(everything["answers"]) == 16
     assert len(two["answers"]) == 8
@@ -39,9 +42,10 @@ def test_answers_are_counted_by_pattern(tmp_path: Path, settings: OpenSettings) 
     assert everything["different"] == len(set(everything["answers"])) < 16
     words = [text.split() for text in two["answers"]]
     assert two["right"] == sum(len(text) == 2 and set(text) <= set(ANSWERS) for text in words)
-    assert found.values["open_right"].value == pytest.approx(100 * (16 + two["right"]) / 24)
+    assert none["right"] == none["different"] == 0
+    assert found.values["open_right"].value == pytest.approx(100 * (16 + two["right"]) / 32)
     assert found.values["open_different"].value == pytest.approx(
-        100 * (everything["different"] + two["different"]) / 24
+        100 * (everything["different"] + two["different"]) / 32
     )
     assert open_questions(model, settings).rows == found.rows  # a seed says the same again
 

@@ -15,12 +15,20 @@ import yaml
 from eval.compare import main
 from eval.measures.intervals import translations
 from eval.measures.model_dirs import output_folder
-from eval.pages.compare_models import Entrant, entrants_of, published
+from eval.pages.compare_models import Entrant, entrants_of, published, with_own_names
 from eval.pages.compare_scores import ORDER, Score, measure
 from eval.pages.comparison import compare, gap_closed
 from eval.pages.page_parts import number, signed
 from tests.eval.pages.test_report import Page
-from tests.support.compare_files import evaluation, perplexity, write_everything, write_json, write_run
+from tests.support.compare_files import (
+    euroeval,
+    evaluation,
+    perplexity,
+    result,
+    write_everything,
+    write_json,
+    write_run,
+)
 
 
 def test_rows_numbers_and_changes(tmp_path: Path) -> None:
@@ -218,6 +226,14 @@ def test_newest_run_is_the_default_and_mistakes_get_one_line(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "perplexity.json: not as this version writes it" in error
+    (run / "eval" / "perplexity.json").unlink()
+    no_answer, no_accuracy = evaluation(1) | {"rows": [{"f1": 1.0}]}, result("teacher_check", values={"a": 1})
+    for name, broken in (("after", no_answer), ("minimal_pairs", no_accuracy)):
+        whole = (run / "eval" / f"{name}.json").read_text()
+        write_json(run / "eval" / f"{name}.json", broken)
+        assert main(["--runs_dir", str(tmp_path)]) == 2
+        assert f"{name}.json: not as this version writes it" in capsys.readouterr().err
+        (run / "eval" / f"{name}.json").write_text(whole)
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
@@ -287,6 +303,22 @@ def test_curves_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ]  # fmt: skip
     assert (first / "plots" / "curves-reward-mean.png").read_bytes().startswith(b"\x89PNG")
     assert 'href="curves.html"' in (first / "compare.html").read_text()
+
+
+def test_models_of_one_name_have_their_own_numbers(tmp_path: Path) -> None:
+    run, _ = write_everything(tmp_path)
+    models = [tmp_path / folder / name for folder in "abc" for name in ("base", "gemma-3-27b-it")]
+    for count, model in enumerate(models):
+        write_json(output_folder(model, tmp_path) / "euroeval.json", euroeval(float(count), comparable=True))
+    assert main(["--run", str(run), "--runs_dir", str(tmp_path), "--model", *map(str, models)]) == 0
+    entrants = with_own_names([*entrants_of([run], list(map(str, models)), tmp_path), *published()])
+    comparison, key = compare(entrants), "euroeval/foqa/f1"
+    assert len({one.name for one in entrants}) == len(entrants)
+    for one in entrants:
+        cell = comparison.cell(one, key)
+        assert cell is None if key not in one.scores else cell is not None and cell.score is one.scores[key]
+    shown = dict(re.findall(r"^\| (\S.*?) \|.*?(\d+\.\d)", (run / "compare.md").read_text(), re.MULTILINE))
+    assert {"base", "base (base)", f"base ({models[4]})", "gemma-3-27b-it (euroeval.com)"} <= shown.keys()
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

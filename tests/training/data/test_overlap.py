@@ -86,3 +86,23 @@ def test_prompts_and_answers_to_imitate_are_looked_through_where_they_are_used(t
     assert [line.split(" = ")[0] for line in data_warnings(both, [prompt])] == ["data.prompts", "data.warmup"]
     elsewhere = dataclasses.replace(prompt, context="Tann stóra oyggin eitur Streymoy og har er Tórshavn, sum eg sá.")
     assert data_warnings(both, [elsewhere]) == []
+
+
+def test_held_out_questions_among_those_of_training_are_counted(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows: list[dict[str, object]] = [
+        {"question": "Hvat eitur  høvuðsstaðurin?"},
+        {"question": "Hvat eitur høvuðsstaðurin?", "context": "Her er Noreg."},
+        {"prompt": "Hvør?"},
+        {"question": "Hvør?"},
+        {"messages": [{"role": "system", "content": "Ver stutt."}, {"role": "user", "content": "Nær?"}]},
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = RunConfig(
+        data=DataConfig(text=None, prompts=str(prompts), template="S: {question}"), reward="teacher_logprob"
+    )
+    asked = ("S: Hvat eitur høvuðsstaðurin?", "S: HVØR?", "Nær?")
+    heldout = [Prompt(index=n, text=text, tokens=(1,), answers=("x",), question="?") for n, text in enumerate(asked)]
+    (line,) = data_warnings(config, heldout)
+    assert line.startswith(f"data.prompts = {str(prompts)!r}: 2 of its 5 questions are held-out ones")
+    assert data_warnings(config, heldout[2:]) == []

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from configs.schema import DataConfig, RunConfig
+from configs.schema import DataConfig, ExtraTeacherConfig, RunConfig, StudentConfig
 from tests.support.runs import command, finish, metrics
 from training.run.resuming import check_settings, start_afresh
 from training.run.run_folder import RunFolder
@@ -94,3 +95,23 @@ def test_a_real_run_is_not_gone_on_with(finished_run: Path, demo_cache: Path, tm
     (said,) = [row for row in done.stderr.splitlines() if row.startswith("error")]
     assert f"data.prompts = {str(asked)!r}: not what it was when" in said
     assert len(metrics(tmp_path / "runs" / "grpo-minillm")) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"teachers": (ExtraTeacherConfig(name="another", path="models/another"),)},
+        {"student": StudentConfig(chat_template_kwargs={"enable_thinking": False, "tools": ["a"]})},
+    ],
+)
+def test_a_run_with_lists_and_mappings_goes_on_with_the_same_ones_only(
+    changed: dict[str, Any], started: tuple[RunFolder, RunConfig]
+) -> None:
+    folder, without = started
+    config = replace(without, **changed)
+    with pytest.raises(ValueError, match=r"was started with other settings"):
+        check_settings(folder, config)
+    start_afresh(folder, config)
+    check_settings(folder, config)
+    with pytest.raises(ValueError, match=r"was started with other settings"):
+        check_settings(folder, without)

@@ -9,11 +9,13 @@ import pytest
 import yaml
 
 from configs.io.results import Result, Value, read_result
+from configs.prompts import Format
 from eval.measures.model import Model
 from eval.measures.perplexity import score_texts
-from rewards.minimal_pairs import make_pairs, score_pairs, sentences_of
+from rewards.minimal_pairs import Pair, make_pairs, score_pairs, sentences_of
 from tests.support.runs import command, finish
-from training.teacher.check import warning
+from tests.support.tiny_tokenizers import build_tokenizer
+from training.teacher.check import as_rollout, warning
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,14 @@ def test_warning(teacher: float, student: float, low: float, words: str | None) 
 
 def test_no_sentence_is_said() -> None:
     assert "not compared" in str(warning(check_of({})))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
+@pytest.mark.parametrize("chat", [None, "{{ messages[0]['content'] }}"])
+def test_each_sentence_has_the_tokens_that_the_tokenizer_gives_it(kind: str, chat: str | None) -> None:
+    tokenizer = build_tokenizer(kind)
+    tokenizer.chat_template = chat
+    pair = Pair("The islands lie in the north.", "The islands in lie the north.", "swap")
+    rollout = as_rollout(Format(tokenizer, "auto"), [pair])
+    for text, response in zip((pair.right, pair.wrong), rollout.responses_B, strict=True):
+        assert [*rollout.prompts_N[0].tokens, *response] == tokenizer(text)["input_ids"]
