@@ -96,9 +96,9 @@ class Format:
         if _MARK in marked:
             whole, text = self.prompt("a"), self._ids("a")
             return (*whole[: len(whole) - len(text)], *self._pieces(marked))
-        whole, bare = list(self.tokenizer(marked)["input_ids"]), self._ids(marked)
-        behind = next((n for n in range(len(whole) - len(bare), -1, -1) if whole[n : n + len(bare)] == bare), None)
-        return tuple(whole if behind is None else whole[: behind + len(bare)])
+        ids, bare = list(self.tokenizer(marked)["input_ids"]), self._ids(marked)
+        behind = next((n for n in range(len(ids) - len(bare), -1, -1) if ids[n : n + len(bare)] == bare), None)
+        return tuple(ids if behind is None else ids[: behind + len(bare)])
 
     def answer(self, text: str) -> tuple[int, ...]:
         """Token ids of an answer behind a prompt, without an end symbol."""
