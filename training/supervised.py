@@ -324,8 +324,9 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
         return [json.loads(one) for one in distributed.gather_strings([])]
     teacher, folder, samples = Path(config.teacher.path), Path(config.cache_dir), config.sft.samples
     asked, temperature = format_of("teacher", config.teacher, config.data), config.distill.answer_temperature
-    how = [fingerprint(teacher, whole=False), config.sampling.max_new_tokens, asked.rendered("?"), asked.end]
-    key = hashlib.sha256(json.dumps([*how, temperature, samples, config.seed]).encode()).hexdigest()[:16]
+    who = [fingerprint(teacher, whole=False), config.teacher.url, config.teacher.served_name]
+    how = [config.sampling.max_new_tokens, asked.rendered("?"), asked.end, temperature, samples, config.seed]
+    key = hashlib.sha256(json.dumps([*who, *how]).encode()).hexdigest()[:16]
     path = folder / f"teacher-answers-{key}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):  # runs that start together ask once

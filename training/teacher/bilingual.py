@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,14 +100,12 @@ class Bilingual:
         beginning."""
         facts, texts = self._link.facts, self._translate(rollout.texts_B)
         settings = AutoConfig.from_pretrained(facts.path).get_text_config()
-        room, end = int(getattr(settings, "max_position_embeddings", None) or 2**30), facts.teacher.end_of_text
-        read = [(*facts.teacher.text(" " + text), end) if text else (end,) for text in texts]
+        room = int(getattr(settings, "max_position_embeddings", None) or 2**30)
+        plain = replace(facts.teacher, kind="plain")
+        read = [(*plain.answer(text), plain.end) if text else (plain.end,) for text in texts]
         read = [tokens[: room // 2] for tokens in read]
         english = [self.prompt(prompt) for prompt in rollout.prompt_of_response()]
-        prompts = [
-            tuple(facts.teacher.tokenizer(prompt)["input_ids"])[-(room - len(tokens)) :]
-            for prompt, tokens in zip(english, read, strict=True)
-        ]
+        prompts = [plain.prompt(prompt)[-(room - len(tokens)) :] for prompt, tokens in zip(english, read, strict=True)]
         future = self._link.client.score(groups_of(prompts, read, 1))
         return lambda: translated_scores(future.result(), [len(tokens) for tokens in read])
 
