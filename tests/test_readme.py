@@ -118,6 +118,22 @@ def test_a_page_is_found() -> None:
             assert (folder / link).exists(), link
 
 
+def test_the_claim_is_what_the_table_has() -> None:
+    """README's comparison of GRPO with more of stage 1 is that of docs/results.md."""
+    head, *rows = (row.split("|")[1:-1] for row in PAGES["results.md"].splitlines() if row.startswith("| "))
+    found = {}
+    for name in ("grpo-minillm", "more-stage1"):
+        cells = next(row for row in rows if row[0].strip() == f"`{name}`")
+        values = {title.strip(): cell.split("±")[0] for title, cell in zip(head, cells, strict=True)}
+        found[name] = float(values["reverse KL (open)"]), 100 - float(values["right open answers"])
+    (ours, wrong), (theirs, wrong_theirs) = found.values()
+    said = README.replace("\n", " ")
+    assert f"{ours / theirs:.0%} of the reverse KL".replace("%", " %") in said
+    assert (
+        f"({ours:.3f} against {theirs:.3f} nats a token, five seeds), {wrong:.1f} against {wrong_theirs:.1f} %" in said
+    )
+
+
 @pytest.mark.parametrize("page", ["README.md", "data.md", "following.md", "python.md", "troubleshooting.md"])
 def test_settings_and_metrics_that_a_page_names_exist(page: str) -> None:
     """`section.key` is a setting, `--section.key` too, and `group/name` is written by the trainer."""
