@@ -85,12 +85,12 @@ def test_time_limit_preemption_lost_node_and_lost_teacher_change_nothing(desk: D
 
     desk.wait_for_steps("broken", desk.steps("broken") + 2)
     node = desk.node_of(job)
-    with desk.frozen_teacher(job):
+    with desk.frozen_teacher(job):  # until it is ended: SLURM may take minutes, and the teacher leaves when it can
         cluster.kill_node(node)
-    until(lambda: desk.restarts(job) == 3, "requeue after the node was lost", 120)
-    cluster.start_node(node)
-    desk.wait_for_restart(job, 3)
-    until(lambda: "what is left of the start before" in desk.log(job), "the end of the old teacher", 60)
+        until(lambda: desk.restarts(job) == 3, "requeue after the node was lost", 120)
+        cluster.start_node(node)
+        desk.wait_for_restart(job, 3)
+        until(lambda: "what is left of the start before" in desk.log(job), "the end of the old teacher", 60)
 
     desk.wait_for_steps("broken", desk.steps("broken") + 2)
     with desk.frozen_teacher(job) as teacher:
