@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 HELD_OUT_EVERY = 20
 """Blocks of raw text of which one is held out."""
+KEEP_S = 30.0
+"""Seconds between two writings of the teacher's answers: all of them are one file."""
 
 
 class Stopped(Exception):
@@ -332,11 +335,19 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
     with locked(path.with_suffix(".lock")):  # runs that start together ask once
         known: dict[str, list[tuple[str, bool]]] = read_json(path) if path.is_file() else {}
         missing = [p for p in prompts if p.text not in known]
-        for start in range(0, len(missing), config.eval.batch):
-            batch = missing[start : start + config.eval.batch]
-            repeated = [prompt for prompt in batch for _ in range(samples)]
-            seed = config.seed * len(missing) + start
-            answers = link.answer(repeated, config.sampling.max_new_tokens, temperature=temperature, seed=seed)
-            known |= {p.text: answers[i * samples : (i + 1) * samples] for i, p in enumerate(batch)}
-            write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
+        kept = time.monotonic()
+        bar = tqdm(range(0, len(missing), config.eval.batch), "the teacher's answers", disable=not missing)
+        try:
+            for start in bar:
+                batch = missing[start : start + config.eval.batch]
+                repeated = [prompt for prompt in batch for _ in range(samples)]
+                seed = config.seed * len(missing) + start
+                answers = link.answer(repeated, config.sampling.max_new_tokens, temperature=temperature, seed=seed)
+                known |= {p.text: answers[i * samples : (i + 1) * samples] for i, p in enumerate(batch)}
+                if time.monotonic() - kept > KEEP_S:
+                    write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
+                    kept = time.monotonic()
+        finally:  # a start that is stopped here asks for the rest next time
+            if missing:
+                write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
     return [json.loads(one) for one in distributed.gather_strings([json.dumps(known[p.text]) for p in prompts])]
