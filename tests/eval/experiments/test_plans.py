@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +83,25 @@ def test_the_miniatures_variants_share_what_is_compared() -> None:
     for config in found.values():
         validate(config)
         assert config.data.template == "{question}"  # a prompt is the opening itself
-        assert config.student.path == "DIR/smollm2-135m"
-    grpo, text, more = found["grpo-minillm"], found["text"], found["text-more"]
+        assert config.teacher.path == "runs/x/teacher/export"
+        assert config.data == found["grpo-minillm"].data
+    grpo, more, answers = (found[name] for name in ("grpo-minillm", "text-more", "teacher-answers"))
     assert (grpo.algo, grpo.reward, grpo.recipe) == ("grpo", "minillm", "rl")
-    # Equal tokens of text, block by block; and equal tokens in all, text and samples together.
-    assert (text.sft.steps, text.sft.batch) == (grpo.steps, grpo.loss.pt_batch)
-    assert text.data == more.data == grpo.data
-    sampled = grpo.prompts_per_step * grpo.sampling.group_size * grpo.sampling.max_new_tokens
-    block = grpo.data.text_block_tokens
-    assert more.sft.steps * more.sft.batch * block == grpo.steps * (grpo.loss.pt_batch * block + sampled)
-    assert text.sft.learning_rate == more.sft.learning_rate == grpo.actor.learning_rate
-    assert (found["grpo-alone"].loss.pt_coef, grpo.loss.pt_coef) == (0.0, 1.0)
+    assert {config.student.path for config in (grpo, more, answers)} == {"runs/x/start/export"}
+    for name, first in (("answers-more", answers), ("answers-then-grpo", grpo)):
+        then = found[name]
+        assert then.student.path == "runs/x/teacher-answers-seed0/export"
+        assert replace(then, student=first.student) == first
+    assert more.sft.learning_rate == answers.sft.learning_rate == grpo.actor.learning_rate
+    # Where many continuations are right, the teacher's likeliest one says less than samples do.
+    assert (answers.sft.answers, answers.distill.answer_temperature) == ("teacher", 1.0)
+
+
+def test_a_plans_steps_are_those_of_each_program() -> None:
     by_name = {one.name: one for one in MINIATURE.variants}
-    assert [MINIATURE.steps(by_name[name], None) for name in ("text", "grpo-minillm")] == [16, 16]
-    assert configs_of(MINIATURE)["text"].sft.steps == 16
-    assert MINIATURE.arguments(by_name["text"], GIVEN, 3)[-2:] == ["--sft.batch", "4"]
-    assert "--sft.steps 3" in " ".join(MINIATURE.arguments(by_name["text"], GIVEN, 3))
+    assert [MINIATURE.steps(by_name[name], None) for name in ("text-more", "grpo-minillm")] == [32, 16]
+    assert MINIATURE.arguments(by_name["text-more"], GIVEN, 3)[-2:] == ["--sft.batch", "8"]
+    assert "--sft.steps 3" in " ".join(MINIATURE.arguments(by_name["text-more"], GIVEN, 3))
 
 
 def test_names_in_a_plan_are_filled_in_or_asked_for() -> None:
@@ -108,7 +112,7 @@ def test_names_in_a_plan_are_filled_in_or_asked_for() -> None:
         "fo=R/x",
     ]
     with pytest.raises(ValueError, match=r"\$\{models\}: give --with models=VALUE"):
-        MINIATURE.arguments(MINIATURE.variants[0], {"runs": "R"})
+        filled(["${models}/gemma"], given)
 
 
 def test_bad_plans_are_refused(tmp_path: Path) -> None:
@@ -138,8 +142,8 @@ def test_bad_plans_are_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "common: {steps: 3}\n")
     with pytest.raises(ValueError, match="line 8: key 'common' is there twice"):
         read_plan(path)
-    with pytest.raises(ValueError, match="no such variant; there are text, grpo-minillm"):
-        MINIATURE.chosen(["text", "other"])
+    with pytest.raises(ValueError, match="no such variant; there are text-more, teacher-answers, "):
+        MINIATURE.chosen(["text-more", "other"])
 
 
 def test_held_out_sentences_are_in_no_file_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,7 @@ def test_a_signal_ends_the_runs_and_leaves(small_plan: Path, demo_cache: Path, t
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = str(ROOT / "configs" / "miniature.yaml")
     for words, message in (
-        ([plan], "${models}: give --with models=VALUE"),
+        ([plan], "${text}: give --with text=VALUE"),
         ([plan, "--with", "models"], "--with models: give NAME=VALUE"),
         ([plan, "--jobs", "0"], "--jobs = 0"),
         ([str(tmp_path / "none.yaml")], "not the plan of an experiment"),
