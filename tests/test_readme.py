@@ -35,7 +35,6 @@ MESSAGES = (
     "in every way of running the model",
     "which no token of both models has",
     "set it to 0 or leave it out",
-    "taken again with half of actor.micro_batch_tokens",
     "out of memory in phase ",
     "the teacher shares theirs",
     "not arrived: no sign of life",

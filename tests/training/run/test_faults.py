@@ -239,41 +239,21 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config = transformers.LlamaConfig(**{**student_models._SIZES, "max_position_embeddings": 1024})
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
-    # Every tensor of some size is a mapping of its own, given back as it is freed: the limit is then exact.
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     program = [
         sys.executable,
         str(ROOT / "tests" / "support" / "fault_worker.py"),
         str(folder / "model"),
         str(folder / "out.json"),
     ]
-    finish_ranks(program, 2, folder, 900, **allocator)
+    finish_ranks(program, 2, folder, 900)
     return json.loads((folder / "out.json").read_text())
 
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("zero", [0, 1])
-def test_out_of_memory_on_one_rank(zero: int, two_ranks: dict[str, Any]) -> None:
-    """Both ranks take the step again with half the budget: what comes out is what half the budget gives at once."""
-    found = two_ranks[f"memory, zero {zero}"]
-    much, half = found["needed"]
-    assert much > 1.3 * half, "half the budget needs less"
-    halved, smaller, hopeless = found["halved"], found["smaller"], found["hopeless"]
-    assert halved["budgets"] == [2000.0, 2000.0]
-    assert smaller["budgets"] == [2000.0, 2000.0], "it was configured so, and had room"
-    assert halved["metrics"].keys() == smaller["metrics"].keys()
-    for key, value in smaller["metrics"].items():
-        assert halved["metrics"][key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
-    assert halved["state"] == smaller["state"], "bit for bit"
-    assert halved["state"] != found["start"]
-    assert hopeless["metrics"]["failed"] == 1.0, "with half of it neither: no third attempt"
-    assert hopeless["state"] == found["start"], "and nothing has changed"
-
-
-@pytest.mark.parametrize("zero", [0, 1])
 def test_a_loss_that_is_not_finite_on_one_rank(zero: int, two_ranks: dict[str, Any]) -> None:
     found = two_ranks[f"not finite, zero {zero}"]
     assert found["skipped"] == 1.0
-    assert found["after"] == two_ranks["memory, zero 0"]["start"], "left out on every rank"
+    assert found["after"] == found["start"], "left out on every rank"
     assert found["next"] == found["clean"]
     assert found["next"] != found["after"]
