@@ -123,7 +123,7 @@ def planned(config: RunConfig, world: int) -> dict[str, int]:
     rank = rank_memory(config, tracer, world, "cpu")
     static = sum(rank.static.values())
     said = {"static": static, "actor_update": rank.moments["update"]}
-    said["sampling"] = tracer.sampling(config.sampling, 2 * SAMPLED).peak
+    said["sampling"] = tracer.sampling(config.sampling, 2 * SAMPLED)
     said["reference_forward"] = rank.moments["reference, evaluation passes"]
     if config.algo == "ppo":
         said["critic_update"] = rank.moments["critic's update"]
@@ -330,7 +330,7 @@ def test_every_teacher_is_planned_and_one_that_transformers_runs_says_so(
 def test_mistakes_are_one_message(public: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ["--teacher.path", str(public / "llama-2-70b")]
     for path, mend in (
-        ("nobody/nothing", "is not on this disk"),
+        ("nobody/nothing", "no such directory, not in the hub's cache"),
         (str(tmp_path), "no config.json"),
         ("/no/such", "no such directory"),
     ):
