@@ -125,12 +125,10 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     require(entries <= facts.columns, "loss.single_step_entries", entries, mend)
     check_recipe(config, facts.same_tokenizer)
     check_mixing(config, facts.same_tokenizer)
-    check_tokenizers(config, "teacher.path", facts)
-    every = {"teacher.path": facts}
-    for place, extra in enumerate(config.teachers):
-        key, further = f"teachers[{place}].path", teacher_facts(config, extra, f"teachers[{place}]")
-        check_tokenizers(config, key, further)
-        every[key] = further
+    others = [teacher_facts(config, extra, f"teachers[{i}]") for i, extra in enumerate(config.teachers)]
+    every = {"teacher.path": facts, **{f"teachers[{i}].path": one for i, one in enumerate(others)}}
+    for key, one in every.items():
+        check_tokenizers(config, key, one)
     inputs = load_inputs(config, facts.student, {key: one.teacher for key, one in every.items()})
     for key, one in every.items():
         asked = (*inputs.corpus.prompts, *inputs.heldout, *inputs.corpus.validation)

@@ -279,10 +279,11 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
     if facts is not None:
         check_room("teacher.path", facts.path, facts.teacher, config, prompts)
     with ExitStack() as stack:
-        link = None if facts is None else ask_teacher(stage, facts, stack)
-        if link is None:
-            answers_N = [[(prompt.answers[0], True)] for prompt in prompts]
-        else:
+        link = None
+        answers_N = [[(prompt.answers[0], True)] for prompt in prompts] if facts is None else []
+        if facts is not None:
+            place = find_teacher(config.teacher, stage.run.folder.path / "teacher", stack)
+            link = connect(config.teacher, place, facts, stack)
             answers_N = teacher_answers(config, link, prompts)
         examples = cloned(prompts, answers_N, asked)
         if link is None:
@@ -309,15 +310,6 @@ def cloned(prompts: Sequence[Prompt], answers_N: Sequence[Sequence[tuple[str, bo
         log.warning("%d of %d answers of the teacher are cut at sampling.max_new_tokens; no end is learnt from them",
                     cut, len(answers))  # fmt: skip
     return [answer_group(prompt, text, asked, ended=ended) for prompt, text, ended in answers if text]
-
-
-def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack) -> TeacherLink:
-    """This rank's session with the running server, or with one that starts here and ends with `stack`. Collective."""
-    teacher = stage.config.teacher
-    link = connect(teacher, find_teacher(teacher, stage.run.folder.path / "teacher", stack), facts, stack)
-    if "hidden" not in link.client.info().kinds:
-        link.head = None
-    return link
 
 
 def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prompt]) -> list[list[tuple[str, bool]]]:
