@@ -40,6 +40,11 @@ class Inputs:
     heldout: list[Prompt]
     """Held-out questions, then the open ones."""
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All that the teachers are asked."""
+        return [*self.corpus.prompts, *self.heldout, *self.corpus.validation]
+
 
 def with_models(config: RunConfig, find: Callable[[str, str], str]) -> RunConfig:
     """The configuration with what `find` (of a key and its path) gives as the path of each model."""
@@ -170,10 +175,9 @@ def check_context(config: RunConfig, *, text: bool, examples: Sequence[Group] = 
     require(longest <= context, "data.warmup", config.data.warmup, mend)
 
 
-def check_room(key: str, path: Path, asked: Format, config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """A teacher, the setting `key` (teacher.path), has its own tokens and words around a prompt: they too have to leave
-    room for an answer. Raises ValueError where those of a prompt do not."""
-    context = context_length(path)
+def check_room(named: str, asked: Format, context: int | None, config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """A teacher, `named` by its setting and value, has its own tokens and words around a prompt: they too have to leave
+    room for an answer in its `context`. Raises ValueError where those of a prompt do not."""
     room = 2**30 if context is None else context - config.sampling.max_new_tokens
     around = len(asked.rendered("?").encode())
     for prompt in prompts:
@@ -181,7 +185,7 @@ def check_room(key: str, path: Path, asked: Format, config: RunConfig, prompts: 
             continue
         count = len(asked.prompt(prompt.asked))
         mend = (
-            f"{key} = {str(path)!r} needs {count} tokens for the prompt {prompt.text[:40]!r}, and its context of "
+            f"{named} needs {count} tokens for the prompt {prompt.text[:40]!r}, and its context of "
             f"{context} leaves {room} beside sampling.max_new_tokens; lower it, or leave that prompt out"
         )
         require(count <= room, "data.max_prompt_tokens", config.data.max_prompt_tokens, mend)
