@@ -113,7 +113,8 @@ class Format:
 
     def placed(self, text: str) -> list[tuple[int, int]]:
         """The same, each with the character of the text where it begins; by a fast tokenizer only."""
-        found, at = [], 0
+        found: list[tuple[int, int]] = []
+        at = 0
         for part, options in self._stretches(self._guarded(text, "")):
             made = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, **options)
             starts = (at + start for start, _ in made["offset_mapping"])

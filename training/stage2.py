@@ -61,7 +61,7 @@ from training.teacher.bilingual import Bilingual, Translator
 from training.teacher.check import teacher_check, warning
 from training.teacher.facts import TeacherFacts, check_tokenizers, teacher_facts
 from training.teacher.link import TeacherLink
-from training.teacher.mixing import check_mixing
+from training.teacher.mixing import check_cache, check_mixing
 from training.teacher.reward_parts import check_extra_rewards
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
         check_tokenizers(config, key, further)
         every[key] = further
     inputs = load_inputs(config, facts.student, {key: one.teacher for key, one in every.items()})
+    check_cache(config, facts.teacher, inputs.corpus.prompts)
     for key, one in every.items():
         check_room(f"{key} = {str(one.path)!r}", one.teacher, context_length(one.path), config, inputs.prompts)
     return config, facts, inputs

@@ -36,6 +36,7 @@ from training.data.preflight import (
     check_context,
     check_files,
     check_room,
+    check_vocabulary,
     context_length,
     room_for_prompt,
     with_model_directories,
@@ -206,6 +207,7 @@ def read_text(config: RunConfig, asked: Format) -> tuple[TextBlocks, TextBlocks]
     """(blocks to learn from, every twentieth, which is held out). Raises ValueError where there are too few."""
     check_context(config, text=True)
     blocks = text_blocks(config.data, asked, config.cache_dir)
+    check_vocabulary(config, [(blocks.highest,)])
     every = np.arange(1, len(blocks) + 1) % HELD_OUT_EVERY == 0
     text, held = blocks.picked(~every), blocks.picked(every)
     least = f"gives {len(blocks)} blocks; {HELD_OUT_EVERY} are needed at least"
@@ -301,6 +303,7 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
         examples = cloned(prompts, answers_N, asked, None if link is None else config.sampling.max_new_tokens)
         if link is None:
             check_context(config, text=False, examples=examples)
+        check_vocabulary(config, [sequence for one in examples for sequence in (one.prompt, *one.responses)])
         actor = stage.new_actor(facts)
         seconds = train(stage, actor, examples, lambda mine: UpdateInput(None, [], mine, SUPERVISED), "bc")
         after = evaluate(actor, link, heldout, config, str(stage.run.folder.export))

@@ -13,6 +13,7 @@ import torch
 from configs.schema import RunConfig
 from rewards.base import RewardOutput
 from tests.support.experiences import prompts_of, rollout_of
+from training.advantages import has_signal
 from training.evaluation import sampled_answers
 from training.experience import Prompt, Rewarded, Rollout, Scored, TeacherView
 from training.loop import describe
@@ -35,6 +36,16 @@ def test_means_are_of_the_responses_that_have_a_score() -> None:
     assert found["reward/mean"] == -5.0
     assert (found["length/mean"], found["groups/dropped"]) == (1.5, 1)
     assert (found["tokens/sampled"], found["tokens/scored"]) == (3, 2)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_group_without_a_score_has_no_signal(returned: bool) -> None:
+    """So that grpo.no_signal `resample` answers another prompt in its place."""
+    rollout = rollout_of(prompts_of([(1,), (2,), (3,)]), [(4,), (5,), (4,), (5,), (4,), (5,)])
+    rewards_S = torch.tensor([-3.0, NAN, -2.0, -1.0, -1.0, -1.0])
+    teacher = TeacherView(rewards_S, rollout.lengths_B, torch.zeros(6, dtype=torch.int64))
+    reward = RewardOutput(rewards_S, rewards_S if returned else None, {})
+    assert has_signal(Rewarded(Scored(rollout, teacher), reward)).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(("teacher_S", "kl"), [([-4.0, -4.0, -4.0], 2.0), ([-4.0, -4.0, NAN], 2.5), ([NAN] * 3, NAN)])

@@ -221,8 +221,10 @@ def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] |
         check_validation(judged, {"data.heldout": heldout, "data.prompts": prompts}, config)
     _enough("prompts_per_step", config.prompts_per_step, len(prompts), f"prompts in {data.prompts}")
     text: Sequence[Sequence[Group]] = ()
+    highest: tuple[int, ...] = ()
     if pt_coef(config) > 0:
-        text = text_blocks(data, asked, config.cache_dir)
+        text = blocks = text_blocks(data, asked, config.cache_dir)
+        highest = (blocks.highest,)
         if len(text) < config.loss.pt_batch and environment_rank() == 0:
             said = "loss.pt_batch = %d: data.text = %r has %d blocks of data.text_block_tokens; each step takes all"
             log.warning(said, config.loss.pt_batch, data.text, len(text))
@@ -241,13 +243,14 @@ def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] |
             except ValueError as error:
                 raise ValueError(f"{key}: {error} for {prompt.text[:40]!r}") from None
     tokens = [prompt.tokens for prompt in every]
-    _in_vocabulary(config, tokens + [group.responses[0] for group in cloning])
+    check_vocabulary(config, [*tokens, *(group.responses[0] for group in cloning), highest, (asked.end,)])
     most = config.eval.questions or None
     return Inputs(Corpus(prompts, text, cloning, judged), [*heldout[:most], *open_questions[:most]])
 
 
-def _in_vocabulary(config: RunConfig, tokens: Sequence[Sequence[int]]) -> None:
-    """Every token has a row in the student's embedding: a tokenizer may have grown without its model."""
+def check_vocabulary(config: RunConfig, tokens: Sequence[Sequence[int]]) -> None:
+    """Every token has a row in the student's embedding: a tokenizer may have grown without its model. Raises
+    ValueError."""
     rows = AutoConfig.from_pretrained(config.student.path).get_text_config().vocab_size
     highest = max((max(one, default=0) for one in tokens), default=0)
     require(
