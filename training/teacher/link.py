@@ -116,9 +116,10 @@ class TeacherLink:
             of_response = future.result().split([len(tokens) for tokens in sent])
             carried = [
                 torch.tensor(carry(s.tolist(), r.student_token, len(response)), dtype=torch.float32)
-                if fits else torch.full((len(response),), torch.nan)
+                if fits
+                else torch.full((len(response),), torch.nan)
                 for s, r, response, fits in zip(of_response, read, rollout.responses_B, fits_B, strict=True)
-            ]  # fmt: skip
+            ]
             return TeacherView(
                 logprobs_S=torch.cat(carried) if carried else torch.zeros(0),
                 scored_tokens_B=torch.tensor([len(tokens) for tokens in sent], dtype=torch.int64),
@@ -130,11 +131,11 @@ class TeacherLink:
     def _say_too_long(self, tokens: int) -> None:
         """Once a run."""
         if not self._said_too_long:
-            log.warning(
+            said = (
                 "%s: a prompt with its response takes %d tokens of the teacher, whose context has %d; such responses "
-                "have no score, and their groups are left out (groups/dropped); lower sampling.max_new_tokens",
-                self.facts.path, tokens, self.client.info().max_positions,
-            )  # fmt: skip
+                "have no score, and their groups are left out (groups/dropped); lower sampling.max_new_tokens"
+            )
+            log.warning(said, self.facts.path, tokens, self.client.info().max_positions)
         self._said_too_long = True
 
     def answer(

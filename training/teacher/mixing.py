@@ -40,11 +40,12 @@ def check_cache(config: RunConfig, asked: Format, prompts: Sequence[Prompt]) -> 
     count = min(sampling.prompts_at_once or mine, mine)
     longest = sorted(len(asked.prompt(prompt.asked)) for prompt in prompts)[-count:]
     needed = sum(longest) + count * sampling.group_size * sampling.max_new_tokens
-    require(
-        needed <= config.teacher.max_cache_tokens, "teacher.max_cache_tokens", config.teacher.max_cache_tokens,
+    said = (
         f"sampling.mix_by token holds up to {needed} tokens of {count} prompts with their responses there; raise it, "
-        "or set sampling.prompts_at_once lower",
-    )  # fmt: skip
+        "or set sampling.prompts_at_once lower"
+    )
+    most = config.teacher.max_cache_tokens
+    require(needed <= most, "teacher.max_cache_tokens", most, said)
 
 
 class TokenMixture:
