@@ -25,6 +25,7 @@ import numpy as np
 
 from configs.io.jsonl import read_texts
 from configs.io.results import Result, Value, about_file, versions
+from configs.prompts import Format
 from configs.ranges import PositiveInt
 from eval.measures.intervals import Examples, interval
 from eval.measures.model import Model, context_length
@@ -119,10 +120,10 @@ def encode(text: str, tokenizer: Any) -> Encoded | None:
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__}: needs a tokenizer that says where its tokens lie (a fast one)")
     given = len(text.split(maxsplit=1)[0]) if text.split() else 0
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(found["input_ids"]), found["offset_mapping"]
+    found = Format(tokenizer).placed(text)
+    ids = [token for token, _ in found]
     # A token that begins inside the first word is given, so that no tokenizer predicts a part of it.
-    scored = next((index for index, (start, _) in enumerate(offsets) if start >= given), len(ids))
+    scored = next((index for index, (_, start) in enumerate(found) if start >= given), len(ids))
     if scored in (0, len(ids)):
         return None
     rest = text[given:]

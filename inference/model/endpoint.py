@@ -70,7 +70,10 @@ class Endpoint:
     def info(self) -> TeacherInfo:
         """What clients may know."""
         text = AutoConfig.from_pretrained(self._path).get_text_config()
-        longest = [self._served.get("max_model_len"), getattr(text, "max_position_embeddings", None)]
+        served = self._served.get("max_model_len")
+        # Both servers want to write a token behind what they score, and SGLang keeps one more free.
+        served = served - 2 if isinstance(served, int) else None
+        longest = [served, getattr(text, "max_position_embeddings", None)]
         return TeacherInfo(
             model=self._served["id"],
             vocab_size=text.vocab_size,

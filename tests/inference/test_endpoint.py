@@ -70,6 +70,12 @@ def test_it_says_what_transformers_says(served: ServedModel, model: Path, max_ba
     assert not hasattr(teacher, "hidden")
 
 
+def test_the_servers_context_has_to_take_what_the_server_adds(served: ServedModel, model: Path) -> None:
+    """vLLM and SGLang refuse a scored row that fills it: they write one token behind it, and SGLang wants one free."""
+    served.context = 100
+    assert open_endpoint(served, model).info.max_positions == 98
+
+
 def test_answers_end_with_what_ends_them(served: ServedModel, model: Path) -> None:
     teacher = open_endpoint(served, model)
     prompts = tuple(Group(g.prompt, ()) for g in GROUPS)

@@ -57,8 +57,10 @@ def test_stage_0_learns_the_text(run: Path) -> None:
         for (group,) in held:
             ids = torch.tensor([[*group.prompt, *group.responses[0]]])
             nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
-            size += len(tokenizer.decode(group.responses[0], skip_special_tokens=True).encode())
-    assert summary["bits_per_byte_after"] == pytest.approx(nats / math.log(2) / size, rel=1e-3)
+            # A byte-level tokenizer has a letter for each byte, and a block may begin or end inside a character.
+            words = tokenizer.convert_ids_to_tokens(list(group.responses[0]))
+            size += sum(len(word) for word in words if word not in tokenizer.all_special_tokens)
+    assert summary["bits_per_byte_after"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_path: Path, demo_cache: Path) -> None:
