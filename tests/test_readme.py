@@ -190,7 +190,6 @@ def test_stage_2_from_the_command_line(command: list[str], run: str, tmp_path: P
     assert (tmp_path / run / "report.html").is_file()
 
 
-@pytest.mark.timeout(1800)
 def test_stages_1_and_3_from_the_command_line(tmp_path: Path, demo_cache: Path) -> None:
     where = ["--runs_dir", str(tmp_path)]
     tiny = ["--demo_size", "tiny", "--cache_dir", str(demo_cache), "--threads", "1", "--sft.steps", "3"]
