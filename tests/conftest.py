@@ -63,23 +63,28 @@ def finished_run(shared_folder: Path, demo_cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train(
-    demo_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """`train(runs, *options, code=0)`: stage 2 on the tiny demo, to its end, in a process that has its libraries
-    already (tests/support/forked.py). All these runs ask one server of the demo's teacher."""
-    from tests.support.forked import finish_forked
-    from tests.support.runs import command
-    from tests.support.teacher_servers import SECRET, serve
+def demo_teacher(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    """Options of a run that asks the demo's teacher at one server, as all such runs of a test process do. Its secret
+    is tests.support.teacher_servers.SECRET."""
+    from tests.support.teacher_servers import serve
     from training.data.demo.models import ensure_demo
 
     folder = tmp_path_factory.mktemp("teacher")
     server = serve(ensure_demo(demo_cache, size="tiny").teacher, folder / "address", folder / "log")
-    asked = ("--teacher.address", str(folder / "address"))
-
-    def start(runs: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        return finish_forked(command(runs, demo_cache, *asked, *options), code, GRPO_KD_TEACHER_SECRET=SECRET)
-
-    yield start
+    yield ("--teacher.address", str(folder / "address"))
     server.kill()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def train(demo_cache: Path, demo_teacher: tuple[str, ...]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`train(runs, *options, code=0)`: stage 2 on the tiny demo with that teacher, to its end, in a process that has
+    its libraries already (tests/support/forked.py)."""
+    from tests.support.forked import finish_forked
+    from tests.support.runs import command
+    from tests.support.teacher_servers import SECRET
+
+    def start(runs: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        return finish_forked(command(runs, demo_cache, *demo_teacher, *options), code, GRPO_KD_TEACHER_SECRET=SECRET)
+
+    return start

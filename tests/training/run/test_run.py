@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from configs.io.results import read_result
 from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, command, finish, metrics, timeless
+from tests.support.teacher_servers import SECRET
 
 PYTHON = sys.executable
 
@@ -67,11 +68,11 @@ def test_the_export_loads_in_plain_transformers_and_differs_from_the_start(finis
 
 
 def test_two_ranks_under_zero_3_sample_and_learn_what_one_rank_does(
-    finished_run: Path, tmp_path: Path, demo_cache: Path
+    finished_run: Path, tmp_path: Path, demo_cache: Path, demo_teacher: tuple[str, ...]
 ) -> None:
     """The other stages: tests/training/student/test_ranks.py."""
     options = ("--steps", "3", "--actor.zero_stage", "3", "--sampling.prompts_at_once", "3")
-    finish(command(tmp_path, demo_cache, *options, ranks=2))
+    finish(command(tmp_path, demo_cache, *demo_teacher, *options, ranks=2), GRPO_KD_TEACHER_SECRET=SECRET)
     run = tmp_path / "grpo-minillm"
 
     def first_samples(path: Path) -> list[dict[str, object]]:
