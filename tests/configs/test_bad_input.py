@@ -205,11 +205,12 @@ def test_an_uneven_share_of_prompts_is_refused(demo_cache: Path, tmp_path: Path)
     assert "prompts_per_step = 8: must be a multiple of the 3 ranks" in done.stderr
 
 
-@pytest.mark.parametrize("program", ["main.py", "sft.py"])
+@pytest.mark.parametrize(("program", "more"), [("main.py", ()), ("sft.py", ("--sft.answers", "data"))])
 def test_a_setting_that_only_the_loaded_model_can_refuse_is_named(
-    program: str, demo_cache: Path, tmp_path: Path
+    program: str, more: tuple[str, ...], demo_cache: Path, tmp_path: Path
 ) -> None:
-    stage2 = command(tmp_path, demo_cache, "--student.adapter.rank", "2", "--student.adapter.targets", "lm_head,q_proj")
+    wrong = ("--student.adapter.rank", "2", "--student.adapter.targets", "lm_head,q_proj")
+    stage2 = command(tmp_path, demo_cache, *wrong, *more)
     done = finish_forked([word.replace("main.py", program) for word in stage2], code=2)
     assert "student.adapter.targets = 'lm_head,q_proj': lm_head is the embedding" in done.stderr
     assert "Traceback" not in done.stderr

@@ -37,6 +37,7 @@ def test_the_second_start_is_refused(tmp_path: Path, demo_cache: Path) -> None:
 def test_stages_0_and_1_do_the_same(stage: str, tmp_path: Path, demo_cache: Path) -> None:
     line = [sys.executable, str(ROOT / "training" / f"{stage}.py"), *TINY, "--runs_dir", str(tmp_path)]
     line += ["--cache_dir", str(demo_cache), "--sft.steps", "100000", "--checkpoint.every", "1000"]
+    line += ["--sft.answers", "data"]
     first = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         assert wait_until((tmp_path / stage / "metrics.jsonl").is_file, 400)
