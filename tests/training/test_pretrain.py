@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from configs.prompts import Format
 from configs.schema import DataConfig
+from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, environment, finish, metrics, timeless
 from training.data.text import text_blocks
 
@@ -71,7 +72,7 @@ def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_pat
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + 400
         while not (other / "metrics.jsonl").is_file() or not metrics(other):
             assert process.poll() is None
             assert time.monotonic() < end
@@ -84,7 +85,7 @@ def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_pat
     done = len(metrics(other))
     assert 0 < done < 12
     assert (other / "checkpoints" / "latest").read_text() == f"step-{done:06d}"
-    finish(line(tmp_path, demo_cache, 12))
+    finish_forked(line(tmp_path, demo_cache, 12))
     assert [row["step"] for row in metrics(other)] == list(range(1, 13))
     assert timeless(metrics(other)) == timeless(metrics(run))
     summaries = [json.loads((one / "summary.json").read_text()) for one in (other, run)]
@@ -96,5 +97,5 @@ def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_pat
 def test_too_little_text_is_said(tmp_path: Path, demo_cache: Path) -> None:
     (tmp_path / "text.txt").write_text("Ein stuttur tekstur.\n", encoding="utf-8")
     arguments = ["--demo_size", "tiny", "--data.text", str(tmp_path / "text.txt"), "--cache_dir", str(demo_cache)]
-    done = finish([sys.executable, str(ROOT / "training" / "pretrain.py"), *arguments], code=2)
+    done = finish_forked([sys.executable, str(ROOT / "training" / "pretrain.py"), *arguments], code=2)
     assert "20 are needed at least" in done.stderr

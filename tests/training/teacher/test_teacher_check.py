@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,6 @@ from eval.measures.model import Model
 from eval.measures.perplexity import score_texts
 from inference.attention.packing import Group
 from rewards.minimal_pairs import Pair, make_pairs, score_pairs, sentences_of
-from tests.support.runs import command, finish
 from tests.support.tiny_tokenizers import build_tokenizer
 from training.experience import Rollout
 from training.teacher.check import as_rollout, teacher_check, warning
@@ -30,10 +29,10 @@ from training.teacher.link import TeacherLink
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> tuple[Path, str]:
+def checked(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Any]) -> tuple[Path, str]:
     """(the folder of a run that asked for 16 pairs, what it said)."""
     runs = tmp_path_factory.mktemp("checked")
-    done = finish(command(runs, demo_cache, "--steps", "1", "--eval.questions", "4", "--eval.minimal_pairs", "16"))
+    done = train(runs, "--steps", "1", "--eval.questions", "4", "--eval.minimal_pairs", "16")
     return runs / "grpo-minillm", done.stderr
 
 
