@@ -45,7 +45,7 @@ def student() -> Engine:
         module, ActorConfig(), Optimisation(learning_rate=1e-6, total_steps=1, zero_stage=1, dtype="float32")
     )
     ids = torch.arange(3, 19)[None]
-    _, _, applied = engine.update([lambda: engine.engine(input_ids=ids, labels=ids).loss], 0)
+    _, _, applied = engine.update([lambda: {"loss": engine.engine(input_ids=ids, labels=ids).loss}], 0)
     assert applied
     return engine
 

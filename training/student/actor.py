@@ -211,9 +211,8 @@ class Actor:
             terms["kl"] = ReverseKL(WholeDistribution(of_row(reference.hidden_SD), reference.head))
         return terms
 
-    def _policy_terms(self, plan: _Update, row: PackedRow, seed: int, log: MetricSums) -> torch.Tensor:
-        """The sum of the weighted terms of one packed row of sampled responses; token weights hold the global
-        denominators."""
+    def _policy_terms(self, plan: _Update, row: PackedRow, seed: int, log: MetricSums) -> dict[str, torch.Tensor]:
+        """The weighted terms of one packed row of sampled responses; token weights hold the global denominators."""
         experience, weights = plan.batch.experience, plan.batch.weights
         assert experience is not None
         scored, rollout, config = experience.scored, experience.rollout, self._config.loss
@@ -248,11 +247,11 @@ class Actor:
             log.add("clip_share", clipped_S.sum() * mean)
             log.add("mismatch/mean", gap_S.sum() * mean)
             log.largest("mismatch/max", F.pad(gap_S, (0, 1)).max())  # 0 of a row without a response token
-        weighted = [value * getattr(weights, name) for name, value in parts.items()]
+        weighted = {name: value * getattr(weights, name) for name, value in parts.items()}
         for name, value in parts.items():
             log.add(f"loss/{name}", value)
-        log.add("loss/total", torch.stack([value.detach().double() for value in weighted]).sum())
-        return torch.stack(weighted).sum()
+        log.add("loss/total", torch.stack([v.detach().double() for v in weighted.values()]).sum())
+        return weighted
 
     def _token_weights(self, plan: _Update, lengths_B: torch.Tensor) -> torch.Tensor:
         """float32 [S] weight of each response token in L_policy and L_KL."""
@@ -264,14 +263,16 @@ class Actor:
             constant=float(self._config.sampling.max_new_tokens),
         )
 
-    def _language_model_term(self, plan: _Update, row: PackedRow, name: str, log: MetricSums) -> torch.Tensor:
+    def _language_model_term(
+        self, plan: _Update, row: PackedRow, name: str, log: MetricSums
+    ) -> dict[str, torch.Tensor]:
         """Weighted cross-entropy of the row's response tokens: L_PT or L_BC."""
         out = self.engine(row)
         loss = lpt_loss(out.logprobs_S, plan.counts[name])
         weighted = loss * getattr(plan.batch.weights, name)
         log.add(f"loss/{name}", loss)
         log.add("loss/total", weighted)
-        return weighted
+        return {name: weighted}
 
     def plain_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every parameter as Hugging Face has it, adapters merged. Collective under ZeRO 3."""

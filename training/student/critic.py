@@ -88,7 +88,9 @@ class Critic:
         total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
         return {**total, "critic/grad_norm": norm}
 
-    def _loss(self, experience: Experience, row: PackedRow, weight: float, losses: list[torch.Tensor]) -> torch.Tensor:
+    def _loss(
+        self, experience: Experience, row: PackedRow, weight: float, losses: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """The value loss of one packed row, each token weighted alike; also appended to `losses`, for the log."""
         values_S, targets_S = experience.scored.values_S, experience.value_targets_S
         assert values_S is not None
@@ -97,4 +99,4 @@ class Critic:
         weights_S = torch.full_like(new_S, weight)
         loss = value_loss(new_S, old_S, wanted_S, weights_S, clip=self._config.ppo.value_clip)
         losses.append(loss.detach())
-        return loss
+        return {"value": loss}

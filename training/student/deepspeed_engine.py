@@ -42,8 +42,8 @@ torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_addres
 log = logging.getLogger(__name__)
 _ROLLOUT = -1
 """Stands for a whole rollout among the submodules that use a parameter (DeepSpeed numbers them from 0)."""
-Job = Callable[[], torch.Tensor]
-"""A forward pass that returns its weighted loss."""
+Job = Callable[[], dict[str, torch.Tensor]]
+"""A forward pass that returns weighted loss terms by name."""
 
 
 def start_distributed() -> None:
@@ -183,9 +183,9 @@ class Engine:
     ) -> tuple[float, float, bool]:
         """One optimizer step on the sum of the jobs' losses over all ranks.
 
-        Each job runs one forward pass; all ranks give the same number of jobs. Returns (gradient norm before clipping,
-        learning rate, applied). A non-finite gradient is skipped on every rank, and so is a step without a job (every
-        group was dropped): DeepSpeed cannot step on no gradient.
+        Each job runs one forward pass and returns its terms, which are added up; all ranks give the same number of
+        jobs. Returns (gradient norm before clipping, learning rate, applied). A non-finite gradient is skipped on every
+        rank, and so is a step without a job (every group was dropped): DeepSpeed cannot step on no gradient.
         `between` is called before each job and may raise, which leaves the step.
         """
         rate = learning_rate(step, self._config, self._options)
@@ -199,7 +199,7 @@ class Engine:
         for i, job in enumerate(jobs):
             between()
             self.engine.set_gradient_accumulation_boundary(i == len(jobs) - 1)
-            self.engine.backward(job() * scale)
+            self.engine.backward(torch.stack([*job().values()]).sum() * scale)
         if self.zero_stage == 0:
             grads = [p.grad for p in self._trained if p.grad is not None]
             norm = float(sum(torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in grads)) ** 0.5
