@@ -294,11 +294,12 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
     """L_BC alone, on the data's answers or the teacher's; greedy answers to the held-out questions are scored.
     Collective."""
     (prompts, heldout), config, asked = inputs, stage.config, stage.asked
+    every = [*prompts, *heldout]
     facts = teacher_facts(config, config.teacher) if config.sft.answers == "teacher" else None
     if facts is not None:
-        check_room(f"teacher.path = {str(facts.path)!r}", facts.teacher, context_length(facts.path), config, prompts)
+        check_room(f"teacher.path = {str(facts.path)!r}", facts.teacher, context_length(facts.path), config, every)
     with ExitStack() as stack:
-        link = None if facts is None else ask_teacher(stage, facts, stack, prompts)
+        link = None if facts is None else ask_teacher(stage, facts, stack, every)
         if link is None:
             answers_N = [[(prompt.answers[0], True)] for prompt in prompts]
         else:

@@ -115,12 +115,13 @@ def named_texts(arguments: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def encode(text: str, tokenizer: Any) -> Encoded | None:
-    """The text with its first word marked off; None where nothing lies behind that."""
+def encode(text: str, read: Format) -> Encoded | None:
+    """The text with its first word marked off, as a model reads it; None where nothing lies behind that."""
+    tokenizer = read.tokenizer
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__}: needs a tokenizer that says where its tokens lie (a fast one)")
     given = len(text.split(maxsplit=1)[0]) if text.split() else 0
-    found = Format(tokenizer).placed(text)
+    found = read.placed(text)
     ids = [token for token, _ in found]
     # A token that begins inside the first word is given, so that no tokenizer predicts a part of it.
     scored = next((index for index, (_, start) in enumerate(found) if start >= given), len(ids))
@@ -152,7 +153,8 @@ def score_texts(
     import torch
 
     longest = min(context_length(network) or longest, longest)
-    encoded = [encode(text, tokenizer) for text in texts]
+    read = Format(tokenizer)
+    encoded = [encode(text, read) for text in texts]
     parts = [(place, *part) for place, one in enumerate(encoded) if one is not None for part in windows(one, longest)]
     parts.sort(key=lambda part: len(part[1]))
     nats, tokens = [0.0] * len(texts), [0] * len(texts)

@@ -76,7 +76,7 @@ def test_bits_are_those_of_a_loop_over_single_tokens(model_dir: Path, tmp_path: 
 def test_every_token_of_a_long_text_is_scored_once(model_dir: Path) -> None:
     model = Model(path=str(model_dir))
     text = " ".join(TEXTS * 4)
-    encoded = encode(text, model.tokenizer)
+    encoded = encode(text, Format(model.tokenizer))
     assert encoded is not None
     longest = 16
     [found] = score_texts(model.network, model.tokenizer, [text], longest=longest)
@@ -98,9 +98,9 @@ def test_every_token_of_a_long_text_is_scored_once(model_dir: Path) -> None:
 
 def test_a_start_token_is_given_and_not_scored(model_dir: Path) -> None:
     tokenizer = Model(path=str(model_dir)).tokenizer
-    without = encode(TEXTS[0], tokenizer)
+    without = encode(TEXTS[0], Format(tokenizer))
     tokenizer.bos_token = "</s>"
-    with_start = encode(TEXTS[0], tokenizer)
+    with_start = encode(TEXTS[0], Format(tokenizer))
     assert without is not None
     assert with_start is not None
     assert with_start.ids == [tokenizer.eos_token_id, *without.ids]
@@ -113,7 +113,7 @@ def test_a_start_token_is_given_and_not_scored(model_dir: Path) -> None:
 def test_the_name_of_a_symbol_in_raw_text_is_text(kind: str, text: str) -> None:
     """As in the training data, where no symbol is read out of a text."""
     tokenizer = build_tokenizer(kind)
-    found = encode(text, tokenizer)
+    found = encode(text, Format(tokenizer))
     assert found is not None
     ids = found.ids[1:]  # behind <s>, the start
     assert ids == Format(tokenizer).text(text)
