@@ -10,7 +10,7 @@ test: lint
 	@$(ENV) && export GRPO_KD_TESTS_SHARED=$$(mktemp -d) && trap 'rm -rf $$GRPO_KD_TESTS_SHARED' EXIT && \
 	python -m pytest -m "not slow and not gpu and not alone" -n "$$(nproc)" --dist loadfile \
 		--no-loadscope-reorder --durations 30 --durations-min 10 && \
-	python -m pytest -m "alone and not slow and not gpu" --durations 10
+	python -m pytest -m "alone and not slow and not gpu" --durations 10 $$(grep -rl --include="*.py" "mark[.]alone" tests)
 
 test-slow:
 	@$(ENV) && python -m pytest -m "slow and not gpu" --timeout 3600

@@ -6,7 +6,7 @@ Student, teacher and evaluation ask through `Format`; it takes a transformers to
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -111,6 +111,17 @@ class Format:
         """Token ids of a text that is only text: the names of special symbols in it are spelt out."""
         return self._pieces(self._guarded(text, ""))
 
+    def placed(self, text: str) -> list[tuple[int, int]]:
+        """The same, each with the character of the text where it begins; by a fast tokenizer only."""
+        found: list[tuple[int, int]] = []
+        at = 0
+        for part, options in self._stretches(self._guarded(text, "")):
+            made = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, **options)
+            starts = (at + start for start, _ in made["offset_mapping"])
+            found += zip(made["input_ids"], starts, strict=True)
+            at += len(part)
+        return found
+
     def _marked(self, prompt: Asked) -> str:
         if not self.chat:
             return self._guarded(as_text(prompt), self.parsed)
@@ -163,19 +174,21 @@ class Format:
 
     def _pieces(self, marked: str) -> list[int]:
         """Token ids of the stretches between marks, every second of which is only text."""
-        ids: list[int] = []
-        for n, part in enumerate(marked.split(_MARK)):
-            ids += self._ids(part, only_text=n % 2 == 1) if part else []
-        return ids
+        return [i for part, options in self._stretches(marked) for i in self._ids(part, **options)]
 
-    def _ids(self, text: str, *, only_text: bool = False) -> list[int]:
-        options = {"split_special_tokens": True} if only_text else {}
-        ids = list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
-        if (
-            only_text and len(text) > 1 and not self._symbol_ids.isdisjoint(ids)
-        ):  # a unigram model has it as a piece too
-            return self._ids(text[:1], only_text=True) + self._ids(text[1:], only_text=True)
-        return ids
+    def _stretches(self, marked: str) -> Iterator[tuple[str, dict[str, bool]]]:
+        """What is cut by itself, and how: between marks, and letter by letter where a unigram model has the name of a
+        symbol as a piece too."""
+        for n, part in enumerate(marked.split(_MARK)):
+            options = {"split_special_tokens": True} if n % 2 == 1 else {}
+            while options and len(part) > 1 and not self._symbol_ids.isdisjoint(self._ids(part, **options)):
+                yield part[:1], options
+                part = part[1:]
+            if part:
+                yield part, options
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
     def _adds_a_space(self) -> bool:
         """Llama-2's and Mistral's tokenizers put a space in front of every text."""

@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in the background deaf to it, and all that tests start and interrupt would be so too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+LONG = {"demo_cache", "measured", "three_ranks", "worked"}
+"""Fixtures that start whole runs, or many ranks."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with whole runs go first, so that no process is left with a long one while the others have none."""
-    long = {item.path for item in items if "demo_cache" in getattr(item, "fixturenames", ())}
+    long = {item.path for item in items if LONG & {*getattr(item, "fixturenames", ())}}
     items.sort(key=lambda item: item.path not in long)
 
 
@@ -55,3 +60,31 @@ def finished_run(shared_folder: Path, demo_cache: Path) -> Path:
         if not (runs / "grpo-minillm" / "summary.json").is_file():
             finish(command(runs, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
     return runs / "grpo-minillm"
+
+
+@pytest.fixture(scope="session")
+def demo_teacher(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    """Options of a run that asks the demo's teacher at one server, as all such runs of a test process do. Its secret
+    is tests.support.teacher_servers.SECRET."""
+    from tests.support.teacher_servers import serve
+    from training.data.demo.models import ensure_demo
+
+    folder = tmp_path_factory.mktemp("teacher")
+    server = serve(ensure_demo(demo_cache, size="tiny").teacher, folder / "address", folder / "log")
+    yield ("--teacher.address", str(folder / "address"))
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def train(demo_cache: Path, demo_teacher: tuple[str, ...]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`train(runs, *options, code=0)`: stage 2 on the tiny demo with that teacher, to its end, in a process that has
+    its libraries already (tests/support/forked.py)."""
+    from tests.support.forked import finish_forked
+    from tests.support.runs import command
+    from tests.support.teacher_servers import SECRET
+
+    def start(runs: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        return finish_forked(command(runs, demo_cache, *demo_teacher, *options), code, GRPO_KD_TEACHER_SECRET=SECRET)
+
+    return start

@@ -72,7 +72,7 @@ def has_signal(batch: Rewarded) -> torch.Tensor:
     reward, lengths_B, group_size = batch.reward, batch.rollout.lengths_B, batch.rollout.group_size
     if reward.returns_S is None:
         scores_NG = sum_by_response(reward.rewards_S, lengths_B).view(-1, group_size)
-        return (scores_NG != scores_NG[:, :1]).any(1)
+        return scores_NG.amax(1) > scores_NG.amin(1)
     return spread(reward.returns_S, lengths_B.view(-1, group_size).sum(1)) > 0
 
 

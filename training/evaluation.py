@@ -82,7 +82,8 @@ def sampled_answers(
 ) -> tuple[float | None, list[str]]:
     """eval.kl_samples answers to each prompt at temperature 1, in their order and on every rank; and over them
     KL(student || teacher) in nats a token: exact over the vocabulary at each state with equal tokenizers, else
-    log pi - log p_T of the samples (a token of the student); None without a teacher. Collective."""
+    log pi - log p_T of the samples (a token of the student) that the teacher has room for; None without a teacher.
+    Collective."""
     sampling = replace(config.sampling, group_size=config.eval.kl_samples, temperature=1.0)
     kl_sum = tokens = 0.0
     texts: list[str] = []
@@ -97,13 +98,14 @@ def sampled_answers(
         else:
             kl_S = rollout.behavior_logprobs_S - view.logprobs_S
         if count:
-            kl_sum += float(kl_S.double().sum())
-            tokens += float(rollout.lengths_B.sum())
+            known_S = ~view.logprobs_S.isnan()  # no score: what is too long for the teacher
+            kl_sum += float(kl_S[known_S].double().sum())
+            tokens += float(known_S.sum())
             texts += rollout.texts_B
     if link is None:
         return None, distributed.gather_strings(texts)
     total = distributed.sum_metrics({"kl": kl_sum, "tokens": tokens})
-    return total["kl"] / max(total["tokens"], 1.0), distributed.gather_strings(texts)
+    return total["kl"] / total["tokens"] if total["tokens"] else math.nan, distributed.gather_strings(texts)
 
 
 def _shared_batches(prompts: Sequence[Prompt], batch: int) -> list[tuple[list[Prompt], int]]:

@@ -108,7 +108,8 @@ class TeacherView:
     """What one teacher says of a rollout, carried to the student's tokens."""
 
     logprobs_S: torch.Tensor
-    """float32 nats; with different tokenizers those of its own tokens, carried over (rewards/alignment.py)."""
+    """float32 nats; with different tokenizers those of its own tokens, carried over (rewards/alignment.py), and NaN in
+    a response that it has no room for."""
     scored_tokens_B: torch.Tensor
     """int64 tokens of each response that it scored, in its own tokens."""
     unread_tokens_B: torch.Tensor

@@ -143,7 +143,7 @@ def describe(batch: Rewarded, dropped: int) -> dict[str, float]:
     scored, rollout, reward = batch.scored, batch.rollout, batch.reward
     importance_S, lengths_B = scored.importance_S, rollout.lengths_B
     by_response = {
-        "reward/mean": reward.rewards_S,
+        "reward/mean": sum_by_response(reward.rewards_S, lengths_B),
         **{f"reward/{name}": part_B for name, part_B in reward.parts_B.items()},
         "length/mean": lengths_B,
         "length/finished_share": rollout.finished_B,
@@ -160,11 +160,12 @@ def describe(batch: Rewarded, dropped: int) -> dict[str, float]:
         "tokens/scored": scored.teacher.scored_tokens_B,
         "tokens/unread": scored.teacher.unread_tokens_B,
     }
-    own = {name: float(values.nan_to_num().sum()) for name, values in {**by_response, **by_token, **counted}.items()}
-    sums = distributed.sum_metrics(own | {"groups/dropped": dropped, "responses": len(lengths_B)})
-    responses, tokens = max(sums.pop("responses"), 1.0), max(sums["tokens/sampled"], 1.0)
-    per = {name: responses for name in by_response} | {name: tokens for name in by_token}
-    return {name: total / per.get(name, 1.0) for name, total in sums.items()}
+    # A mean is over what is known: a group whose score is not finite is left out of the update too.
+    known = {name: values[values.isfinite()] for name, values in {**by_response, **by_token}.items()}
+    totals = {name: float(values.sum()) for name, values in {**known, **counted}.items()}
+    sums = distributed.sum_metrics(totals | {"groups/dropped": dropped})
+    sizes = distributed.sum_metrics({name: len(values) for name, values in known.items()})
+    return {name: total / max(sizes.get(name, 1.0), 1.0) for name, total in sums.items()}
 
 
 def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -> None:

@@ -27,7 +27,15 @@ from training.algorithms import ALGORITHMS, check_choices
 from training.collect import Models, Run
 from training.data.demo.resolve import resolve_demo
 from training.data.overlap import data_warnings
-from training.data.preflight import Inputs, check_files, check_room, check_world, load_inputs, with_model_directories
+from training.data.preflight import (
+    Inputs,
+    check_files,
+    check_room,
+    check_world,
+    context_length,
+    load_inputs,
+    with_model_directories,
+)
 from training.evaluation import evaluate_student, evaluate_teacher, validation_summary
 from training.experience import Prompt
 from training.loop import save_checkpoint, saved_parts, train
@@ -53,7 +61,7 @@ from training.teacher.bilingual import Bilingual, Translator
 from training.teacher.check import teacher_check, warning
 from training.teacher.facts import TeacherFacts, check_tokenizers, teacher_facts
 from training.teacher.link import TeacherLink
-from training.teacher.mixing import check_mixing
+from training.teacher.mixing import check_cache, check_mixing
 from training.teacher.reward_parts import check_extra_rewards
 
 log = logging.getLogger(__name__)
@@ -125,16 +133,14 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     require(entries <= facts.columns, "loss.single_step_entries", entries, mend)
     check_recipe(config, facts.same_tokenizer)
     check_mixing(config, facts.same_tokenizer)
-    check_tokenizers(config, "teacher.path", facts)
-    every = {"teacher.path": facts}
-    for place, extra in enumerate(config.teachers):
-        key, further = f"teachers[{place}].path", teacher_facts(config, extra, f"teachers[{place}]")
-        check_tokenizers(config, key, further)
-        every[key] = further
-    inputs = load_inputs(config, facts.student, {key: one.teacher for key, one in every.items()})
+    others = [teacher_facts(config, extra, f"teachers[{i}]") for i, extra in enumerate(config.teachers)]
+    every = {"teacher.path": facts, **{f"teachers[{i}].path": one for i, one in enumerate(others)}}
     for key, one in every.items():
-        asked = (*inputs.corpus.prompts, *inputs.heldout, *inputs.corpus.validation)
-        check_room(key, one.path, one.teacher, config, asked)
+        check_tokenizers(config, key, one)
+    inputs = load_inputs(config, facts.student, {key: one.teacher for key, one in every.items()})
+    check_cache(config, facts.teacher, inputs.corpus.prompts)
+    for key, one in every.items():
+        check_room(f"{key} = {str(one.path)!r}", one.teacher, context_length(one.path), config, inputs.prompts)
     return config, facts, inputs
 
 
@@ -273,6 +279,8 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
         connect(extra, where, teacher_facts(config, extra), stack)
         for extra, where in zip(config.teachers, beside, strict=True)
     ]
+    for key, one in zip(("teacher", *(f"teachers[{i}]" for i in range(len(others)))), (link, *others), strict=True):
+        check_served_room(f"{key}.path", one, config, setup.inputs.prompts)
     bilingual = None
     if config.rewards.bilingual_weight != 0:
         translate = Translator(config.rewards.bilingual, actor.engine.device)
@@ -296,6 +304,12 @@ def connect(
         prefer=distributed.rank(),
     )
     return TeacherLink(stack.enter_context(client), facts, head)
+
+
+def check_served_room(key: str, link: TeacherLink, config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """A server may have been started with less context than the model has. Raises ValueError."""
+    served = link.client.info().max_positions
+    check_room(f"{key} = {str(link.facts.path)!r}, as it is served,", link.facts.teacher, served, config, prompts)
 
 
 def _check_answers(config: RunConfig, link: TeacherLink) -> None:

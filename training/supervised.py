@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,15 @@ from training import distributed
 from training.data.demo.resolve import resolve_demo
 from training.data.order import items_of_step, share_of_rank
 from training.data.overlap import data_warnings
-from training.data.preflight import check_context, check_files, check_room, room_for_prompt, with_model_directories
+from training.data.preflight import (
+    check_context,
+    check_files,
+    check_room,
+    check_vocabulary,
+    context_length,
+    room_for_prompt,
+    with_model_directories,
+)
 from training.data.prompts import answer_group, format_of, load_prompts
 from training.data.text import TextBlocks, flat, text_blocks
 from training.evaluation import evaluate
@@ -47,13 +55,14 @@ from training.run.clock import Clock
 from training.run.resuming import OpenRun, check_settings, open_run
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest, watch_launcher
-from training.stage2 import connect, find_teacher, quiet_logging, set_threads
+from training.stage2 import check_served_room, connect, find_teacher, quiet_logging, set_threads
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.export import export
 from training.student.passes import each_token
 from training.teacher.facts import TeacherFacts, teacher_facts
 from training.teacher.link import TeacherLink
+from training.teacher.token_bytes import TokenBytes
 
 Inputs = TypeVar("Inputs")
 Item = TypeVar("Item")
@@ -201,6 +210,7 @@ def read_text(config: RunConfig, asked: Format) -> tuple[TextBlocks, TextBlocks]
     """(blocks to learn from, every twentieth, which is held out). Raises ValueError where there are too few."""
     check_context(config, text=True)
     blocks = text_blocks(config.data, asked, config.cache_dir)
+    check_vocabulary(config, [(blocks.highest,)])
     every = np.arange(1, len(blocks) + 1) % HELD_OUT_EVERY == 0
     text, held = blocks.picked(~every), blocks.picked(every)
     least = f"gives {len(blocks)} blocks; {HELD_OUT_EVERY} are needed at least"
@@ -248,9 +258,18 @@ def bits_per_byte(actor: Actor, blocks: TextBlocks) -> float:
     bits and are no bytes. Collective."""
     mine = flat(share_of_rank(blocks, distributed.rank(), distributed.world_size()))
     nats = -float(each_token(actor.engine.passes, mine, lambda row: actor.policy(row).logprobs_S).double().sum())
-    texts = actor.tokenizer.batch_decode([list(b.responses[0]) for b in mine], skip_special_tokens=True)
-    total = distributed.sum_metrics({"nats": nats, "bytes": float(sum(len(text.encode()) for text in texts))})
+    size = bytes_of([b.responses[0] for b in mine], actor.tokenizer)
+    total = distributed.sum_metrics({"nats": nats, "bytes": float(size)})
     return total["nats"] / math.log(2) / max(total["bytes"], 1.0)
+
+
+def bytes_of(responses: Sequence[Sequence[int]], tokenizer: Any) -> int:
+    """Bytes of text in these stretches of a stream of tokens, which may begin and end inside a character."""
+    try:
+        return sum(map(TokenBytes(tokenizer, "student.path").size, responses))
+    except ValueError:  # no pieces of bytes: none is a part of a character
+        texts = tokenizer.batch_decode([list(tokens) for tokens in responses], skip_special_tokens=True)
+        return sum(len(text.encode()) for text in texts)
 
 
 # --- stage 1: answers ----------------------------------------------------------------------------------------------
@@ -275,18 +294,20 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
     """L_BC alone, on the data's answers or the teacher's; greedy answers to the held-out questions are scored.
     Collective."""
     (prompts, heldout), config, asked = inputs, stage.config, stage.asked
+    every = [*prompts, *heldout]
     facts = teacher_facts(config, config.teacher) if config.sft.answers == "teacher" else None
     if facts is not None:
-        check_room("teacher.path", facts.path, facts.teacher, config, prompts)
+        check_room(f"teacher.path = {str(facts.path)!r}", facts.teacher, context_length(facts.path), config, every)
     with ExitStack() as stack:
-        link = None if facts is None else ask_teacher(stage, facts, stack)
+        link = None if facts is None else ask_teacher(stage, facts, stack, every)
         if link is None:
             answers_N = [[(prompt.answers[0], True)] for prompt in prompts]
         else:
             answers_N = teacher_answers(config, link, prompts)
-        examples = cloned(prompts, answers_N, asked)
+        examples = cloned(prompts, answers_N, asked, None if link is None else config.sampling.max_new_tokens)
         if link is None:
             check_context(config, text=False, examples=examples)
+        check_vocabulary(config, [sequence for one in examples for sequence in (one.prompt, *one.responses)])
         actor = stage.new_actor(facts)
         seconds = train(stage, actor, examples, lambda mine: UpdateInput(None, [], mine, SUPERVISED), "bc")
         after = evaluate(actor, link, heldout, config, str(stage.run.folder.export))
@@ -301,20 +322,30 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
     return f"held-out F1 {found['f1']:.1f}, exact match {found['exact_match']:.1f}{open_ones}"
 
 
-def cloned(prompts: Sequence[Prompt], answers_N: Sequence[Sequence[tuple[str, bool]]], asked: Format) -> list[Group]:
-    """Each prompt with each of its answers (text, whether it has ended) that is not empty."""
-    answers = [(prompt, *answer) for prompt, of in zip(prompts, answers_N, strict=True) for answer in of]
-    cut = sum(not ended for _, _, ended in answers)
+def cloned(
+    prompts: Sequence[Prompt], answers_N: Sequence[Sequence[tuple[str, bool]]], asked: Format, longest: int | None
+) -> list[Group]:
+    """Each prompt with each of its answers (text, whether it has ended) that is not empty, cut behind `longest` tokens:
+    in the student's tokens an answer of the teacher may be longer than in its own."""
+    examples: list[Group] = []
+    cut = 0
+    for prompt, answers in zip(prompts, answers_N, strict=True):
+        for text, ended in answers:
+            example = answer_group(prompt, text, asked, ended=ended)
+            (tokens,) = example.responses
+            cut += not ended or len(tokens[:longest]) < len(tokens)
+            examples += [replace(example, responses=(tokens[:longest],))] if text else []
     if cut and distributed.is_main():
         log.warning("%d of %d answers of the teacher are cut at sampling.max_new_tokens; no end is learnt from them",
-                    cut, len(answers))  # fmt: skip
-    return [answer_group(prompt, text, asked, ended=ended) for prompt, text, ended in answers if text]
+                    cut, sum(map(len, answers_N)))  # fmt: skip
+    return examples
 
 
-def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack) -> TeacherLink:
+def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack, prompts: Sequence[Prompt]) -> TeacherLink:
     """This rank's session with the running server, or with one that starts here and ends with `stack`. Collective."""
     teacher = stage.config.teacher
     link = connect(teacher, find_teacher(teacher, stage.run.folder.path / "teacher", stack), facts, stack)
+    check_served_room("teacher.path", link, stage.config, prompts)
     if "hidden" not in link.client.info().kinds:
         link.head = None
     return link

@@ -24,7 +24,7 @@ from configs.io.jsonl import read_jsonl, read_texts
 from configs.io.results import Result, Value, about_file, versions
 from configs.ranges import PositiveInt
 from eval.measures.intervals import interval, means
-from eval.measures.model import Model
+from eval.measures.model import Model, end_tokens, prompt_tokens
 
 WORD = re.compile(r"[^\W\d_]+")
 KNOWN_SHARE = 0.9
@@ -150,12 +150,12 @@ def continue_texts(
     from eval.measures.generation import Decoding, generate
 
     torch.manual_seed(seed)
-    end = tokenizer.eos_token_id
-    prompts = [list(tokenizer(text, add_special_tokens=True)["input_ids"]) for text in starts]
-    decoding = Decoding(max_new_tokens=new_tokens, batch=64, ends=frozenset({end}), sampled=True)
+    ends = end_tokens(network, tokenizer)
+    prompts = [prompt_tokens(tokenizer, text, chat=False) for text in starts]
+    decoding = Decoding(max_new_tokens=new_tokens, batch=64, ends=ends, sampled=True)
     made = []
     for prompt, found in zip(prompts, generate(network, prompts, decoding), strict=True):
-        ended = found.tokens[-1] == end
+        ended = found.tokens[-1] in ends
         before = tokenizer.decode(prompt, skip_special_tokens=True)
         whole = tokenizer.decode(prompt + found.tokens[: -1 if ended else None], skip_special_tokens=True)
         made.append(Continuation(before, whole[len(before) :], ended))

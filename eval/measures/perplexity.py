@@ -25,6 +25,7 @@ import numpy as np
 
 from configs.io.jsonl import read_texts
 from configs.io.results import Result, Value, about_file, versions
+from configs.prompts import Format
 from configs.ranges import PositiveInt
 from eval.measures.intervals import Examples, interval
 from eval.measures.model import Model, context_length
@@ -114,15 +115,16 @@ def named_texts(arguments: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def encode(text: str, tokenizer: Any) -> Encoded | None:
-    """The text with its first word marked off; None where nothing lies behind that."""
+def encode(text: str, read: Format) -> Encoded | None:
+    """The text with its first word marked off, as a model reads it; None where nothing lies behind that."""
+    tokenizer = read.tokenizer
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__}: needs a tokenizer that says where its tokens lie (a fast one)")
     given = len(text.split(maxsplit=1)[0]) if text.split() else 0
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(found["input_ids"]), found["offset_mapping"]
+    found = read.placed(text)
+    ids = [token for token, _ in found]
     # A token that begins inside the first word is given, so that no tokenizer predicts a part of it.
-    scored = next((index for index, (start, _) in enumerate(offsets) if start >= given), len(ids))
+    scored = next((index for index, (_, start) in enumerate(found) if start >= given), len(ids))
     if scored in (0, len(ids)):
         return None
     rest = text[given:]
@@ -151,7 +153,8 @@ def score_texts(
     import torch
 
     longest = min(context_length(network) or longest, longest)
-    encoded = [encode(text, tokenizer) for text in texts]
+    read = Format(tokenizer)
+    encoded = [encode(text, read) for text in texts]
     parts = [(place, *part) for place, one in enumerate(encoded) if one is not None for part in windows(one, longest)]
     parts.sort(key=lambda part: len(part[1]))
     nats, tokens = [0.0] * len(texts), [0] * len(texts)

@@ -8,12 +8,14 @@ The one-position shift between inputs and predictions lives here (`predict_S`) a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -109,17 +111,21 @@ def pack_row(groups: Sequence[Group], first_tokens: Sequence[int] | None = None)
 def pack(groups: Sequence[Group], max_tokens: int) -> list[PackedRow]:
     """Fill rows of at most `max_tokens` tokens, longest group first; a longer single group gets a row of its own."""
     order = sorted(range(len(groups)), key=lambda i: (-groups[i].input_tokens, i))
-    first = first_places(groups)
-    rows: list[list[int]] = []
-    room = 0
-    for i in order:
-        size = groups[i].input_tokens
-        if not rows or size > room:
-            rows.append([])
-            room = max_tokens
-        rows[-1].append(i)
-        room -= size
+    first, rows = first_places(groups), within(order, lambda i: groups[i].input_tokens, max_tokens)
     return [pack_row([groups[i] for i in row], [first[i] for i in row]) for row in rows]
+
+
+def within(items: Iterable[Item], cost: Callable[[Item], int], budget: int) -> list[list[Item]]:
+    """The items in their order, in batches that cost at most `budget` each; one that costs more is by itself."""
+    batches: list[list[Item]] = []
+    used = 0
+    for item in items:
+        if not batches or used + cost(item) > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(item)
+        used += cost(item)
+    return batches
 
 
 def first_places(groups: Sequence[Group]) -> list[int]:

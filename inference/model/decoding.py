@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from inference.attention.grouped import DecodePlan, PrefillPlan
-from inference.attention.packing import Group, pack_row
+from inference.attention.packing import Group, pack_row, within
 from inference.model.teacher import Teacher
 from inference.protocol.wire import Request, StateLost
 
@@ -76,14 +76,7 @@ class Decodings:
         free = self._limit - sum(held.opened.cache_tokens for held in self._held.values())
         while self._held and free < request.cache_tokens:
             free += self._held.pop(next(iter(self._held))).opened.cache_tokens
-        rows: list[list[Group]] = [[]]
-        used = 0
-        for group in request.groups:
-            if rows[-1] and used + len(group.prompt) > self._batch:
-                rows.append([])
-                used = 0
-            rows[-1].append(group)
-            used += len(group.prompt)
+        rows = within(request.groups, lambda group: len(group.prompt), self._batch)
         parts = [Decoding(self._teacher, row, request.samples, request.max_new_tokens) for row in rows]
         held = _Held(request, parts, request.rows_A)
         hidden = torch.cat([part.first_BH for part in parts])[list(request.rows_A)]

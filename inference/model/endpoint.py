@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig
 
 from configs.schema import TeacherConfig
+from inference.attention.packing import within
 from inference.model.backend import Unavailable
 from inference.model.files import end_ids
 from inference.model.output_layer import fingerprint_of
@@ -69,7 +70,10 @@ class Endpoint:
     def info(self) -> TeacherInfo:
         """What clients may know."""
         text = AutoConfig.from_pretrained(self._path).get_text_config()
-        longest = [self._served.get("max_model_len"), getattr(text, "max_position_embeddings", None)]
+        served = self._served.get("max_model_len")
+        # Both servers want to write a token behind what they score, and SGLang keeps one more free.
+        served = served - 2 if isinstance(served, int) else None
+        longest = [served, getattr(text, "max_position_embeddings", None)]
         return TeacherInfo(
             model=self._served["id"],
             vocab_size=text.vocab_size,
@@ -116,14 +120,8 @@ class Endpoint:
         if request.temperature != 1.0:
             raise WireError(f"temperature = {request.temperature}: the server at teacher.url scores at 1.0 alone")
         rows = [(g.prompt, r) for g in request.groups for r in g.responses if r]
-        batches, size = [rows[:0]], 0
-        for row in rows:
-            size += len(row[0]) + len(row[1])
-            if batches[-1] and size > self._config.max_batch_tokens // AT_ONCE:
-                batches.append([])
-                size = len(row[0]) + len(row[1])
-            batches[-1].append(row)
-        found = self._at_once(lambda batch: self._score_rows(batch, k) if batch else [], batches)
+        batches = within(rows, lambda row: len(row[0]) + len(row[1]), self._config.max_batch_tokens // AT_ONCE)
+        found = self._at_once(lambda batch: self._score_rows(batch, k), batches)
         return [one for batch in found for one in batch]
 
     def _score_rows(self, rows: Sequence[Row], k: int) -> list[Scored]:

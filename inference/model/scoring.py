@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from inference.attention.grouped import PackedPlan
-from inference.attention.packing import Group, PackedRow, in_batch_order, pack
+from inference.attention.packing import Group, PackedRow, in_batch_order, pack, within
 from inference.model.decoding import Decoding, Decodings
 from inference.model.files import end_ids
 from inference.model.output_layer import fingerprint_of, output_layer_hash
@@ -80,17 +80,10 @@ class Scorer:
         the request's `ids` (which belongs to it) or at max_new_tokens.
         """
         answers: dict[int, list[int]] = {}
-        batch: list[Group] = []
-        used = 0
-        numbered = [Group(g.prompt, (), n) for n, g in enumerate(request.groups)]
-        for group in sorted(numbered, key=lambda g: -len(g.prompt)):
-            cost = len(group.prompt) + request.max_new_tokens
-            if batch and used + cost > self.max_batch_tokens:
-                self._decode(batch, request, answers)
-                batch, used = [], 0
-            batch.append(group)
-            used += cost
-        self._decode(batch, request, answers)
+        numbered = sorted((Group(g.prompt, (), n) for n, g in enumerate(request.groups)), key=lambda g: -len(g.prompt))
+        longest = request.max_new_tokens
+        for batch in within(numbered, lambda g: len(g.prompt) + longest, self.max_batch_tokens):
+            self._decode(batch, request, answers)
         ordered = [answers[n] for n in range(len(request.groups))]
         lengths = torch.tensor([len(answer) for answer in ordered], dtype=torch.int64)
         return [lengths, torch.tensor([token for answer in ordered for token in answer], dtype=torch.int64)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.schema import RunConfig, SamplingConfig, as_dict, validate
+from configs.schema import ExtraTeacherConfig, RunConfig, SamplingConfig, as_dict, validate
 from training.main import main
 from training.objective import pt_coef, single_step_coef
 from training.run.cli import COMMON, DEMO_CONFIGS, dump_config, instantiate, load_config, make_parser
@@ -163,6 +163,12 @@ def test_a_run_that_is_older_than_a_setting_goes_on_where_the_setting_has_its_de
     check_settings(folder, RunConfig())
     with pytest.raises(ValueError, match=r"eval\.patience: .* then, 7 now"):
         check_settings(folder, replace(RunConfig(), eval=replace(RunConfig().eval, patience=7)))
+    second = ExtraTeacherConfig(name="second", path="models/second")
+    settings["teachers"] = [{k: v for k, v in asdict(second).items() if k != "logit_chunk"}]
+    (folder.path / "config.yaml").write_text(dump_config(settings))
+    check_settings(folder, replace(RunConfig(), teachers=(second,)))
+    with pytest.raises(ValueError, match=r"teachers\[0\]\.logit_chunk: 1024 then, 7 now"):
+        check_settings(folder, replace(RunConfig(), teachers=(replace(second, logit_chunk=7),)))
 
 
 @pytest.mark.parametrize(

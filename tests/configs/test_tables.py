@@ -215,7 +215,7 @@ def test_a_data_set_of_the_hub_by_name_and_without_a_network_once_it_is_here(tmp
     command = [sys.executable, "-c", HUB, "mine/foqa", "mine/foqa:test"]
     try:
         said = [
-            subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+            subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=300).stdout
             for env in (started, started | {"HF_HUB_OFFLINE": "1"})
         ]
     finally:

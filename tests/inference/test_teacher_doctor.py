@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def doctor(model: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "GRPO_KD_TEACHER_SECRET"}
     command = [sys.executable, str(SERVER), "--path", str(model), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 def test_a_good_teacher_passes_without_a_secret(model: Path) -> None:

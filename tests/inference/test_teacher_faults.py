@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
     yield process, str(folder / "teacher.address")
     if process.poll() is None:
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def random_bytes(address: str, rng: random.Random) -> None:
@@ -205,6 +205,6 @@ def test_a_rank_that_is_killed_takes_the_server_down(server: tuple[subprocess.Po
     process, address = server
     (rank,) = [pid for pid in commands_with(address) if pid != process.pid]
     os.kill(rank, signal.SIGKILL)
-    assert process.wait(20) == 1
+    assert process.wait(60) == 1
     wait_until_gone(address)
     assert "a tensor-parallel rank ended with -9" in Path(address).with_name("log").read_text()

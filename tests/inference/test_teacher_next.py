@@ -40,7 +40,7 @@ def address(model: tuple[Any, Path], tmp_path_factory: pytest.TempPathFactory) -
     process = serve(model[1], work / "teacher.address", work / "log", *flags, tensor_parallel=2)
     yield str(work / "teacher.address")
     process.terminate()
-    assert process.wait(15) == 0
+    assert process.wait(60) == 0
 
 
 def connect(address: str, **settings: Any) -> TeacherClient:

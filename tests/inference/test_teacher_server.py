@@ -149,7 +149,7 @@ def test_a_client_that_does_not_fit_is_refused_at_once(
     began = time.monotonic()
     with pytest.raises(TeacherRefused, match=message.replace("{tokenizer}", tokenizer_fingerprint(model[1]))):
         connect(teacher, **settings)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20, "within the 30 s that it would wait for a server"
 
 
 def test_what_fits_is_served(teacher: LocalTeacher, model: tuple[Any, Path]) -> None:
@@ -226,7 +226,7 @@ def test_a_client_killed_in_a_request_leaves_the_others_alone(teacher: LocalTeac
     victim.wait()
     began = time.monotonic()
     client.score(GROUPS).result(30)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     victim.stdout.close()
 
 
@@ -302,9 +302,9 @@ def test_a_restarted_server_is_found_again_and_sigterm_exits_0(model: tuple[Any,
     asked = client.score(GROUPS)
     assert not asked.done()
     second = serve(model[1], address_file, tmp_path / "log")
-    assert torch.equal(asked.result(60), before)
+    assert torch.equal(asked.result(120), before)
     second.send_signal(signal.SIGTERM)
-    assert second.wait(15) == 0
+    assert second.wait(60) == 0
     assert not address_file.exists()
     client._timeout_s = 1.0
     with pytest.raises(TeacherLost, match="no teacher"):
@@ -335,7 +335,7 @@ def test_an_early_death_shows_the_last_log_lines(model: tuple[Any, Path], tmp_pa
 def test_a_users_mistake_is_one_line_and_code_2(model: tuple[Any, Path], flags: list[str], message: str) -> None:
     command = [sys.executable, str(SERVER), *(str(model[1]) if flag == "MODEL" else flag for flag in flags)]
     environment = {name: value for name, value in os.environ.items() if name != "GRPO_KD_TEACHER_SECRET"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert ended.returncode == 2
     lines = ended.stderr.strip().splitlines()
     assert len(lines) == 1
@@ -369,4 +369,4 @@ def test_check_teacher_imports_nothing_heavy() -> None:
         f"import sys; sys.path[0] = {str(ROOT)!r}; import inference.model.backend;"
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

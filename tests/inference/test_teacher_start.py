@@ -89,7 +89,7 @@ def test_a_wrong_teacher_is_refused_in_one_line(ranks: int, tmp_path: Path) -> N
     build("llama3", tmp_path)
     command = [sys.executable, "-c", WRONG, str(SERVER), "--path", str(tmp_path), "--tensor_parallel", str(ranks)]
     environment = {**os.environ, "GRPO_KD_TEACHER_SECRET": "x", "PYTHONPATH": str(SERVER.parents[1])}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 2, ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if "error" in line]
     assert "teacher.path" in line

@@ -141,6 +141,26 @@ def test_the_total_of_random_tokens_is_preserved(
     assert after == pytest.approx(before, abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "gemma"])
+def test_bytes_are_counted_wherever_a_stretch_is_cut(zoo: dict[str, TokenBytes], kind: str) -> None:
+    text = "Tórshavn 🐑 ólavsøka"
+    tokens = zoo[kind].encode(text).tokens
+    for cut in range(len(tokens) + 1):
+        assert zoo[kind].size(tokens[:cut]) + zoo[kind].size(tokens[cut:]) == len(text.encode())
+    assert zoo[kind].size(zoo[kind].symbols) == 0
+
+
+def test_a_token_that_was_added_is_written_as_it_is() -> None:
+    """`ø` is also the letter that byte-level BPE has for the byte 0xF8."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["føroyar"])
+    pieces = TokenBytes(tokenizer, "s")
+    tokens = tokenizer("Havn føroyar", add_special_tokens=False)["input_ids"]
+    assert b"".join(map(pieces.piece, tokens)).decode() == "Havn føroyar"
+    read = Translator(pieces, TokenBytes(unigram(), "t")).translate(tokens, finished=False, end_token=END)
+    assert read.student_token[-1] == len(tokens) - 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=40)
 @given(text=TEXTS)

@@ -6,10 +6,21 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from configs.learning import BilingualConfig, RewardConfig
 from configs.models import StudentConfig, TeacherConfig
@@ -89,11 +100,44 @@ def test_translations_are_greedy_whatever_they_are_batched_with(tmp_path: Path, 
     assert any(found)
 
 
+@torch.no_grad()
+def test_a_text_longer_than_the_translators_context_is_cut(tmp_path: Path) -> None:
+    """A student's answer may be longer than the 512 tokens of a Marian model."""
+    tokenizer = build_tokenizer("byte_level")
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
+             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+    model = MarianMTModel(
+        MarianConfig(
+            vocab_size=len(tokenizer), decoder_vocab_size=len(tokenizer), d_model=32, max_position_embeddings=16,
+            pad_token_id=0, decoder_start_token_id=0, eos_token_id=2, **sizes,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer(text := "Tórshavn Q1 W2 X3 Y4 Z5 Q6 W7 X8")["input_ids"]
+    assert len(ids) > 16
+    out = model.eval().generate(torch.tensor([ids[:16]]), max_new_tokens=6, num_beams=1)
+    translate = Translator(BilingualConfig(path=str(tmp_path), max_new_tokens=6))
+    assert translate([text]) == [tokenizer.decode(out[0], skip_special_tokens=True).strip()]
+    # What a causal model goes on from is the end of its prompt.
+    small = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 2}
+    causal = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **small))  # type: ignore[arg-type]
+    causal.save_pretrained(tmp_path / "causal")
+    tokenizer.save_pretrained(tmp_path / "causal")
+    cut = Translator(BilingualConfig(path=str(tmp_path / "causal"), instruction="{text}", max_new_tokens=6))
+    whole = tokenizer.decode(ids[-10:])
+    assert tokenizer(whole)["input_ids"] == ids[-10:]
+    assert cut([text]) == [greedy_causal(tmp_path / "causal", whole, 6)]
+
+
 class Teacher:
     """A client whose server is transformers."""
 
     def __init__(self, directory: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(directory).eval()
+
+    def info(self) -> Any:
+        return SimpleNamespace(max_positions=256)
 
     @torch.no_grad()
     def score(self, groups: Sequence[Group]) -> Future[torch.Tensor]:

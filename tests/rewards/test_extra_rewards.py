@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from rewards.combine import add_parts
 from rewards.parts import part_weights
 from rewards.parts.similarity import METRICS, similarity
 from rewards.parts.text_rules import format_score, length_score
-from tests.support.runs import command, finish, metrics
+from tests.support.runs import metrics
 from training.data.demo.models import ensure_demo
 from training.teacher.reward_parts import check_extra_rewards, configured_parts
 
@@ -148,24 +149,13 @@ def test_bad_values_name_key_value_and_mend(values: dict[str, object], message: 
         validate(dataclasses.replace(RunConfig(), rewards=RewardConfig(**values)))  # type: ignore[arg-type]
 
 
-def test_all_parts_in_a_real_run(tmp_path: Path, demo_cache: Path) -> None:
+def test_all_parts_in_a_real_run(tmp_path: Path, demo_cache: Path, train: Callable[..., object]) -> None:
     weights = {"similarity": 0.5, "language": 0.75, "format": 1.25, "length": -0.5}
     flags = [word for name, weight in weights.items() for word in (f"--rewards.{name}_weight", str(weight))]
-    options = [
-        "--name",
-        "run",
-        "--eval.questions",
-        "8",
-        "--steps",
-        "2",
-        "--reward",
-        "teacher_logprob",
-        "--algo",
-        "grpo",
-    ]
+    options = ["--name", "run", "--eval.questions", "8", "--steps", "2", "--reward", "teacher_logprob"]
     answered = str(ensure_demo(demo_cache, size="tiny").warmup)  # the demo's own prompts have open questions
     options += ["--data.prompts", answered, "--rewards.similarity_metric", "chrf"]
-    finish(command(tmp_path, demo_cache, *options, *flags))
+    train(tmp_path, *options, *flags)
     for row in metrics(tmp_path / "run"):
         total = row["reward/teacher_logprob"] + sum(w * row[f"reward/{name}"] for name, w in weights.items())
         assert row["reward/mean"] == pytest.approx(total, rel=1e-5)

@@ -34,7 +34,8 @@ from training.student.policy import Policy
 from training.tools import doctor
 from training.tools.doctor import CHECKS, first_step, small_step, start
 
-SLOW = ("ranks", "TP")
+OTHER_TEACHER = "the_other_teacher_has_other_weights"
+"""The breakage that the check TP, which starts another server, has to see."""
 
 
 @contextmanager
@@ -51,16 +52,6 @@ def sampled_at_another_temperature() -> Iterator[None]:
 def decoding_is_a_position_late() -> Iterator[None]:
     whole = DecodePlan.advance
     with mock.patch.object(DecodePlan, "advance", lambda self, rows: whole(self, rows) + 1):
-        yield
-
-
-@contextmanager
-def the_mean_is_over_too_few_tokens() -> Iterator[None]:
-    def weights(lengths_B: torch.Tensor, aggregation: str, **_: Any) -> torch.Tensor:
-        tokens = int(lengths_B.sum())
-        return torch.full((tokens,), 1.0 / (tokens - 8))
-
-    with mock.patch.object(actor, "token_weights", weights):
         yield
 
 
@@ -129,14 +120,12 @@ def the_other_teacher_has_other_weights() -> Iterator[None]:
 BROKEN: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
-        sampled_at_another_temperature, decoding_is_a_position_late, the_mean_is_over_too_few_tokens,
+        sampled_at_another_temperature, decoding_is_a_position_late,
         each_micro_batch_has_its_own_mean, positions_run_through_the_row, the_kl_has_its_sign_turned,
         the_reference_is_another_model, the_teacher_ends_otherwise, the_tokenizers_differ_unnoticed,
         the_other_teacher_has_other_weights,
     )
 }  # fmt: skip
-WITH_SLOW = {"the_mean_is_over_too_few_tokens": "ranks", "the_other_teacher_has_other_weights": "TP"}
-"""Breakages that these two checks have to see: the other world is whole, so it differs from this one."""
 
 
 def main(out: Path, flags: list[str]) -> None:
@@ -151,7 +140,7 @@ def main(out: Path, flags: list[str]) -> None:
         for name, breakage in {"healthy": ExitStack, **BROKEN}.items():
             with breakage():
                 ill = first_step(probe.run, local_teacher=True)
-                chosen = [c for c in CHECKS if name == "healthy" or c not in SLOW or WITH_SLOW.get(name) == c]
+                chosen = [c for c in CHECKS if c != "TP" or name in ("healthy", OTHER_TEACHER)]
                 findings[name] = {c: list(vars(CHECKS[c](ill)).values()) for c in chosen}
     out.write_text(json.dumps(findings))
 

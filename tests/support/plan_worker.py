@@ -33,8 +33,6 @@ from training.student.loading import load_policy
 from training.student.reference import FrozenCopy
 
 PROMPT = 96
-SAMPLED = 8
-"""Times a rank's prompts that are answered together, so that caches outweigh what is not a tensor."""
 
 
 def resident(key: str) -> int:
@@ -74,7 +72,7 @@ def experience(config: RunConfig, sampled: Rollout) -> Experience:
 
 
 def measure(config: RunConfig) -> dict[str, int]:
-    """Build everything, update twice, then the reference and sampling; resident bytes over the baseline."""
+    """Build everything and update twice; resident bytes over the baseline."""
     load_policy(config.student.path, config.student.dtype)  # oneDNN keeps its kernels for the first pass's shapes
     out, baseline = {}, settle()
     torch.manual_seed(0)
@@ -96,14 +94,6 @@ def measure(config: RunConfig) -> dict[str, int]:
             before = settle()
             critic.update([batch], i)
             out["critic_update"] = resident("VmHWM") - before
-    if reference is not None:
-        before = settle()
-        reference.logprobs(sampled)
-        out["reference_forward"] = resident("VmHWM") - before
-    before = settle()
-    actor.end_tokens = (10**6,)  # no response ends early
-    actor.sample([*sampled.prompts_N] * SAMPLED, step=0)
-    out["sampling"] = resident("VmHWM") - before
     return out
 
 

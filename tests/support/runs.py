@@ -48,7 +48,7 @@ def free_port() -> str:
 
 
 def finish(
-    command: Sequence[str], code: int = 0, timeout: float = 400, **variables: str
+    command: Sequence[str], code: int = 0, timeout: float = 900, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit code is asserted with the output in the message."""
     done = subprocess.run(

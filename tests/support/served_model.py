@@ -26,6 +26,7 @@ class ServedModel:
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self.kind, self.names, self.most = kind, names, 20
+        self.context = 512
         self.fault: Fault = lambda route, body: None
         self.requests: list[tuple[str, dict[str, Any]]] = []
         outer = self
@@ -37,7 +38,7 @@ class ServedModel:
                 pass
 
             def do_GET(self) -> None:
-                listed = [{"id": name, "owned_by": outer.kind, "max_model_len": 512} for name in outer.names]
+                listed = [{"id": name, "owned_by": outer.kind, "max_model_len": outer.context} for name in outer.names]
                 self._send(200, json.dumps({"object": "list", "data": listed}))
 
             def do_POST(self) -> None:

@@ -30,7 +30,7 @@ def serve(
     return process
 
 
-def wait_ready(process: subprocess.Popen[bytes], address_file: Path, log: Path, seconds: float = 180) -> None:
+def wait_ready(process: subprocess.Popen[bytes], address_file: Path, log: Path, seconds: float = 400) -> None:
     """Until the address file is there."""
     deadline = time.monotonic() + seconds
     while not address_file.is_file():
@@ -53,7 +53,7 @@ def commands_with(text: str) -> dict[int, str]:
     return found
 
 
-def wait_until_gone(text: str, seconds: float = 10.0) -> None:
+def wait_until_gone(text: str, seconds: float = 40.0) -> None:
     """Until no process has `text` on its command line."""
     deadline = time.monotonic() + seconds
     while commands_with(text):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 import transformers
 import yaml
 
-from tests.support.runs import TWO_TEACHER_RANKS, command, finish, metrics
+from tests.support.forked import finish_forked
+from tests.support.runs import command, metrics
+from tests.support.teacher_servers import SECRET, serve
 
 GOLDEN = Path(__file__).parent / "golden"
 KEYS = ("reward/mean", "kl/teacher", "kl/reference", "length/mean", "loss/policy", "loss/single_step", "loss/pt",
@@ -32,8 +35,9 @@ CRITIC = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> tuple[Path, Path, dict[str, Any]]:
-    """Student and teacher of seeded random weights with the demo's tokenizer, and the demo's settings."""
+def models(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Options that name student and teacher, both of seeded random weights with the demo's tokenizer, and the demo's
+    settings. The teacher is served on two ranks."""
     settings = yaml.safe_load((finished_run / "config.yaml").read_text())
     source = Path(settings["student"]["path"])
     folder = tmp_path_factory.mktemp("golden")
@@ -49,25 +53,29 @@ def models(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> tupl
         transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
         for file in source.glob("*token*"):
             shutil.copy(file, folder / name)
-    return folder / "student", folder / "teacher", settings["data"]
+    server = serve(folder / "teacher", folder / "address", folder / "log", tensor_parallel=2)
+    paths = {"student.path": "student", "teacher.path": "teacher", "teacher.address": "address"}
+    yield [word for key, name in paths.items() for word in (f"--{key}", str(folder / name))], settings["data"]
+    server.kill()
+    server.wait()
 
 
 @pytest.mark.parametrize("reward", ["teacher_logprob", "minillm"])
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
 def test_five_steps_are_what_they_were(
-    algo: str, reward: str, models: tuple[Path, Path, dict[str, Any]], tmp_path: Path, demo_cache: Path
+    algo: str, reward: str, models: tuple[list[str], dict[str, Any]], tmp_path: Path, demo_cache: Path
 ) -> None:
-    student, teacher, data = models
+    names, data = models
     paths = [word for key in ("prompts", "warmup", "heldout", "text") for word in (f"--data.{key}", data[key])]
-    finish(
+    finish_forked(
         command(
-            tmp_path, demo_cache, *TWO_TEACHER_RANKS, *paths, "--algo", algo, "--reward", reward, "--steps", "5",
-            "--eval.questions", "4",
-            "--student.path", str(student), "--teacher.path", str(teacher), "--name", "run", "--loss.kl_coef", "0.05",
+            tmp_path, demo_cache, *names, *paths, "--algo", algo, "--reward", reward, "--steps", "5",
+            "--eval.questions", "4", "--name", "run", "--loss.kl_coef", "0.05",
             "--actor.updates_per_rollout", "2", "--sampling.max_new_tokens", "12",
             "--actor.learning_rate", RATES[reward], "--actor.schedule", "cosine",
             "--actor.warmup_steps", "10", *(CRITIC[reward] if algo == "ppo" else ()),
-        )
+        ),
+        GRPO_KD_TEACHER_SECRET=SECRET,
     )  # fmt: skip
     assert f"reward/{reward}" in metrics(tmp_path / "run")[-1]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from configs.prompts import Format
 from configs.schema import DataConfig
+from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, environment, finish, metrics, timeless
 from training.data.text import text_blocks
 
@@ -57,8 +58,10 @@ def test_stage_0_learns_the_text(run: Path) -> None:
         for (group,) in held:
             ids = torch.tensor([[*group.prompt, *group.responses[0]]])
             nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
-            size += len(tokenizer.decode(group.responses[0], skip_special_tokens=True).encode())
-    assert summary["bits_per_byte_after"] == pytest.approx(nats / math.log(2) / size, rel=1e-3)
+            # A byte-level tokenizer has a letter for each byte, and a block may begin or end inside a character.
+            words = tokenizer.convert_ids_to_tokens(list(group.responses[0]))
+            size += sum(len(word) for word in words if word not in tokenizer.all_special_tokens)
+    assert summary["bits_per_byte_after"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_path: Path, demo_cache: Path) -> None:
@@ -69,7 +72,7 @@ def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_pat
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + 400
         while not (other / "metrics.jsonl").is_file() or not metrics(other):
             assert process.poll() is None
             assert time.monotonic() < end
@@ -82,7 +85,7 @@ def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_pat
     done = len(metrics(other))
     assert 0 < done < 12
     assert (other / "checkpoints" / "latest").read_text() == f"step-{done:06d}"
-    finish(line(tmp_path, demo_cache, 12))
+    finish_forked(line(tmp_path, demo_cache, 12))
     assert [row["step"] for row in metrics(other)] == list(range(1, 13))
     assert timeless(metrics(other)) == timeless(metrics(run))
     summaries = [json.loads((one / "summary.json").read_text()) for one in (other, run)]
@@ -94,5 +97,5 @@ def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_pat
 def test_too_little_text_is_said(tmp_path: Path, demo_cache: Path) -> None:
     (tmp_path / "text.txt").write_text("Ein stuttur tekstur.\n", encoding="utf-8")
     arguments = ["--demo_size", "tiny", "--data.text", str(tmp_path / "text.txt"), "--cache_dir", str(demo_cache)]
-    done = finish([sys.executable, str(ROOT / "training" / "pretrain.py"), *arguments], code=2)
+    done = finish_forked([sys.executable, str(ROOT / "training" / "pretrain.py"), *arguments], code=2)
     assert "20 are needed at least" in done.stderr

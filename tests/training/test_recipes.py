@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.runs import command, finish, metrics, timeless
-from tests.support.teacher_servers import SECRET, serve
+from tests.support.runs import metrics, timeless
 
 FEW = ["--eval.questions", "8", "--name", "run"]
 Run = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def run(finished_run: Path, demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Starts a run in a folder with options, and gives its own folder. All of them ask one server."""
-    teacher = yaml.safe_load((finished_run / "config.yaml").read_text())["teacher"]["path"]
-    folder = tmp_path_factory.mktemp("teacher")
-    server = serve(Path(teacher), folder / "address", folder / "log")
+@pytest.fixture
+def run(train: Callable[..., object]) -> Run:
+    """Starts a run in a folder with options, and gives its own folder."""
 
     def start(folder_of_runs: Path, *options: str) -> Path:
-        address = ("--teacher.address", str(folder / "address"))
-        finish(command(folder_of_runs, demo_cache, *FEW, *address, *options), GRPO_KD_TEACHER_SECRET=SECRET)
+        train(folder_of_runs, *FEW, *options)
         return folder_of_runs / "run"
 
-    yield start
-    server.kill()
-    server.wait()
+    return start
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
@@ -137,15 +131,16 @@ def test_the_teachers_likeliest_entries_bound_the_single_step_term_from_below(
     assert few["kl/teacher"] == pytest.approx(exact["kl/teacher"], rel=1e-4)  # the same samples, the same scores
 
 
-def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, run: Run, demo_cache: Path) -> None:
-    options = ["--steps", "6", "--reference.kl_limit", "0.001", "--actor.learning_rate", "0.01"]
-    folder = run(tmp_path, *options)
+def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, train: Callable[..., Any]) -> None:
+    options = [*FEW, "--steps", "6", "--reference.kl_limit", "0.001", "--actor.learning_rate", "0.01"]
+    train(tmp_path, *options)
+    folder = tmp_path / "run"
     rows, summary = metrics(folder), json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert len(rows) < 6
     assert rows[-1]["kl/start"] > 0.001
     assert all(row["kl/start"] <= 0.001 for row in rows[:-1])
-    again = finish(command(tmp_path, demo_cache, *FEW, *options))
+    again = train(tmp_path, *options)
     assert "finished already" in again.stdout
     assert metrics(folder) == rows
 

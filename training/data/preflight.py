@@ -40,6 +40,11 @@ class Inputs:
     heldout: list[Prompt]
     """Held-out questions, then the open ones."""
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All that the teachers are asked."""
+        return [*self.corpus.prompts, *self.heldout, *self.corpus.validation]
+
 
 def with_models(config: RunConfig, find: Callable[[str, str], str]) -> RunConfig:
     """The configuration with what `find` (of a key and its path) gives as the path of each model."""
@@ -170,10 +175,9 @@ def check_context(config: RunConfig, *, text: bool, examples: Sequence[Group] = 
     require(longest <= context, "data.warmup", config.data.warmup, mend)
 
 
-def check_room(key: str, path: Path, asked: Format, config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """A teacher, the setting `key` (teacher.path), has its own tokens and words around a prompt: they too have to leave
-    room for an answer. Raises ValueError where those of a prompt do not."""
-    context = context_length(path)
+def check_room(named: str, asked: Format, context: int | None, config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """A teacher, `named` by its setting and value, has its own tokens and words around a prompt: they too have to leave
+    room for an answer in its `context`. Raises ValueError where those of a prompt do not."""
     room = 2**30 if context is None else context - config.sampling.max_new_tokens
     around = len(asked.rendered("?").encode())
     for prompt in prompts:
@@ -181,7 +185,7 @@ def check_room(key: str, path: Path, asked: Format, config: RunConfig, prompts: 
             continue
         count = len(asked.prompt(prompt.asked))
         mend = (
-            f"{key} = {str(path)!r} needs {count} tokens for the prompt {prompt.text[:40]!r}, and its context of "
+            f"{named} needs {count} tokens for the prompt {prompt.text[:40]!r}, and its context of "
             f"{context} leaves {room} beside sampling.max_new_tokens; lower it, or leave that prompt out"
         )
         require(count <= room, "data.max_prompt_tokens", config.data.max_prompt_tokens, mend)
@@ -217,8 +221,10 @@ def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] |
         check_validation(judged, {"data.heldout": heldout, "data.prompts": prompts}, config)
     _enough("prompts_per_step", config.prompts_per_step, len(prompts), f"prompts in {data.prompts}")
     text: Sequence[Sequence[Group]] = ()
+    highest: tuple[int, ...] = ()
     if pt_coef(config) > 0:
-        text = text_blocks(data, asked, config.cache_dir)
+        text = blocks = text_blocks(data, asked, config.cache_dir)
+        highest = (blocks.highest,)
         if len(text) < config.loss.pt_batch and environment_rank() == 0:
             said = "loss.pt_batch = %d: data.text = %r has %d blocks of data.text_block_tokens; each step takes all"
             log.warning(said, config.loss.pt_batch, data.text, len(text))
@@ -237,13 +243,14 @@ def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] |
             except ValueError as error:
                 raise ValueError(f"{key}: {error} for {prompt.text[:40]!r}") from None
     tokens = [prompt.tokens for prompt in every]
-    _in_vocabulary(config, tokens + [group.responses[0] for group in cloning])
+    check_vocabulary(config, [*tokens, *(group.responses[0] for group in cloning), highest, (asked.end,)])
     most = config.eval.questions or None
     return Inputs(Corpus(prompts, text, cloning, judged), [*heldout[:most], *open_questions[:most]])
 
 
-def _in_vocabulary(config: RunConfig, tokens: Sequence[Sequence[int]]) -> None:
-    """Every token has a row in the student's embedding: a tokenizer may have grown without its model."""
+def check_vocabulary(config: RunConfig, tokens: Sequence[Sequence[int]]) -> None:
+    """Every token has a row in the student's embedding: a tokenizer may have grown without its model. Raises
+    ValueError."""
     rows = AutoConfig.from_pretrained(config.student.path).get_text_config().vocab_size
     highest = max((max(one, default=0) for one in tokens), default=0)
     require(

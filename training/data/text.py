@@ -52,6 +52,11 @@ class TextBlocks(Sequence[tuple[Group, ...]]):
         blocks._places = self._places[chosen]
         return blocks
 
+    @property
+    def highest(self) -> int:
+        """The highest token of the whole text."""
+        return int(self._tokens.max())
+
     def __len__(self) -> int:
         return len(self._places)
 

@@ -23,7 +23,7 @@ import yaml
 from configs.io.claims import claim
 from configs.io.files import read_json, write_atomically
 from configs.io.tables import content
-from configs.schema import DEMO, RunConfig, as_dict, flat
+from configs.schema import DEMO, ExtraTeacherConfig, RunConfig, as_dict, flat
 from training import distributed
 from training.run.boards import IDS
 from training.run.checkpoint_files import Manifest, UnknownFormat, Written, wrong_size
@@ -271,8 +271,10 @@ def check_settings(folder: RunFolder, config: RunConfig) -> None:
                 f"{key} = {getattr(config.data, key.removeprefix('data.'))!r}: not what it was {began}, "
                 "so its steps would mean other rows; put the old file back, or choose another --name"
             )
-    default, new = (flat(json.loads(json.dumps(as_dict(c)))) for c in (RunConfig(), config))
-    old = default | flat(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    written = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    defaults = RunConfig(teachers=(ExtraTeacherConfig(name=""),) * len(written.get("teachers") or ()))
+    default, new = (flat(json.loads(json.dumps(as_dict(c)))) for c in (defaults, config))
+    old = default | flat(written)
     keys = sorted(key for key in old.keys() | new.keys() if not FREE_SETTINGS.fullmatch(key))
     changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
     if changed:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from configs.checks import names_setting
 from configs.io.claims import release
 from configs.io.files import read_json, write_atomically
@@ -17,7 +19,6 @@ from configs.schema import RunConfig
 from inference.client import TeacherLost, TeacherRefused
 from inference.server.launch import TeacherDied
 from training import distributed
-from training.run.memory import OutOfMemory, OutOfMemoryAlone, is_out_of_memory
 from training.run.safe_points import SafePoints, TimeLimit
 from training.run.starts import Starts
 from training.run.stopping import REQUEUE, RunFailed, StopRequest
@@ -31,6 +32,18 @@ FAILED, MISTAKE = 1, 2
 GOES_ON = "the same command goes on from the last checkpoint"
 TOKEN_BUDGET = "token_budget.json"
 """In the run's folder, where a start has ended to go on with half the budget."""
+PASSES = ("reference", "update")
+"""Phases that take less memory with fewer packed tokens in a pass. The loss does not depend on how a batch is cut into
+passes: each of its terms has a denominator over all of them."""
+NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What torch's errors say, besides its OutOfMemoryError, where memory could not be had."""
 ADVICE = {
     "sample": "lower sampling.group_size, sampling.max_new_tokens or prompts_per_step, or take more ranks",
     "evaluation": "lower eval.batch",
@@ -101,11 +114,9 @@ class Supervisor:
             reason, code = str(error), MISTAKE if error.mistake else FAILED
         except (RunFailed, TeacherRefused) as error:
             reason, code = str(error), FAILED
-        except OutOfMemoryAlone as error:
-            reason, code = self._start_with_less(error)
         except Exception as error:
-            if isinstance(error, OutOfMemory) or is_out_of_memory(error):
-                reason, code = self._out_of_memory(error), FAILED
+            if is_out_of_memory(error):
+                reason, code = self._out_of_memory(error)
             elif any(words in str(error) for words in LOST_PEER) and self._watchdog is not None:
                 reason, code = self._peer_lost(error)
             elif isinstance(error, ValueError) and names_setting(self._config, error):
@@ -117,16 +128,14 @@ class Supervisor:
         self.starts.end(reason, code)
         return code
 
-    def _out_of_memory(self, error: Exception) -> str:
+    def _out_of_memory(self, error: Exception) -> tuple[str, int]:
+        """In a phase of passes the next start has half the token budget, once; then there is advice alone."""
         phase = "start" if self._watchdog is None else self._watchdog.place.phase
-        said = " ".join(str(error).split())[:200]
-        return f"rank {distributed.rank()}: out of memory in phase {phase} ({said}); {ADVICE.get(phase, GENERAL)}"
-
-    def _start_with_less(self, error: OutOfMemoryAlone) -> tuple[str, int]:
-        reason = self._out_of_memory(error)
-        if not lower(self._config, self._folder):
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"rank {distributed.rank()}: out of memory in phase {phase} ({said}); {ADVICE.get(phase, GENERAL)}"
+        if phase not in PASSES or not lower(self._config, self._folder):
             return reason, FAILED
-        tokens = self._config.actor.micro_batch_tokens // 2
+        tokens = max(self._config.actor.micro_batch_tokens // 2, 1)
         return f"{reason}; the next start goes on from the last checkpoint with {tokens} tokens in a pass", REQUEUE
 
     def _peer_lost(self, error: Exception) -> tuple[str, int]:
@@ -149,6 +158,13 @@ class Supervisor:
     def _again(self) -> int:
         """A new start is worth it where this one got on; else it would meet the same."""
         return REQUEUE if self.points.advanced else FAILED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch, CUDA or Python means that memory could not be had."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def lowered(config: RunConfig, folder: Path) -> RunConfig:

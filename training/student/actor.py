@@ -160,25 +160,23 @@ class Actor:
         for i, batch in enumerate(batches):
             plan = _Update(batch, distributed.sum_metrics(counts_of(batch)), step * len(batches) + i)
             first = i == 0
-            take = partial(self._optimizer_step, plan, shares and first, between if first else nothing)
-            for key, value in self.engine.passes.budget.spend(take).items():
+            metrics = self._optimizer_step(plan, shares and first, between if first else nothing)
+            for key, value in metrics.items():
                 if first or not key.startswith("mismatch/"):  # later on the policy is meant to differ
                     merged[key] = merged.get(key, 0.0) + value
         whole = ("mismatch/", "skipped", "gradient/")
         return {k: v if k.startswith(whole) else v / len(batches) for k, v in merged.items()}
 
-    def _optimizer_step(
-        self, plan: _Update, shares: bool, between: Callable[[], None], tokens: int
-    ) -> dict[str, float]:
-        """One optimizer step in packed rows of at most `tokens`; its metrics over all ranks."""
-        measured, log = self._gradient_shares(plan, tokens) if shares else {}, MetricSums()
-        norm, rate, applied = self.engine.update(self._jobs(plan, tokens, log), plan.step, between=between)
+    def _optimizer_step(self, plan: _Update, shares: bool, between: Callable[[], None]) -> dict[str, float]:
+        """One optimizer step; its metrics over all ranks."""
+        measured, log = self._gradient_shares(plan) if shares else {}, MetricSums()
+        norm, rate, applied = self.engine.update(self._jobs(plan, log), plan.step, between=between)
         done = {"grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
         return log.over_ranks() | measured | done
 
-    def _jobs(self, plan: _Update, tokens: int, log: MetricSums) -> list[Job]:
-        """One job a packed row of at most `tokens`."""
-        batch, weights = plan.batch, plan.batch.weights
+    def _jobs(self, plan: _Update, log: MetricSums) -> list[Job]:
+        """One job a packed row."""
+        batch, weights, tokens = plan.batch, plan.batch.weights, self.engine.passes.tokens
         jobs: list[Job] = []
         if batch.experience is not None and max(weights.policy, weights.kl, weights.single_step) > 0:
             for i, row in enumerate(rows_in_step(batch.experience.rollout.groups(), tokens)):
@@ -190,9 +188,9 @@ class Actor:
                 jobs += [partial(self._language_model_term, plan, row, name, log) for row in rows]
         return jobs
 
-    def _gradient_shares(self, plan: _Update, tokens: int) -> dict[str, float]:
+    def _gradient_shares(self, plan: _Update) -> dict[str, float]:
         """Norm of each weighted term's gradient by itself, and its share of their sum. Collective; not under ZeRO 3."""
-        norms = self.engine.gradient_norms(lambda: self._jobs(plan, tokens, MetricSums()), list(TERMS))
+        norms = self.engine.gradient_norms(self._jobs(plan, MetricSums()), list(TERMS))
         total = max(sum(norms.values()), 1e-30)
         shares = {f"gradient/{name}_share": norm / total for name, norm in norms.items()}
         return {**{f"gradient/{name}": norm for name, norm in norms.items()}, **shares}

@@ -80,21 +80,13 @@ class Critic:
             tokens = float(distributed.sum_over_ranks(experience.rollout.lengths_B.sum()))
             if tokens > 0:
                 number, asked = step * len(experiences) + i, between if i == 0 else nothing
-                take = partial(self._optimizer_step, experience, 1.0 / tokens, number, asked)
-                loss, norm = self.engine.passes.budget.spend(take)
-                loss_sum += loss
+                losses: list[torch.Tensor] = []
+                rows = rows_in_step(experience.rollout.groups(), self.engine.passes.tokens)
+                jobs = [partial(self._loss, experience, row, 1.0 / tokens, losses) for row in rows]
+                norm, _, _ = self.engine.update(jobs, number, between=asked)
+                loss_sum += sum(float(x) for x in losses)
         total = distributed.sum_metrics({"loss/value": loss_sum / max(len(experiences), 1)})
         return {**total, "critic/grad_norm": norm}
-
-    def _optimizer_step(
-        self, experience: Experience, weight: float, number: int, between: Callable[[], None], tokens: int
-    ) -> tuple[float, float]:
-        """Step `number` in packed rows of at most `tokens`: this rank's loss, and the gradient's norm."""
-        losses: list[torch.Tensor] = []
-        rows = rows_in_step(experience.rollout.groups(), tokens)
-        jobs = [partial(self._loss, experience, row, weight, losses) for row in rows]
-        norm, _, _ = self.engine.update(jobs, number, between=between)
-        return sum(float(x) for x in losses), norm
 
     def _loss(
         self, experience: Experience, row: PackedRow, weight: float, losses: list[torch.Tensor]

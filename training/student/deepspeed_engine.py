@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +31,6 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from configs.schema import ActorConfig
 from inference.attention.packing import PackedRow
 from training import distributed
-from training.run.memory import OutOfMemory, OutOfMemoryAlone, TokenBudget, agreed, out_of_memory
 from training.run.safe_points import nothing
 from training.student.passes import Passes
 
@@ -155,15 +153,13 @@ class Engine:
         if zero_stage == 0 and distributed.world_size() == 1:
             # DeepSpeed would copy all gradients into one tensor, "reduce" it over one rank and copy them back.
             self.engine.enable_backward_allreduce = False
-        self._reduce, self.engine.allreduce_gradients = self.engine.allreduce_gradients, self._agree_and_reduce
-        self._reducing = False
         if zero_stage == 0 and options.dtype == "bfloat16":
             # DeepSpeed makes the states by a step on zeros, which Adam's bias correction would take for a real one: the
             # first real step would be 0.73 of what it is at the other stages.
             for state in self.engine.optimizer.optimizer.state.values():
                 state["step"].zero_()
         self.device = torch.device(self.engine.device)
-        self.passes = Passes(TokenBudget(config.micro_batch_tokens), self.device, collective=zero_stage == 3)
+        self.passes = Passes(config.micro_batch_tokens, self.device)
         """How packed rows reach the module."""
         self._collected = self.engine.checkpoint_engine = _Collected()
         # It would copy a script into each checkpoint, on rank 0 between two barriers, where a full disk means a hang.
@@ -190,7 +186,7 @@ class Engine:
         Each job runs one forward pass and returns its terms, which are added up; all ranks give the same number of
         jobs. Returns (gradient norm before clipping, learning rate, applied). A non-finite gradient is skipped on every
         rank, and so is a step without a job (every group was dropped): DeepSpeed cannot step on no gradient.
-        `between` is called before each job and may raise, which leaves the step. OutOfMemory leaves it as well.
+        `between` is called before each job and may raise, which leaves the step.
         """
         rate = learning_rate(step, self._config, self._options)
         if not jobs:
@@ -203,7 +199,7 @@ class Engine:
         for i, job in enumerate(jobs):
             between()
             self.engine.set_gradient_accumulation_boundary(i == len(jobs) - 1)
-            self._pass(job, scale)
+            self.engine.backward(torch.stack([*job().values()]).sum() * scale)
         if self.zero_stage == 0:
             grads = [p.grad for p in self._trained if p.grad is not None]
             norm = float(sum(torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in grads)) ** 0.5
@@ -221,48 +217,7 @@ class Engine:
         self.module.eval()
         return norm, rate, not bool(getattr(self.engine.optimizer, "overflow", False))
 
-    def _pass(self, job: Job, scale: int) -> None:
-        """Forward and backward of one job. Raises OutOfMemory, on every rank where they do not exchange within it."""
-        self._reducing = False
-
-        def work() -> None:
-            self.engine.backward(torch.stack([*job().values()]).sum() * scale)
-
-        try:
-            failed = out_of_memory(work)
-        except OutOfMemory:  # of another rank, which `_agree_and_reduce` has asked
-            self._forget_gradients()
-            raise
-        if not failed:
-            return
-        if self.zero_stage > 1 or self._reducing:
-            raise OutOfMemoryAlone(failed)
-        distributed.any_rank(True)
-        self._forget_gradients()
-        raise OutOfMemory(failed)
-
-    def _agree_and_reduce(self, *arguments: Any) -> None:
-        """DeepSpeed's reduction at the end of each backward pass, if no rank has run out of memory in it.
-
-        Under ZeRO 2 and 3 the gradients have been exchanged in the pass, and there is nothing left to agree on.
-        """
-        if self.zero_stage <= 1 and distributed.any_rank(False):
-            raise OutOfMemory("on another rank")
-        self._reducing = True
-        self._reduce(*arguments)
-
-    def _forget_gradients(self) -> None:
-        """As before the first job of a step, after a backward pass that was broken off."""
-        self.engine.zero_grad()
-        if self.zero_stage > 0:
-            optimizer = self.engine.optimizer
-            optimizer.zero_grad()
-            while optimizer._backward_active_depth > 0:
-                optimizer.exit_backward()
-            optimizer.clear_backward_seen_flag()
-        self.module.eval()
-
-    def gradient_norms(self, make_jobs: Callable[[], Sequence[Job]], names: Sequence[str]) -> dict[str, float]:
+    def gradient_norms(self, jobs: Sequence[Job], names: Sequence[str]) -> dict[str, float]:
         """Norm of each named term's gradient over all ranks, at the cost of a pass a term. No gradient is kept.
 
         Not under ZeRO 3, whose parameters are only whole within DeepSpeed's own backward pass. Collective.
@@ -270,8 +225,7 @@ class Engine:
         self.module.train()
         norms = {}
         for name in names:
-            sums = agreed(partial(self._summed, make_jobs(), name), exchanging=False)
-            squares = [distributed.sum_in_place(total).float().square().sum() for total in sums]
+            squares = [distributed.sum_in_place(total).float().square().sum() for total in self._summed(jobs, name)]
             norms[name] = float(torch.stack(squares).sum()) ** 0.5
         self.module.eval()
         return norms

@@ -9,35 +9,26 @@ import torch
 
 from inference.attention.packing import Group, PackedRow, in_batch_order, pack, pack_row
 from training import distributed
-from training.run.memory import TokenBudget, agreed
 
 
-@dataclass(frozen=True)
+@dataclass
 class Passes:
     """How packed rows reach one model."""
 
-    budget: TokenBudget
-    """Packed tokens of a pass."""
+    tokens: int
+    """Most packed tokens of a pass."""
     device: torch.device
     """Where the model is."""
-    collective: bool = False
-    """Every pass is a collective (ZeRO 3)."""
 
 
 def each_token(passes: Passes, groups: Sequence[Group], one: Callable[[PackedRow], torch.Tensor]) -> torch.Tensor:
     """What `one` says of each response token: [S, ...] in batch order, on the CPU, without a gradient.
 
-    `one` is given packed rows on the model's device and returns [S, ...] for the row's tokens. Where memory runs out
-    the rows are packed again with half of the tokens. Collective.
+    `one` is given packed rows on the model's device and returns [S, ...] for the row's tokens. Collective.
     """
-
-    def work(max_tokens: int) -> torch.Tensor:
-        rows = rows_in_step(groups, max_tokens)
-        values = agreed(lambda: [one(row.to(passes.device)).cpu() for row in rows], exchanging=passes.collective)
-        return in_batch_order(rows, values)
-
+    rows = rows_in_step(groups, passes.tokens)
     with torch.no_grad():
-        return passes.budget.spend(work)
+        return in_batch_order(rows, [one(row.to(passes.device)).cpu() for row in rows])
 
 
 def rows_in_step(groups: Sequence[Group], max_tokens: int) -> list[PackedRow]:

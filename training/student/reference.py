@@ -12,7 +12,6 @@ from configs.schema import RunConfig
 from training import distributed
 from training.experience import Rollout
 from training.losses import WholeDistribution
-from training.run.memory import TokenBudget
 from training.student.actor import Actor
 from training.student.loading import load_policy
 from training.student.passes import Passes, each_token
@@ -81,7 +80,7 @@ class FrozenCopy(Reference):
         """`update`: in place of the configuration's. `way`: how the actor's model is run, and so this one."""
         self._config = config
         self._update = update or config.reference.update
-        self._passes = Passes(TokenBudget(config.actor.micro_batch_tokens), device)
+        self._passes = Passes(config.actor.micro_batch_tokens, device)
         self._policy = load_policy(path, config.student.dtype).to(device).eval().requires_grad_(False)
         if way is not None:
             self._policy.run(way)

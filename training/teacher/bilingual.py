@@ -31,14 +31,18 @@ class Translator:
     def __init__(self, config: BilingualConfig, device: torch.device | str = "cpu") -> None:
         assert config.path is not None
         self._config = config
-        self._causal = not AutoConfig.from_pretrained(config.path).is_encoder_decoder
+        described = AutoConfig.from_pretrained(config.path)
+        self._causal = not described.is_encoder_decoder
+        self._room = getattr(described.get_text_config(), "max_position_embeddings", None)
+        """Tokens of a text that it reads; None: any number."""
         kind = AutoModelForCausalLM if self._causal else AutoModelForSeq2SeqLM
         model = kind.from_pretrained(config.path, dtype=torch.float32, use_safetensors=True)
         model.generation_config = symbols_alone(model.generation_config)
         self._model = model.to(device).eval().requires_grad_(False)
         self._tokenizer: Any = deepcopy(load_tokenizer(config.path))
         if self._causal:
-            self._tokenizer.padding_side = "left"  # what is generated follows the last token
+            self._tokenizer.padding_side = self._tokenizer.truncation_side = "left"  # the last token is gone on from
+            self._room = None if self._room is None else self._room - config.max_new_tokens
         self._options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": config.max_new_tokens}
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -52,7 +56,8 @@ class Translator:
         self._kept: dict[str, str] = {}
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """Their translations, stripped; of a causal model the first line. An empty text stays empty."""
+        """Their translations, stripped; of a causal model the first line. An empty text stays empty, and of one that is
+        longer than the model's context the end (of a causal model's prompt the beginning) is not read."""
         wanted = sorted({text for text in texts if text.strip()}, key=lambda text: (len(text), text))
         found: dict[str, str] = {}
         for begin in range(0, len(wanted), self._config.batch):
@@ -69,7 +74,8 @@ class Translator:
     @torch.no_grad()
     def _batch(self, texts: Sequence[str]) -> list[str]:
         asked = [self._config.instruction.replace("{text}", text) for text in texts]
-        inputs = self._tokenizer(asked, return_tensors="pt", padding=True).to(self._model.device)
+        cut = {} if self._room is None else {"truncation": True, "max_length": self._room}
+        inputs = self._tokenizer(asked, return_tensors="pt", padding=True, **cut).to(self._model.device)
         inputs.pop("token_type_ids", None)
         out = self._model.generate(**inputs, **self._options)
         if self._causal:
@@ -99,8 +105,7 @@ class Bilingual:
         teacher has no room for is cut off: of a translation its end beyond half of the room, of a prompt its
         beginning."""
         facts, texts = self._link.facts, self._translate(rollout.texts_B)
-        settings = AutoConfig.from_pretrained(facts.path).get_text_config()
-        room = int(getattr(settings, "max_position_embeddings", None) or 2**30)
+        room = self._link.client.info().max_positions
         plain = replace(facts.teacher, kind="plain")
         read = [(*plain.answer(text), plain.end) if text else (plain.end,) for text in texts]
         read = [tokens[: room // 2] for tokens in read]

@@ -3,7 +3,8 @@
 `eval.minimal_pairs` sentences of the raw text, or of the held-out questions' contexts, are set beside the same with
 one mistake (rewards/minimal_pairs.py). A teacher whose likelihood does not tell them apart better than the student's
 cannot teach Faroese through that likelihood: one line of warning says so. The student answers through its training
-forward, the teacher through its server, as they do for the reward.
+forward, the teacher through its server, as they do for the reward; but both read plain text, a chat model too: the
+second half of a sentence answers no question.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -52,13 +54,17 @@ def split_sentences(texts: Sequence[str]) -> list[str]:
 
 
 def teacher_check(actor: Actor, link: TeacherLink, config: RunConfig, heldout: Sequence[Prompt]) -> Result:
-    """Both models on the same pairs: values as `score_pairs` has them, student/ and teacher/ before their names, and
-    their `difference` in accuracy; none where there is no pair. Collective; every rank judges all pairs."""
+    """Both models on the same pairs, read as plain text: values as `score_pairs` has them, student/ and teacher/ before
+    their names, and the `difference` in accuracy; none where there is no pair. Collective; every rank judges all."""
     pairs = make_pairs(sentences(config, heldout), config.eval.minimal_pairs, config.seed)
-    pairs = [pair for pair in pairs if _fits(actor, pair, config.data.max_prompt_tokens)]
+    facts = link.facts
+    facts = replace(facts, student=replace(facts.student, kind="plain"), teacher=replace(facts.teacher, kind="plain"))
+    link = TeacherLink(link.client, facts, None)
+    rooms = (facts.student, config.data.max_prompt_tokens), (facts.teacher, link.client.info().max_positions)
+    pairs = [pair for pair in pairs if all(_fits(pair, one.tokenizer, room) for one, room in rooms)]
     logprobs: dict[str, list[float]] = {"student": [], "teacher": []}
     for begin in range(0, len(pairs), BATCH):
-        rollout = as_rollout(actor.asked, pairs[begin : begin + BATCH])
+        rollout = as_rollout(facts.student, pairs[begin : begin + BATCH])
         asked = link.ask(rollout, whole_distribution=False)
         logprobs_S = {"student": actor.logprobs(rollout, temperature=1.0), "teacher": asked().logprobs_S}
         for name, found_S in logprobs_S.items():
@@ -97,10 +103,8 @@ def warning(found: Result) -> str | None:
     )
 
 
-def as_rollout(asked: Format, pairs: Sequence[Pair]) -> Rollout:
-    """Each pair as a group of two responses, right and wrong, to the sentence's first word. `asked`: how the student
-    is asked; these are plain texts, which have one space between the words in every tokenizer."""
-    plain = replace(asked, kind="plain")
+def as_rollout(plain: Format, pairs: Sequence[Pair]) -> Rollout:
+    """Each pair as a group of two responses, right and wrong, to the sentence's first word, in the student's tokens."""
     prompts: list[Prompt] = []
     responses: list[tuple[int, ...]] = []
     texts: list[str] = []
@@ -121,5 +125,5 @@ def as_rollout(asked: Format, pairs: Sequence[Pair]) -> Rollout:
     )
 
 
-def _fits(actor: Actor, pair: Pair, limit: int) -> bool:
-    return max(len(actor.tokenizer(text)["input_ids"]) for text in (pair.right, pair.wrong)) < limit
+def _fits(pair: Pair, tokenizer: Any, room: int) -> bool:
+    return max(len(tokenizer(text)["input_ids"]) for text in (pair.right, pair.wrong)) < room

@@ -2,11 +2,13 @@
 
 With one tokenizer, student tokens are teacher tokens. With two, the response's text is tokenised again for the
 teacher, each side's own end symbol stands for the other's, and the log-probabilities of the teacher's tokens come back
-on the student's, token for token (rewards/alignment.py).
+on the student's, token for token (rewards/alignment.py). A response that is then longer than the teacher's context has
+no score (NaN): a part of one would reward what the teacher does not read, so its group is left out.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -21,6 +23,7 @@ from training.teacher.facts import TeacherFacts
 from training.teacher.token_bytes import TokenBytes
 from training.teacher.translation import Translator
 
+log = logging.getLogger(__name__)
 PendingView = Callable[[], TeacherView]
 """Waits for the teacher and returns what it said."""
 
@@ -33,6 +36,7 @@ class TeacherLink:
         self.client, self.facts, self.head = client, facts, head
         self._tokenizer = facts.teacher.tokenizer
         self._translator: Translator | None = None
+        self._said_too_long = False
         if not facts.same_tokenizer:
             self._translator = Translator(
                 TokenBytes(facts.student.tokenizer, "student.path"),
@@ -101,21 +105,38 @@ class TeacherLink:
             translator.translate(response, finished=finished, end_token=self.facts.teacher.end)
             for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
         ]
-        future = self.client.score(groups_of(prompts, [r.tokens for r in read], rollout.group_size))
+        total_B = [len(prompts[b // rollout.group_size]) + len(r.tokens) for b, r in enumerate(read)]
+        fits_B = [total <= self.client.info().max_positions for total in total_B]
+        if not all(fits_B):
+            self._say_too_long(max(total_B))
+        sent = [r.tokens if fits else () for r, fits in zip(read, fits_B, strict=True)]
+        future = self.client.score(groups_of(prompts, sent, rollout.group_size))
 
         def wait() -> TeacherView:
-            of_response = future.result().split([len(r.tokens) for r in read])
+            of_response = future.result().split([len(tokens) for tokens in sent])
             carried = [
                 torch.tensor(carry(s.tolist(), r.student_token, len(response)), dtype=torch.float32)
-                for s, r, response in zip(of_response, read, rollout.responses_B, strict=True)
+                if fits
+                else torch.full((len(response),), torch.nan)
+                for s, r, response, fits in zip(of_response, read, rollout.responses_B, fits_B, strict=True)
             ]
             return TeacherView(
                 logprobs_S=torch.cat(carried) if carried else torch.zeros(0),
-                scored_tokens_B=torch.tensor([len(r.tokens) for r in read], dtype=torch.int64),
+                scored_tokens_B=torch.tensor([len(tokens) for tokens in sent], dtype=torch.int64),
                 unread_tokens_B=torch.tensor([r.unread for r in read], dtype=torch.int64),
             )
 
         return wait
+
+    def _say_too_long(self, tokens: int) -> None:
+        """Once a run."""
+        if not self._said_too_long:
+            said = (
+                "%s: a prompt with its response takes %d tokens of the teacher, whose context has %d; such responses "
+                "have no score, and their groups are left out (groups/dropped); lower sampling.max_new_tokens"
+            )
+            log.warning(said, self.facts.path, tokens, self.client.info().max_positions)
+        self._said_too_long = True
 
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0

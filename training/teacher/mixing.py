@@ -6,12 +6,14 @@ states worth learning from; the samples carry the importance weight of what was 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from configs.schema import RunConfig, SamplingConfig
+from configs.prompts import Format
+from configs.schema import RunConfig, SamplingConfig, require
 from rewards.minillm import mixed_logprobs, mixture_importance, response_mixture_importance
 from training.data.order import random_stream
 from training.experience import Prompt, Rollout, TeacherView
@@ -26,6 +28,24 @@ def check_mixing(config: RunConfig, same_tokenizer: bool) -> None:
             f"sampling.teacher_mix = {config.sampling.teacher_mix}: token by token it needs one tokenizer, and student "
             "and teacher have different ones; set sampling.mix_by to response"
         )
+
+
+def check_cache(config: RunConfig, asked: Format, prompts: Sequence[Prompt]) -> None:
+    """What the teacher holds while it is mixed in token by token fits into its cache, whichever prompts a step takes.
+    `asked`: how the teacher is asked. Raises ValueError."""
+    sampling = config.sampling
+    if sampling.teacher_mix == 0 or sampling.mix_by != "token":
+        return
+    mine = config.prompts_per_step // int(os.environ.get("WORLD_SIZE", "1"))
+    count = min(sampling.prompts_at_once or mine, mine)
+    longest = sorted(len(asked.prompt(prompt.asked)) for prompt in prompts)[-count:]
+    needed = sum(longest) + count * sampling.group_size * sampling.max_new_tokens
+    said = (
+        f"sampling.mix_by token holds up to {needed} tokens of {count} prompts with their responses there; raise it, "
+        "or set sampling.prompts_at_once lower"
+    )
+    most = config.teacher.max_cache_tokens
+    require(needed <= most, "teacher.max_cache_tokens", most, said)
 
 
 class TokenMixture:

@@ -64,10 +64,11 @@ class TokenBytes:
         ids = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         self.symbols: dict[int, str] = {int(i): str(tokenizer.convert_ids_to_tokens(int(i))) for i in ids}
         """Special symbols by id."""
+        self._added: dict[int, str] = {int(i): str(token.content) for i, token in added.items()}
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for inside a text; a special symbol's are its name."""
-        name = self.symbols.get(token)
+        name = self.symbols.get(token, self._added.get(token))  # what is added is written as it is, `ø` as in text
         if name is not None:
             return name.encode()
         try:
@@ -79,10 +80,14 @@ class TokenBytes:
         if self._letters is not None:
             try:
                 return bytes(self._letters[char] for char in text)
-            except KeyError:  # an added token, which is written as it is
+            except KeyError:  # no letters of that table
                 return text.encode()
         match = BYTE_PIECE.fullmatch(text)
         return bytes([int(match[1], 16)]) if match else text.replace(SPACE, " ").encode()
+
+    def size(self, tokens: Iterable[int]) -> int:
+        """Bytes of text in these tokens; special symbols have none."""
+        return sum(len(self.piece(token)) for token in tokens if token not in self.symbols)
 
     def encode(self, text: str) -> Encoded:
         """A text in the middle of a sequence: no symbol and no space is put in front, and a special symbol's name in

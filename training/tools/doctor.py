@@ -1,22 +1,14 @@
 """`training/main.py --doctor`: are the numbers of this run right? One line a check; nothing is trained or written.
 
 It starts the configured run as a run does (same demo, same teacher server, same ranks), takes one step of few prompts
-with learning rate 0, and takes it again cut otherwise. A check that cannot be made says why and is not counted as
-passed. Exit code 0 unless a check fails.
-
-    python training/tools/doctor.py FOLDER
-
-is one rank of another world that the same step is compared with: settings are in FOLDER/config.yaml, metrics go to
-FOLDER/metrics.json; RANK, WORLD_SIZE and the rest are set.
+with learning rate 0, and takes it again in packed rows of other lengths. A check that cannot be made says why and is
+not counted as passed. Exit code 0 unless a check fails.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,17 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import torch
 
-from configs.schema import ExtraTeacherConfig, RunConfig, as_dict
+from configs.schema import ExtraTeacherConfig, RunConfig
 from inference.client import TeacherLost, TeacherRefused
 from inference.model.backend import check_teacher, processes
 from inference.model.files import end_ids
 from inference.protocol.fingerprint import load_tokenizer, tokenizer_fingerprint
-from inference.server.launch import SECRET, TeacherDied, launcherless_environment, start_local_teacher
+from inference.server.launch import SECRET, TeacherDied, start_local_teacher
 from training import distributed
 from training.collect import Run, Step, collect, make_experience
 from training.data.order import items_of_step
@@ -43,7 +32,7 @@ from training.experience import Experience, Rewarded, Rollout, Scored
 from training.loop import describe, update
 from training.objective import LossWeights, UpdateInput
 from training.recipes import RECIPES
-from training.run.cli import dump_config, fail, load_config
+from training.run.cli import fail
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest, watch_launcher
 from training.stage2 import Setup, connect, find_teacher, prepare, quiet_logging, without_loop
@@ -60,7 +49,6 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 0.15}
 RELATIVE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest difference of a loss or of a gradient norm between two ways of cutting one batch, relative."""
 _UNCOMPARED = ("seconds", "learning_rate", "skipped")
-_DRAWS = "recipe sampled_ce draws teacher tokens for each row anew, so other rows have another loss"
 
 
 @dataclass(frozen=True)
@@ -284,38 +272,33 @@ def kl_to_reference(probe: Probe) -> Finding:
 def micro_batch(probe: Probe) -> Finding:
     """The update in rows of one group each, and in longer rows than configured."""
     if RECIPES[probe.config.recipe].draws:
-        return Finding(None, _DRAWS)
-    metrics = {}
-    configured = probe.config.actor.micro_batch_tokens
+        return Finding(None, "recipe sampled_ce draws for each row anew, so other rows have another loss")
+    found, configured = [], probe.config.actor.micro_batch_tokens
+    limit = RELATIVE[probe.config.student.dtype]
     for tokens in (1, 2 * configured):
-        with _budget(probe, tokens):
-            metrics[tokens] = step_metrics(probe.run, probe.step, probe.batch)
-    found = [_same_step(probe, m, f"in rows of {n} in place of {configured} tokens") for n, m in metrics.items()]
+        with _rows_of(probe, tokens):
+            metrics = step_metrics(probe.run, probe.step, probe.batch)
+        change, name = worst_change(probe.metrics, metrics)
+        text = (
+            f"in rows of {tokens} in place of {configured} tokens, losses and gradient norm "
+            f"({probe.metrics['grad_norm']:.4g}) change by at most {change:.1e} of {name} (allowed {limit:.0e})"
+        )
+        found.append(Finding(change <= limit, text))
     return next((f for f in found if not f.passed), found[0])
 
 
 @contextmanager
-def _budget(probe: Probe, tokens: int) -> Iterator[None]:
+def _rows_of(probe: Probe, tokens: int) -> Iterator[None]:
     """Another micro_batch_tokens for actor and critic."""
     models: list[Any] = [m for m in (probe.run.models.actor, probe.run.models.critic) if m is not None]
-    before = [model.engine.passes.budget.tokens for model in models]
+    before = [model.engine.passes.tokens for model in models]
     for model in models:
-        model.engine.passes.budget.tokens = tokens
+        model.engine.passes.tokens = tokens
     try:
         yield
     finally:
         for model, old in zip(models, before, strict=True):
-            model.engine.passes.budget.tokens = old
-
-
-def _same_step(probe: Probe, metrics: Mapping[str, float], how: str) -> Finding:
-    limit = RELATIVE[probe.config.student.dtype]
-    change, name = worst_change(probe.metrics, metrics)
-    return Finding(
-        change <= limit,
-        f"{how}, losses and gradient norm ({probe.metrics['grad_norm']:.4g}) change by at most {change:.1e} of "
-        f"{name} (allowed {limit:.0e})",
-    )
+            model.engine.passes.tokens = old
 
 
 @torch.no_grad()
@@ -332,55 +315,6 @@ def packing(probe: Probe) -> Finding:
         f"{responses} responses packed and as transformers runs them differ by at most {found:.1e} nats "
         f"(allowed {probe.nats:.0e})",
     )
-
-
-def ranks(probe: Probe) -> Finding:
-    """The whole step, sampling and teacher included, by another number of ranks."""
-    world = distributed.world_size()
-    other = 2 if world == 1 else 1
-    if RECIPES[probe.config.recipe].draws:
-        return Finding(None, _DRAWS)
-    if torch.cuda.is_available():
-        return Finding(None, "on CUDA, start the doctor with another number of ranks and compare")
-    if probe.config.student.dtype != "float32":
-        return Finding(None, "bfloat16 rounds otherwise in batches of another size, so other tokens are sampled")
-    if probe.config.prompts_per_step % other:
-        return Finding(None, f"{probe.config.prompts_per_step} prompts a step cannot be dealt to {other} ranks")
-    if not distributed.is_main():
-        return Finding(True, "")
-    with tempfile.TemporaryDirectory(prefix="doctor-ranks-") as folder:
-        try:
-            metrics = _step_of(probe.config, other, Path(folder))
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            return Finding(False, f"{other} ranks could not take the step: {' '.join(str(error).split())[-300:]}")
-    return _same_step(probe, metrics, f"with {other} in place of {world} ranks")
-
-
-def _step_of(config: RunConfig, world: int, folder: Path) -> dict[str, float]:
-    """Metrics of the same step by `world` processes of their own, which ask the same teacher."""
-    (folder / "config.yaml").write_text(dump_config(as_dict(config)), encoding="utf-8")
-    command = [sys.executable, str(Path(__file__).resolve()), str(folder)]
-    shared = launcherless_environment() | {
-        "WORLD_SIZE": str(world),
-        "LOCAL_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(distributed.free_port()),
-        SECRET: os.environ.get(SECRET, ""),
-    }
-    processes = []
-    for rank in range(world):
-        with (folder / f"rank{rank}.log").open("wb") as log:
-            ours = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=ours, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(1800) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if any(codes):
-        raise ValueError((folder / f"rank{codes.index(max(codes, key=abs))}.log").read_text(errors="replace"))
-    return json.loads((folder / "metrics.json").read_text())
 
 
 def tensor_parallel(probe: Probe) -> Finding:
@@ -463,25 +397,6 @@ CHECKS: dict[str, Callable[[Probe], Finding]] = {
     "KL reference": kl_to_reference,
     "micro-batch": micro_batch,
     "packing": packing,
-    "ranks": ranks,
     "TP": tensor_parallel,
 }
 """By the name that its line starts with, in order."""
-
-
-def one_rank(folder: Path) -> None:
-    """Take the step as one rank of another world; rank 0 writes metrics.json."""
-    quiet_logging()
-    config, facts, inputs = prepare(load_config(folder / "config.yaml"))
-    with ExitStack() as stack:
-        probe = start(Setup(config, inputs, facts, RunFolder(folder), StopRequest()), stack)
-        if distributed.is_main():
-            (folder / "metrics.json").write_text(json.dumps(dict(probe.metrics)))
-        distributed.barrier()
-
-
-if __name__ == "__main__":
-    one_rank(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # no library's exit hook may hang

@@ -17,6 +17,8 @@ from typing import Any
 
 from configs.schema import DEMO, RunConfig, TeacherConfig, require
 from inference.model.families import Architecture, parse_architecture
+from inference.model.files import model_directory
+from inference.protocol.fingerprint import tokenizer_fingerprint
 from training.algorithms import ALGORITHMS, check_choices
 from training.data.preflight import room_for_prompt
 from training.tools.plan_rank import ModelFacts, RankMemory, Tracer, alternatives, rank_memory
@@ -43,39 +45,33 @@ def read_models(config: RunConfig) -> tuple[RunConfig, ModelFacts, list[str]]:
     """The configuration with local paths, what its models' config.json say, and remarks for the reader."""
     from transformers import AutoConfig
 
-    student = _directory("student.path", config.student.path)
-    asked = [("teacher", config.teacher), *((f"teachers[{i}]", one) for i, one in enumerate(config.teachers))]
-    places = [_directory(f"{key}.path", one.path) for key, one in asked]
-    teacher = places[0]
-    notes: list[str] = []
+    def found(key: str, path: str) -> str:
+        require(path != DEMO, key, path, "the demo is built when a run starts; give a Hugging Face model directory")
+        return str(model_directory(key, path, weights=False))
 
-    def text_config(key: str, path: Path | None, role: str) -> Any:
-        if path is None:
-            return _demo_config(config, role)
+    teachers = [replace(t, path=found(f"teachers[{i}].path", t.path)) for i, t in enumerate(config.teachers)]
+    config = replace(
+        config,
+        student=replace(config.student, path=found("student.path", config.student.path)),
+        teacher=replace(config.teacher, path=found("teacher.path", config.teacher.path)),
+        teachers=tuple(teachers),
+    )
+
+    def text_config(key: str, path: str) -> Any:
         try:
             return AutoConfig.from_pretrained(path).get_text_config()
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{key} = {str(path)!r}: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{key}.path = {path!r}: {' '.join(str(error).split())}") from None
 
-    shapes = text_config("student.path", student, "student")
-    served = [replace(one, path=str(place or DEMO)) for (_, one), place in zip(asked, places, strict=True)]
-    found = [
-        (key, one, _served(key, one, text_config(f"{key}.path", place, "teacher")))
-        for (key, _), one, place in zip(asked, served, places, strict=True)
-    ]
-    architecture = found[0][2]
-    same, how = _same_tokenizer(student, teacher, shapes.vocab_size == architecture.vocab_size)
-    notes.append(f"tokenizers: taken as {'equal' if same else 'different'} ({how})")
+    student = text_config("student", config.student.path)
+    asked = {"teacher": config.teacher, **{f"teachers[{i}]": one for i, one in enumerate(teachers)}}
+    (_, _, teacher), *others = [(key, one, _served(key, one, text_config(key, one.path))) for key, one in asked.items()]
+    same, how = _same_tokenizer(config, student.vocab_size == teacher.vocab_size)
+    notes = [f"tokenizers: taken as {'equal' if same else 'different'} ({how})"]
     if config.student.adapter.four_bit:
         notes.append("student.adapter.four_bit: the frozen weights are counted in student.dtype, not in 4 bits")
-    config = replace(
-        config,
-        student=replace(config.student, path=str(student or DEMO)),
-        teacher=served[0],
-        teachers=tuple(replace(t, path=str(p or DEMO)) for t, p in zip(config.teachers, places[1:], strict=True)),
-    )
     prompt = min(config.data.max_prompt_tokens, room_for_prompt(config))
-    return config, ModelFacts(shapes, architecture, same, prompt, tuple(found[1:])), notes
+    return config, ModelFacts(student, teacher, same, prompt, tuple(others)), notes
 
 
 def _served(key: str, teacher: TeacherConfig, described: Any) -> Architecture | Any:
@@ -89,49 +85,11 @@ def _served(key: str, teacher: TeacherConfig, described: Any) -> Architecture | 
     return described
 
 
-def _directory(key: str, path: str) -> Path | None:
-    """The model's directory; None for the demo. Nothing is downloaded, but what the hub's cache holds is found."""
-    if path == DEMO:
-        return None
-    directory = Path(path).expanduser()
-    if not directory.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(path, "config.json")
-        require(
-            isinstance(cached, str), key, path,
-            "is not on this disk, and --plan downloads nothing; give a directory (its config.json is enough)",
-        )  # fmt: skip
-        directory = Path(str(cached)).parent
-    require(directory.is_dir(), key, path, "no such directory; give a Hugging Face model directory")
-    has_config = (directory / "config.json").is_file()
-    require(has_config, key, path, "no config.json in it; give a Hugging Face model directory")
-    return directory
-
-
-def _demo_config(config: RunConfig, role: str) -> Any:
-    """The shape of one of the demo's models; `role`: student or teacher."""
-    from transformers import LlamaConfig
-
-    from training.data.demo.models import RECIPES
-
-    recipe = RECIPES[config.demo_size]
-    shape = recipe.teacher if role == "teacher" else recipe.student
-    return LlamaConfig(
-        vocab_size=recipe.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.hidden * 3,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=512, tie_word_embeddings=True,
-    )  # fmt: skip
-
-
-def _same_tokenizer(student: Path | None, teacher: Path | None, same_size: bool) -> tuple[bool, str]:
+def _same_tokenizer(config: RunConfig, same_size: bool) -> tuple[bool, str]:
     """Whether student tokens are teacher tokens, and how that is known."""
-    if student is None or teacher is None:
-        return student is teacher, "the demo has one"
-    if all((path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file() for path in (student, teacher)):
-        from inference.protocol.fingerprint import tokenizer_fingerprint
-
-        return tokenizer_fingerprint(student) == tokenizer_fingerprint(teacher), "compared"
+    paths = [Path(config.student.path), Path(config.teacher.path)]
+    if all((path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file() for path in paths):
+        return tokenizer_fingerprint(paths[0]) == tokenizer_fingerprint(paths[1]), "compared"
     return same_size, "no tokenizer files: by the size of the vocabularies"
 
 

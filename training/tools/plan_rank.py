@@ -20,7 +20,6 @@ from training.objective import pt_coef, single_step_coef
 from training.student.policy import Policy
 from training.tools.plan_trace import (
     META,
-    SamplingPeak,
     UpdatePeaks,
     forward_peak,
     longest_row,
@@ -77,25 +76,15 @@ class RankMemory:
         """The static parts and the worst moment."""
         return sum(self.static.values()) + max(self.moments.values())
 
-    @property
-    def worst(self) -> str:
-        """The moment that decides."""
-        return max(self.moments, key=lambda name: self.moments[name])
-
-
-def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that DeepSpeed trains. Adapters change what requires a gradient, and only that."""
-    return [p for p in module.parameters() if p.requires_grad]
-
 
 def parameters_of(module: nn.Module) -> Parameters:
     """Sizes for DeepSpeed's arithmetic."""
     every = [p.numel() for p in module.parameters()]
-    trained = trainable_parameters(module)
+    trained = [p.numel() for p in module.parameters() if p.requires_grad]
     return Parameters(
         total=sum(every),
-        trainable=sum(p.numel() for p in trained),
-        largest=max((p.numel() for p in trained), default=0),
+        trainable=sum(trained),
+        largest=max(trained, default=0),
         small=sum(n for n in every if n < PERSISTENT),
         element=next(module.parameters()).element_size(),
     )
@@ -137,32 +126,32 @@ class Tracer:
         return UpdatePeaks(*(max(each) for each in zip(*rows, strict=True)))
 
     @functools.cache  # noqa: B019
-    def _policy_row(self, config: RunConfig, prompts: int) -> tuple[int, ...]:
+    def _policy_row(self, config: RunConfig, prompts: int) -> UpdatePeaks:
         term = self.facts.same_tokenizer and single_step_coef(config, True) > 0
         return self._student_update(config, self._row(config, prompts), term)
 
     @functools.cache  # noqa: B019
-    def _text_row(self, config: RunConfig, blocks: int) -> tuple[int, ...]:
+    def _text_row(self, config: RunConfig, blocks: int) -> UpdatePeaks:
         block = Group((0,), ((0,) * (config.data.text_block_tokens - 1),))
         return self._student_update(config, pack_row([block] * blocks), False)
 
-    def _student_update(self, config: RunConfig, row: PackedRow, term: bool) -> tuple[int, ...]:
-        def trace(layers: int | None) -> tuple[int, ...]:
+    def _student_update(self, config: RunConfig, row: PackedRow, term: bool) -> UpdatePeaks:
+        def trace(layers: int | None) -> UpdatePeaks:
             policy = self._policy(config.student.gradient_checkpointing, layers)
-            return _as_tuple(update_peaks(policy, lambda: self._loss(policy, row, config, term)))
+            return update_peaks(policy, lambda: self._loss(policy, row, config, term))
 
-        return _at_depth(trace, self.facts.student)
+        return UpdatePeaks(*self._at_depth(trace))
 
     @functools.cache  # noqa: B019
     def critic_update(self, config: RunConfig, prompts: int) -> UpdatePeaks:
         """The critic's."""
         row = self._row(config, prompts)
 
-        def trace(layers: int | None) -> tuple[int, ...]:
+        def trace(layers: int | None) -> UpdatePeaks:
             module = self._value(layers, config.student.gradient_checkpointing)
-            return _as_tuple(update_peaks(module, lambda: module(row).sum()))
+            return update_peaks(module, lambda: module(row).sum())
 
-        return UpdatePeaks(*_at_depth(trace, self.facts.student))
+        return UpdatePeaks(*self._at_depth(trace))
 
     @functools.cache  # noqa: B019
     def forward(self, config: RunConfig, prompts: int) -> int:
@@ -173,20 +162,30 @@ class Tracer:
             policy = self._policy(False, layers)
             return (forward_peak(policy, lambda: self._loss(policy, row, config, term)),)
 
-        return _at_depth(trace, self.facts.student)[0]
+        return self._at_depth(trace)[0]
 
-    def sampling(self, sampling: SamplingConfig, prompts: int) -> SamplingPeak:
+    def sampling(self, sampling: SamplingConfig, prompts: int) -> int:
         """So many prompts answered together; from the second on, each costs the same."""
-        (cache, peak), (cache_2, peak_2) = self._sampling(sampling, 1), self._sampling(sampling, 2)
-        return SamplingPeak(cache + (cache_2 - cache) * (prompts - 1), peak + (peak_2 - peak) * (prompts - 1))
+        one, two = self._sampling(sampling, 1), self._sampling(sampling, 2)
+        return one + (two - one) * (prompts - 1)
 
     @functools.cache  # noqa: B019
-    def _sampling(self, sampling: SamplingConfig, prompts: int) -> tuple[int, ...]:
+    def _sampling(self, sampling: SamplingConfig, prompts: int) -> int:
         def trace(layers: int | None) -> tuple[int, ...]:
-            peak = sampling_peak(self._policy(False, layers), sampling, prompts, self.facts.prompt_tokens)
-            return peak.cache, peak.peak
+            return (sampling_peak(self._policy(False, layers), sampling, prompts, self.facts.prompt_tokens),)
 
-        return _at_depth(trace, self.facts.student)
+        return self._at_depth(trace)[0]
+
+    def _at_depth(self, trace: Callable[[int | None], tuple[int, ...]]) -> tuple[int, ...]:
+        """A trace of the whole model, or its continuation from two shallow ones."""
+        model = self.facts.student
+        mixed = len(set(getattr(model, "layer_types", None) or ())) > 1
+        low_depth, high_depth = MIXED_DEPTHS if mixed else DEPTHS
+        if model.num_hidden_layers <= MIXED_DEPTHS[1]:
+            return trace(None)
+        low, high = trace(low_depth), trace(high_depth)
+        step = (model.num_hidden_layers - high_depth) / (high_depth - low_depth)
+        return tuple(round(deep + (deep - flat) * step) for flat, deep in zip(low, high, strict=True))
 
     def _row(self, config: RunConfig, prompts: int) -> PackedRow:
         return longest_row(config, prompts, self.facts.prompt_tokens)
@@ -200,21 +199,6 @@ class Tracer:
             terms["single_step"] = ReverseKL(WholeDistribution(hidden, OutputLayer(output)))
         out = policy(row, temperature=config.sampling.temperature, terms=terms)
         return out.logprobs_S.sum() + sum(value.sum() for value in out.terms.values())
-
-
-def _as_tuple(peaks: UpdatePeaks) -> tuple[int, ...]:
-    return peaks.activations, peaks.first, peaks.later
-
-
-def _at_depth(trace: Callable[[int | None], tuple[int, ...]], model: Any) -> tuple[int, ...]:
-    """A trace of the whole model, or its continuation from two shallow ones. `model`: transformers' configuration."""
-    mixed = len(set(getattr(model, "layer_types", None) or ())) > 1
-    low_depth, high_depth = MIXED_DEPTHS if mixed else DEPTHS
-    if model.num_hidden_layers <= MIXED_DEPTHS[1]:
-        return trace(None)
-    low, high = trace(low_depth), trace(high_depth)
-    step = (model.num_hidden_layers - high_depth) / (high_depth - low_depth)
-    return tuple(round(deep + (deep - flat) * step) for flat, deep in zip(low, high, strict=True))
 
 
 def rank_memory(config: RunConfig, tracer: Tracer, world: int, device: Device = "cuda") -> RankMemory:
@@ -232,22 +216,20 @@ def rank_memory(config: RunConfig, tracer: Tracer, world: int, device: Device = 
     row_prompts, rows = rows_of(config, facts.prompt_tokens, mini)
     key, blocks = _trace_key(config), _text_blocks(config, world)
     questions = replace(config.sampling, group_size=config.eval.kl_samples)
-    sampled = tracer.sampling(config.sampling, min(mine, config.sampling.prompts_at_once or mine))
-    asked = tracer.sampling(questions, _questions(config, world))
+    # The number of held-out questions is not known here unless it is set.
+    held = config.eval.batch if config.eval.questions is None else -(-config.eval.questions // world)
     extra = forward_extra(tracer.student, actor)
     moments = {
-        "sampling": sampled.peak + extra,
+        "sampling": tracer.sampling(config.sampling, min(mine, config.sampling.prompts_at_once or mine)) + extra,
         "reference, evaluation passes": tracer.forward(key, row_prompts) + extra,
         "update": update_peak(tracer.student, actor, tracer.update(key, row_prompts, blocks), rows),
-        "evaluation": asked.peak + extra,
+        "evaluation": tracer.sampling(questions, min(config.eval.batch, held)) + extra,
     }
     if ALGORITHMS[config.algo].needs_critic:
         engine = replace(actor, zero_stage=config.critic.zero_stage)
         state = engine_state(tracer.critic, engine)
         static |= _parts("critic", state)
-        critic_rows = rows_of(config, facts.prompt_tokens, mini)[1]
-        peaks = tracer.critic_update(key, row_prompts)
-        moments["critic's update"] = update_peak(tracer.critic, engine, peaks, critic_rows)
+        moments["critic's update"] = update_peak(tracer.critic, engine, tracer.critic_update(key, row_prompts), rows)
         host += state.host
     return RankMemory({k: v for k, v in static.items() if v}, moments, host)
 
@@ -276,13 +258,6 @@ def _text_blocks(config: RunConfig, world: int) -> int:
         return 0
     mine = -(-config.loss.pt_batch // world)
     return min(max(config.actor.micro_batch_tokens // (config.data.text_block_tokens - 1), 1), mine)
-
-
-def _questions(config: RunConfig, world: int) -> int:
-    """Held-out questions that one rank answers at a time. Their number is not known here unless it is set."""
-    if config.eval.questions is None:
-        return config.eval.batch
-    return min(config.eval.batch, -(-config.eval.questions // world))
 
 
 def _trace_key(config: RunConfig) -> RunConfig:

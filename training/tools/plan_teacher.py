@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.schema import RunConfig
 from inference.attention.grouped import PackedPlan, ScoreRule
+from inference.attention.packing import PackedRow
 from inference.model.families import Architecture
 from inference.model.weights import kv_groups, padded
 from training.student.loading import DTYPES
@@ -68,8 +69,7 @@ def teacher_memory(a: Architecture, config: RunConfig, size: int, prompt_tokens:
     """One rank of `size`, for requests of full-length groups."""
     dtype = DTYPES[config.teacher.dtype]
     element = dtype.itemsize
-    groups = max(config.prompts_per_step, 1)
-    row = longest_row(config, groups, prompt_tokens, budget=config.teacher.max_batch_tokens)
+    row = longest_row(config, config.prompts_per_step, prompt_tokens, budget=config.teacher.max_batch_tokens)
     columns = padded(a.vocab_size, size) // size
     chunk = min(config.teacher.logit_chunk, len(row.labels_S))
     hidden = (len(row.tokens_T) + len(row.labels_S)) * a.hidden_size * element
@@ -77,18 +77,17 @@ def teacher_memory(a: Architecture, config: RunConfig, size: int, prompt_tokens:
     cached = max(config.teacher.max_batch_tokens, config.teacher.max_cache_tokens * (config.sampling.teacher_mix > 0))
     return TeacherMemory(
         weights=shard_weights(a, size, element),
-        activations=_layer_peak(a, config, size, prompt_tokens, dtype),
+        activations=_layer_peak(a, row, size, dtype),
         logits=hidden + chunk * columns * 4,
         cache=cached * token,
     )
 
 
 @torch.no_grad()
-def _layer_peak(a: Architecture, config: RunConfig, size: int, prompt_tokens: int, dtype: torch.dtype) -> int:
+def _layer_peak(a: Architecture, row: PackedRow, size: int, dtype: torch.dtype) -> int:
     """Peak of one layer's forward pass on a packed row, the residual included."""
     ffn, groups = padded(a.ffn_size, size) // size, kv_groups(a, size) // size
     heads, D, H = a.heads // size, a.head_dim, a.hidden_size
-    row = longest_row(config, config.prompts_per_step, prompt_tokens, budget=config.teacher.max_batch_tokens)
     T = len(row.tokens_T)
 
     def empty(*shape: int) -> torch.Tensor:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -136,8 +135,7 @@ def _inputs_on_meta(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any
     return args, kwargs
 
 
-@dataclass(frozen=True)
-class UpdatePeaks:
+class UpdatePeaks(NamedTuple):
     """Peaks of forward and backward passes above the parameters, bytes."""
 
     activations: int
@@ -181,19 +179,10 @@ def forward_peak(module: nn.Module, forward: Callable[[], object]) -> int:
     return tracker.peak
 
 
-@dataclass(frozen=True)
-class SamplingPeak:
-    """Memory of sampling above the parameters, bytes."""
-
-    cache: int
-    """Keys and values: prompts, and the preallocated suffixes of their responses."""
-    peak: int
-    """With everything else, at the worst moment."""
-
-
 @torch.no_grad()
-def sampling_peak(policy: Policy, sampling: SamplingConfig, prompts: int, prompt_tokens: int) -> SamplingPeak:
-    """One prefill and the longest decoding step of training/student/sampling.py, all responses active."""
+def sampling_peak(policy: Policy, sampling: SamplingConfig, prompts: int, prompt_tokens: int) -> int:
+    """Peak of one prefill and the longest decoding step of training/student/sampling.py, all responses active: bytes
+    above the parameters."""
     policy.eval()
     batch = prompts * sampling.group_size
     tracker = LiveBytes()
@@ -214,10 +203,7 @@ def sampling_peak(policy: Policy, sampling: SamplingConfig, prompts: int, prompt
                 if step:
                     hidden = policy.hidden(torch.zeros(batch, dtype=torch.int64), positions, plan)
                     logits = policy.logits(hidden)
-    kept_tensors = (*prefill.cache.keys.values(), *prefill.cache.values.values())
-    prompt_cache = sum(t.numel() * t.element_size() for t in kept_tensors)
-    suffix = prompt_cache // (prompts * prompt_tokens) * batch * sampling.max_new_tokens
-    return SamplingPeak(prompt_cache + suffix, tracker.peak)
+    return tracker.peak
 
 
 def longest_row(config: RunConfig, prompts: int, prompt_tokens: int, budget: int | None = None) -> PackedRow:

@@ -73,11 +73,6 @@ class EngineState:
     host: int
     """In host memory: the offloaded part."""
 
-    @property
-    def total(self) -> int:
-        """On the device."""
-        return self.parameters + self.optimizer + self.gradients + self.buckets
-
 
 def share(numel: int, world: int) -> int:
     """Elements of one rank's part of a flat buffer, which is padded to an even part for each rank."""

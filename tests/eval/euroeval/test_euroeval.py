@@ -20,7 +20,6 @@ from tests.support.runs import ROOT, environment, finish
 if importlib.util.find_spec("euroeval") is None:
     pytest.skip("needs the extra: pip install -c constraints.txt 'euroeval>=16.11,<17'", allow_module_level=True)
 
-pytestmark = pytest.mark.timeout(1800)
 LABELS = {"ja": "correct", "nei": "incorrect", "positivt": "positive", "neutralt": "neutral", "negativt": "negative"}
 TAGS = {"persónur": "per", "staður": "loc", "felagsskapur": "org"}
 Row = dict[str, Any]

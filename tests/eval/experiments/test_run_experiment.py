@@ -50,11 +50,10 @@ def line(plan: Path, runs: Path, cache: Path, *more: str) -> list[str]:
 
 def drive(words: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        words, cwd=ROOT, env=environment() | env, capture_output=True, text=True, timeout=500, check=False
+        words, cwd=ROOT, env=environment() | env, capture_output=True, text=True, timeout=900, check=False
     )
 
 
-@pytest.mark.timeout(1200)
 def test_failures_are_named_the_others_go_on_and_nothing_is_done_twice(
     small_plan: Path, demo_cache: Path, tmp_path: Path
 ) -> None:
@@ -108,13 +107,13 @@ def test_a_signal_ends_the_runs_and_leaves(small_plan: Path, demo_cache: Path, t
     words = line(small_plan, runs, demo_cache, "--only", "grpo-minillm", "--steps", "100000")
     process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        end = time.monotonic() + 200
+        end = time.monotonic() + 400
         while not (runs / "grpo-minillm-seed0" / "metrics.jsonl").is_file():
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 75

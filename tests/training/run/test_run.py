@@ -13,7 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from configs.io.results import read_result
+from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, command, finish, metrics, timeless
+from tests.support.teacher_servers import SECRET
 
 PYTHON = sys.executable
 
@@ -65,8 +67,12 @@ def test_the_export_loads_in_plain_transformers_and_differs_from_the_start(finis
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_two_ranks_sample_and_learn_what_one_rank_does(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
-    finish(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2", ranks=2))
+def test_two_ranks_under_zero_3_sample_and_learn_what_one_rank_does(
+    finished_run: Path, tmp_path: Path, demo_cache: Path, demo_teacher: tuple[str, ...]
+) -> None:
+    """The other stages: tests/training/student/test_ranks.py."""
+    options = ("--steps", "3", "--actor.zero_stage", "3", "--sampling.prompts_at_once", "3")
+    finish(command(tmp_path, demo_cache, *demo_teacher, *options, ranks=2), GRPO_KD_TEACHER_SECRET=SECRET)
     run = tmp_path / "grpo-minillm"
 
     def first_samples(path: Path) -> list[dict[str, object]]:
@@ -79,39 +85,16 @@ def test_two_ranks_sample_and_learn_what_one_rank_does(finished_run: Path, tmp_p
             assert two[key] == pytest.approx(one[key], abs=1e-3), key
 
 
-def test_zero_3_on_two_ranks_changes_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
-    """The other stages: tests/training/student/test_ranks.py."""
-    finish(
-        command(
-            tmp_path, demo_cache, "--steps", "3", "--actor.zero_stage", "3", "--sampling.prompts_at_once", "3", ranks=2
-        )
-    )
-    for one, other in zip(timeless(metrics(finished_run)), timeless(metrics(tmp_path / "grpo-minillm")), strict=True):
-        for key in one:
-            assert other[key] == pytest.approx(one[key], abs=1e-3), key
-
-
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
-    finish(command(tmp_path, demo_cache, "--steps", "2", "--checkpoint.every", "2"))
-    run = tmp_path / "grpo-minillm"
-    # A killed run may leave a step that no checkpoint holds, and half a line; both must go.
-    with (run / "metrics.jsonl").open("a") as out:
-        out.write('{"step": 3, "grad_norm": 9.0}\n{"step": 4, "gr')
-    finish(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
-    assert timeless(metrics(run)) == timeless(metrics(finished_run))
-    one, other = (load_file(path / "export" / "model.safetensors") for path in (finished_run, run))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_the_same_command_again_on_a_finished_run_says_so_quickly(finished_run: Path, demo_cache: Path) -> None:
     before = (finished_run / "metrics.jsonl").read_bytes()
-    done = finish(command(finished_run.parent, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
+    done = finish_forked(command(finished_run.parent, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
     assert "student after" in done.stdout
     assert (finished_run / "metrics.jsonl").read_bytes() == before
 
 
 def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo_cache: Path) -> None:
-    done = finish(command(finished_run.parent, demo_cache, "--steps", "3", "--actor.learning_rate", "0.5"), code=2)
+    other = ("--steps", "3", "--actor.learning_rate", "0.5")
+    done = finish_forked(command(finished_run.parent, demo_cache, *other), code=2)
     assert "actor.learning_rate" in done.stderr
     assert "choose another --name" in done.stderr
     assert "Traceback" not in done.stderr
@@ -131,7 +114,7 @@ def test_the_export_is_scored_as_the_trainer_did(finished_run: Path) -> None:
 def test_stage_1_with_the_teachers_answers_asks_no_question_twice(tmp_path: Path, demo_cache: Path) -> None:
     start = [PYTHON, str(ROOT / "training" / "sft.py"), "--demo_size", "tiny"]
     rest = ["--runs_dir", str(tmp_path), "--cache_dir", str(demo_cache), "--sft.samples", "2", "--sft.steps", "5"]
-    finish([*start, *rest, "--threads", "1"])
+    finish_forked([*start, *rest, "--threads", "1"])
     newest = max(demo_cache.glob("teacher-answers-*.json"), key=lambda file: file.stat().st_mtime_ns)
     known, written = json.loads(newest.read_text()), newest.stat().st_mtime_ns
     assert len(known) > 1000
@@ -140,6 +123,6 @@ def test_stage_1_with_the_teachers_answers_asks_no_question_twice(tmp_path: Path
     assert set(scores) == {"f1", "exact_match", "reverse_kl", "open_right", "open_different", "open_kl"}
     assert scores["reverse_kl"] > 0
     # A second time the file is read, and not written again.
-    finish([*start, *rest, "--threads", "1", "--name", "again"])
+    finish_forked([*start, *rest, "--threads", "1", "--name", "again"])
     assert newest.stat().st_mtime_ns == written
     assert (tmp_path / "again" / "export" / "model.safetensors").is_file()

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.io.lines import LineFile
 from configs.schema import ActorConfig, RunConfig
 from inference.client import TeacherLost
 from training.run.checkpoints import CheckpointFailed
-from training.run.memory import OutOfMemory, OutOfMemoryAlone
 from training.run.safe_points import TimeLimit
 from training.run.starts import Starts
 from training.run.stopping import StopRequest
@@ -90,24 +90,34 @@ def ends(supervisor: Supervisor, error: BaseException) -> int:
     return supervisor.run(work)
 
 
-def test_memory_that_runs_out_in_a_collective_halves_the_budget_of_the_next_start_once(
-    supervisor: Supervisor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("phase", ["update", "reference"])
+def test_memory_that_runs_out_in_a_pass_halves_the_budget_of_the_next_start_once(
+    phase: str, supervisor: Supervisor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert lowered(CONFIG, tmp_path) == CONFIG
-    assert ends(supervisor, OutOfMemoryAlone("8 GB asked for")) == 75
+    supervisor.watch(0).enter(phase)
+    assert ends(supervisor, torch.OutOfMemoryError("8 GB asked for")) == 75
     assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
     less = RunConfig(actor=ActorConfig(micro_batch_tokens=100))
     assert lowered(less, tmp_path) == less, "what the user has lowered further stays"
-    assert ends(supervisor, OutOfMemoryAlone("8 GB asked for")) == 1
+    assert ends(supervisor, torch.OutOfMemoryError("8 GB asked for")) == 1
     assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
     assert "8 GB asked for" in caplog.text
     assert "lower actor.micro_batch_tokens" in caplog.text
 
 
+def test_memory_that_runs_out_in_sampling_is_advice_alone(
+    supervisor: Supervisor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor.watch(0).enter("sample")
+    assert ends(supervisor, torch.OutOfMemoryError("8 GB asked for")) == 1
+    assert lowered(CONFIG, tmp_path) == CONFIG
+    assert "lower sampling.group_size" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (OutOfMemory("on another rank"), 1, "lower actor.micro_batch_tokens"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "out of memory"),
         (MemoryError(), 1, "out of memory"),
         (CheckpointFailed("the checkpoint of step 4 could not be written: No space left"), 1, "No space left"),

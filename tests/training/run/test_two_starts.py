@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, TINY, command, environment, finish, metrics
 from tests.training.run.test_faults import FOREVER, NAME, running, steps_done, wait_for
 from tests.training.run.test_leaving import wait_until
 
 
-@pytest.mark.timeout(900)
 def test_the_second_start_is_refused(tmp_path: Path, demo_cache: Path) -> None:
     with running(tmp_path, demo_cache, *FOREVER) as first:
         wait_for(lambda: steps_done(tmp_path) >= 3, tmp_path, first)
@@ -28,23 +28,23 @@ def test_the_second_start_is_refused(tmp_path: Path, demo_cache: Path) -> None:
         first.wait()
         assert [row["step"] for row in metrics(tmp_path / NAME)] == list(range(1, steps_done(tmp_path) + 1))
     steps = (steps_done(tmp_path) // 2 + 1) * 2
-    finish(command(tmp_path, demo_cache, *FOREVER, "--steps", str(steps)))
+    finish_forked(command(tmp_path, demo_cache, *FOREVER, "--steps", str(steps)))
     assert [row["step"] for row in metrics(tmp_path / NAME)] == list(range(1, steps + 1))
     assert not (tmp_path / NAME / "in_use.json").exists()
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_stages_0_and_1_do_the_same(stage: str, tmp_path: Path, demo_cache: Path) -> None:
     line = [sys.executable, str(ROOT / "training" / f"{stage}.py"), *TINY, "--runs_dir", str(tmp_path)]
     line += ["--cache_dir", str(demo_cache), "--sft.steps", "100000", "--checkpoint.every", "1000"]
+    line += ["--sft.answers", "data"]
     first = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        assert wait_until((tmp_path / stage / "metrics.jsonl").is_file, 200)
-        done = finish(line, code=2)
+        assert wait_until((tmp_path / stage / "metrics.jsonl").is_file, 400)
+        done = finish_forked(line, code=2)
         assert f"{stage} is in use by process {first.pid} on" in done.stderr.splitlines()[-1]
         first.terminate()
-        assert first.wait(60) == 75
+        assert first.wait(200) == 75
         assert not (tmp_path / stage / "in_use.json").exists()
     finally:
         first.kill()

@@ -15,7 +15,8 @@ import pytest
 import torch
 import xxhash
 
-from tests.support.runs import command, finish
+from tests.support.forked import finish_forked
+from tests.support.runs import command
 from tests.training.run.test_checkpoints import names, resumed, write
 
 
@@ -81,7 +82,6 @@ def test_nothing_but_an_archive_of_torch_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.timeout(900)
 def test_a_run_refuses_it_in_a_line(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
     """Real files of DeepSpeed: model and optimizer states."""
     run = tmp_path / "grpo-minillm"
@@ -91,7 +91,7 @@ def test_a_run_refuses_it_in_a_line(finished_run: Path, tmp_path: Path, demo_cac
             states = torch.load(file, weights_only=False, map_location="cpu")
             states["client_state"] = Runs(os.system, f"touch {tmp_path}/ran")
             forge(checkpoint, f"student/{file.name}", states)
-    done = finish(command(tmp_path, demo_cache, "--steps", "4", "--checkpoint.every", "2"), code=2)
+    done = finish_forked(command(tmp_path, demo_cache, "--steps", "4", "--checkpoint.every", "2"), code=2)
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error"))
     assert "no data, so reading it could run a program" in line
     assert "Traceback" not in done.stderr

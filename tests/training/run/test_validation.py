@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from configs.schema import DataConfig, EvalConfig, RunConfig, validate
-from tests.support.runs import command, finish, metrics, timeless
+from tests.support.runs import metrics, timeless
 from training.data.validation import check_validation, set_aside
 from training.evaluation import note
 from training.experience import Prompt
@@ -94,6 +95,9 @@ EARLY = ("--eval.every", "2", "--eval.validation_questions", "6", "--eval.patien
          "--checkpoint.every", "3", "--checkpoint.keep", "1")  # fmt: skip
 
 
+Train = Callable[..., Any]
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "eval" / "validation.jsonl").read_text().splitlines()]
 
@@ -103,10 +107,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def early(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> Path:
+def early(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
     """An unbroken run that is validated every second step and stops early."""
     runs = tmp_path_factory.mktemp("early")
-    finish(command(runs, demo_cache, "--steps", "12", "--name", "run", *EARLY))
+    train(runs, "--steps", "12", "--name", "run", *EARLY)
     return runs / "run"
 
 
@@ -130,8 +134,9 @@ def test_the_best_checkpoint_is_kept_and_exported(early: Path) -> None:
     assert "Validation reverse KL to the teacher" in page
 
 
-def test_a_resumed_run_decides_as_the_unbroken_one(early: Path, tmp_path: Path, demo_cache: Path) -> None:
-    finish(command(tmp_path, demo_cache, "--steps", "2", "--name", "run", *EARLY))
+def test_a_resumed_run_decides_as_the_unbroken_one(early: Path, tmp_path: Path, train: Train) -> None:
+    """And equals it bit for bit."""
+    train(tmp_path, "--steps", "2", "--name", "run", *EARLY)
     run = tmp_path / "run"
     best = int((early / "checkpoints" / "best").read_text().removeprefix("step-"))
     if best == 2:  # what the last step of this part and the best of the whole run are
@@ -139,18 +144,19 @@ def test_a_resumed_run_decides_as_the_unbroken_one(early: Path, tmp_path: Path, 
     (run / "checkpoints" / "best").unlink()  # killed before the mark
     with (run / "eval" / "validation.jsonl").open("a") as out:
         out.write('{"step": 4, "f1": 99.0}\n')  # of a step that no checkpoint holds
-    finish(command(tmp_path, demo_cache, "--steps", "12", "--name", "run", *EARLY))
+    with (run / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 3, "grad_norm": 9.0}\n{"step": 4, "gr')  # likewise, and half a line
+    train(tmp_path, "--steps", "12", "--name", "run", *EARLY)
     assert lines(run) == lines(early)
     assert timeless(metrics(run)) == timeless(metrics(early))
     one, other = weights(early), weights(run)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert (run / "checkpoints" / "best").read_text() == (early / "checkpoints" / "best").read_text()
-    done = finish(command(tmp_path, demo_cache, "--steps", "12", "--name", "run", *EARLY))
-    assert "finished already" in done.stdout
+    assert "finished already" in train(tmp_path, "--steps", "12", "--name", "run", *EARLY).stdout
 
 
 def test_validation_and_a_student_beside_change_no_number_of_training(
-    finished_run: Path, tmp_path: Path, demo_cache: Path
+    finished_run: Path, tmp_path: Path, train: Train
 ) -> None:
     """Questions of a file of their own, and the start as the baseline, whose numbers are then those of the start: the
     same three steps as without."""
@@ -158,11 +164,9 @@ def test_validation_and_a_student_beside_change_no_number_of_training(
     file = tmp_path / "validation.jsonl"
     rows = [{"question": f"Hvat er {n} og {n}?", "answers": [str(2 * n)]} for n in range(5)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = finish(
-        command(
-            tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2", "--eval.every", "1",
-            "--data.validation", str(file), "--eval.metric", "reverse_kl", "--eval.beside", start,
-        )
+    done = train(
+        tmp_path, "--steps", "3", "--checkpoint.every", "2", "--eval.every", "1",
+        "--data.validation", str(file), "--eval.metric", "reverse_kl", "--eval.beside", start,
     )  # fmt: skip
     run = tmp_path / "grpo-minillm"
     with_it = [{k: v for k, v in row.items() if not k.startswith("validation/")} for row in metrics(run)]
@@ -181,10 +185,8 @@ def test_validation_and_a_student_beside_change_no_number_of_training(
     assert summary["eval_beside"] != summary["eval_after"]
 
 
-def test_held_out_questions_as_validation_are_refused(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+def test_held_out_questions_as_validation_are_refused(finished_run: Path, tmp_path: Path, train: Train) -> None:
     heldout = yaml.safe_load((finished_run / "config.yaml").read_text())["data"]["heldout"]
-    done = finish(
-        command(tmp_path, demo_cache, "--eval.every", "1", "--data.validation", heldout, "--steps", "1"), code=2
-    )
+    done = train(tmp_path, "--eval.every", "1", "--data.validation", heldout, "--steps", "1", code=2)
     assert "are in data.heldout too" in done.stderr
     assert "Traceback" not in done.stderr

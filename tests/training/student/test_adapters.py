@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from configs.schema import AdapterConfig
 from inference.attention.packing import groups_of, pack_row
 from tests.support.model_zoo import make
-from tests.support.runs import command, finish, metrics
+from tests.support.runs import metrics
 from tests.support.student_models import build, plain_logprobs, save
 from training.student.adapters import adapter_off, adapter_parameters, plain_parameters, save_adapter, save_plain
 from training.student.loading import load_policy
@@ -151,11 +152,11 @@ def test_only_the_language_model_of_a_model_that_sees_is_trained(rank: int, tmp_
 
 @pytest.mark.parametrize("stage", ["1", "3"])
 def test_a_run_trains_the_adapter_alone_and_exports_a_plain_student(
-    stage: str, tmp_path: Path, demo_cache: Path
+    stage: str, tmp_path: Path, train: Callable[..., object]
 ) -> None:
     options = ["--student.adapter.rank", "4", "--loss.kl_coef", "0.1", "--actor.zero_stage", stage]
-    first = command(tmp_path, demo_cache, *options, "--steps", "2", "--checkpoint.every", "1")
-    finish(first)
+    options += ["--checkpoint.every", "1", "--eval.questions", "4"]
+    train(tmp_path, *options, "--steps", "2")
     run = tmp_path / "grpo-minillm"
     rows = metrics(run)
     assert rows[0]["kl/reference"] == pytest.approx(0.0, abs=1e-6)
@@ -166,6 +167,6 @@ def test_a_run_trains_the_adapter_alone_and_exports_a_plain_student(
             AutoPeftModelForCausalLM.from_pretrained(run / "export" / "adapter")]  # fmt: skip
     merged_S, adapted_S = (plain_logprobs(model.eval(), (5, 6, 7), (8, 9, 10)) for model in both)
     torch.testing.assert_close(adapted_S, merged_S, atol=2e-5, rtol=0)
-    finish(command(tmp_path, demo_cache, *options, "--steps", "3", "--checkpoint.every", "1"))  # goes on from step 2
+    train(tmp_path, *options, "--steps", "3")  # goes on from step 2
     assert [row["step"] for row in metrics(run)] == [1, 2, 3]
     assert metrics(run)[:2] == rows

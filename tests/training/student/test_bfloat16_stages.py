@@ -49,7 +49,7 @@ def test_bfloat16_takes_the_same_steps_under_every_stage(tmp_path: Path) -> None
     save_tokenizer(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", WORKER.format(root=str(ROOT)), str(tmp_path)],
-        env=environment(), capture_output=True, text=True, timeout=200, check=False,
+        env=environment(), capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]

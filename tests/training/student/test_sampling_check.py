@@ -67,7 +67,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
     path = save("llama", tmp_path_factory.mktemp("student"))
     save_tokenizer(path)
     command = [sys.executable, "-c", WORKER.format(root=str(ROOT)), str(path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT ")), done.stderr

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.learning import ApiConfig
 from tests.support.api_endpoint import FAULTS, Endpoint
-from tests.support.runs import ROOT, command, environment, finish, metrics
+from tests.support.runs import ROOT, environment, finish, metrics
 from training.teacher.api_cache import ReplyCache, StoredReply
 from training.teacher.api_teacher import KEY, ApiRefused, ApiTeacher, Judge, Messages, parse_mark
 
@@ -139,7 +141,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
                "--api.base_url", url]  # fmt: skip
         first = subprocess.Popen(ask, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
         stored = tmp_path / "cache" / "api" / "answers.jsonl"
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200
         while not (stored.exists() and stored.read_bytes().count(b"\n") >= 10) and time.monotonic() < end:
             time.sleep(0.02)
         first.send_signal(signal.SIGKILL)
@@ -154,7 +156,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
     finally:
         assert server.stdin is not None
         server.stdin.close()
-        server.wait(timeout=30)
+        server.wait(timeout=100)
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert answers == [row | {"answers": [f"svar: {row['question']}"]} for row in rows]
     assert f"40 of 40 answered ({kept} from the cache)" in done.stdout
@@ -208,12 +210,12 @@ def test_a_judge_marks_responses_and_says_where_it_could_not(tmp_path: Path) -> 
     assert sum(endpoint.asked.values()) == 3  # one, none, two attempts
 
 
-def test_a_judge_in_a_real_run(tmp_path: Path, demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_in_a_real_run(tmp_path: Path, train: Callable[..., object]) -> None:
     with Endpoint(lambda text, n: "500" if n == 0 and len(text) % 3 == 0 else "ok") as endpoint:
         options = ["--name", "run", "--eval.questions", "8", "--steps", "1", "--reward", "teacher_logprob",
                    "--rewards.judge_weight", "0.5", "--rewards.judge.model", "m", "--rewards.judge.base_url",
                    endpoint.url]  # fmt: skip
-        finish(command(tmp_path, demo_cache, *options))
+        train(tmp_path, *options)
     row = metrics(tmp_path / "run")[0]
     assert 0.0 < row["reward/judge"] <= 0.7 + 1e-6  # 0.7 where something was written
     assert row["reward/mean"] == pytest.approx(row["reward/teacher_logprob"] + 0.5 * row["reward/judge"], rel=1e-5)
@@ -221,13 +223,13 @@ def test_a_judge_in_a_real_run(tmp_path: Path, demo_cache: Path, monkeypatch: py
 
 
 def test_a_run_without_the_key_or_the_dictionary_ends_before_any_model_is_loaded(
-    tmp_path: Path, demo_cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(KEY)
     judged = ["--rewards.judge_weight", "1", "--rewards.judge.model", "m"]
-    assert f"error: {KEY} is not set" in finish(command(tmp_path, demo_cache, *judged), code=2).stderr
+    assert f"error: {KEY} is not set" in train(tmp_path, *judged, code=2).stderr
     checked = ["--rewards.language_weight", "1", "--rewards.language_dictionary", "nowhere"]
     message = "error: rewards.language_dictionary = 'nowhere': no such Hunspell dictionary"
-    assert message in finish(command(tmp_path, demo_cache, *checked), code=2).stderr
-    unknown = finish(command(tmp_path, demo_cache, "--rewards.similarity_metric", "meteor"), code=2).stderr
+    assert message in train(tmp_path, *checked, code=2).stderr
+    unknown = train(tmp_path, "--rewards.similarity_metric", "meteor", code=2).stderr
     assert all(name in unknown for name in ("rouge_l", "chrf", "bleu", "exact_match", "token_f1", "edit"))

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, command, finish, metrics
 
 TEMPLATES = {
@@ -78,7 +79,7 @@ def test_the_share_of_finished_answers_does_not_fall(
     pair: str, template: str, finished_run: Path, tmp_path: Path, demo_cache: Path
 ) -> None:
     line, turn = pair_of(pair, template, finished_run, tmp_path, demo_cache)
-    done = finish(line)
+    done = finish_forked(line)
     assert "student sees (plain)" in done.stderr
     assert "teacher sees (chat)" in done.stderr
     assert f"({turn}) for the teacher, and each stands for the other" in done.stderr

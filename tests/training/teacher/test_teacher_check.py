@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from configs.io.results import Result, Value, read_result
+from configs.models import StudentConfig, TeacherConfig
 from configs.prompts import Format
+from configs.schema import DataConfig, EvalConfig, RunConfig
 from eval.measures.model import Model
 from eval.measures.perplexity import score_texts
+from inference.attention.packing import Group
 from rewards.minimal_pairs import Pair, make_pairs, score_pairs, sentences_of
-from tests.support.runs import command, finish
 from tests.support.tiny_tokenizers import build_tokenizer
-from training.teacher.check import as_rollout, warning
+from training.experience import Rollout
+from training.teacher.check import as_rollout, teacher_check, warning
+from training.teacher.facts import teacher_facts
+from training.teacher.link import TeacherLink
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> tuple[Path, str]:
+def checked(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Any]) -> tuple[Path, str]:
     """(the folder of a run that asked for 16 pairs, what it said)."""
     runs = tmp_path_factory.mktemp("checked")
-    done = finish(command(runs, demo_cache, "--steps", "1", "--eval.questions", "4", "--eval.minimal_pairs", "16"))
+    done = train(runs, "--steps", "1", "--eval.questions", "4", "--eval.minimal_pairs", "16")
     return runs / "grpo-minillm", done.stderr
 
 
@@ -84,11 +94,47 @@ def test_no_sentence_is_said() -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
-@pytest.mark.parametrize("chat", [None, "{{ messages[0]['content'] }}"])
-def test_each_sentence_has_the_tokens_that_the_tokenizer_gives_it(kind: str, chat: str | None) -> None:
+def test_each_sentence_has_the_tokens_that_the_tokenizer_gives_it(kind: str) -> None:
     tokenizer = build_tokenizer(kind)
-    tokenizer.chat_template = chat
     pair = Pair("The islands lie in the north.", "The islands in lie the north.", "swap")
-    rollout = as_rollout(Format(tokenizer, "auto"), [pair])
+    rollout = as_rollout(Format(tokenizer), [pair])
     for text, response in zip((pair.right, pair.wrong), rollout.responses_B, strict=True):
         assert [*rollout.prompts_N[0].tokens, *response] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("student_kind", ["byte_level", "sentencepiece"])
+@pytest.mark.parametrize("chat", [("s",), ("t",), ("s", "t")])
+def test_chat_models_read_plain_text_too(chat: tuple[str, ...], student_kind: str, tmp_path: Path) -> None:
+    """A user's message of one word has no second half of a sentence as its answer."""
+    for name, kind in (("s", student_kind), ("t", "byte_level")):
+        tokenizer = build_tokenizer(kind)
+        tokenizer.chat_template = "<s>{{ messages[0]['content'] }}</s>" if name in chat else None
+        tokenizer.save_pretrained(tmp_path / name)
+    config = RunConfig(
+        student=StudentConfig(path=str(tmp_path / "s")), teacher=TeacherConfig(path=str(tmp_path / "t")),
+        data=DataConfig(text=str(tmp_path / "text.jsonl")), eval=EvalConfig(minimal_pairs=3),
+    )  # fmt: skip
+    rows = [{"text": text} for text in ("The islands lie in the north.", "The sheep stay on the hills in the winter.")]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read: list[str] = []
+    teacher = build_tokenizer("byte_level")
+
+    class Listener:
+        def info(self) -> Any:
+            return SimpleNamespace(max_positions=256)
+
+        def score(self, groups: Sequence[Group]) -> Future[torch.Tensor]:
+            read.extend(teacher.decode([*group.prompt, *r]) for group in groups for r in group.responses)
+            out: Future[torch.Tensor] = Future()
+            out.set_result(torch.zeros(sum(len(r) for group in groups for r in group.responses)))
+            return out
+
+    class Student:
+        def logprobs(self, rollout: Rollout, temperature: float) -> torch.Tensor:
+            return torch.zeros(int(rollout.lengths_B.sum()))
+
+    link = TeacherLink(Listener(), teacher_facts(config, config.teacher), None)  # type: ignore[arg-type]
+    found = teacher_check(Student(), link, config, [])  # type: ignore[arg-type]
+    pairs = make_pairs([row["text"] for row in rows], 3, config.seed)
+    assert found.data["rows"] == len(pairs) == 2
+    assert read == [text for pair in pairs for text in (pair.right, pair.wrong)]

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from configs.prompts import Format
 from configs.schema import DataConfig
-from tests.support.runs import ROOT, command, environment, finish, metrics, timeless
+from tests.support.forked import finish_forked
+from tests.support.runs import ROOT, command, environment, metrics, timeless
 from tests.support.teacher_servers import SECRET, serve
 from training.data.order import positions_of_step
 from training.data.prompts import load_prompts
@@ -42,7 +43,7 @@ def test_a_teacher_that_is_killed_and_started_again_changes_no_metric(
         text=True,
     )
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while not (run / "metrics.jsonl").is_file() or not metrics(run):
             assert trainer.poll() is None, trainer.communicate()[1]
             assert time.monotonic() < deadline
@@ -54,7 +55,7 @@ def test_a_teacher_that_is_killed_and_started_again_changes_no_metric(
         time.sleep(2)
         assert trainer.poll() is None
         servers.append(serve(teacher, address, log))
-        _, said = trainer.communicate(timeout=240)
+        _, said = trainer.communicate(timeout=400)
         assert trainer.returncode == 0, said
     finally:
         trainer.kill()
@@ -96,7 +97,7 @@ def test_groups_that_the_teacher_answers_nan_for_are_dropped_counted_and_named(
     )
     expected = [{p.id for p in ps if token in p.tokens} for ps in asked]
     poison(teacher, token)
-    done = finish(
+    done = finish_forked(
         command(
             tmp_path / "runs", demo_cache, "--steps", "2", "--teacher.path", str(teacher), "--reward", "teacher_logprob"
         )

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.schema import ExtraTeacherConfig, RunConfig, as_dict, validate
 from rewards.base import RewardOutput
 from rewards.combine import TeacherReward, weighted_sum
-from tests.support.runs import command, finish, metrics
+from tests.support.forked import finish_forked
+from tests.support.runs import command, metrics
 from tests.support.tiny_tokenizers import save_tiny
 from training.algorithms import check_choices
 from training.run.cli import dump_config, load_config
@@ -63,7 +64,7 @@ def test_they_are_written_and_read_back(tmp_path: Path) -> None:
 
 def test_a_wrong_directory_is_named(tmp_path: Path, demo_cache: Path) -> None:
     file = write_config(tmp_path / "config.yaml", tmp_path / "nowhere")
-    done = finish(command(tmp_path, demo_cache, "--config", str(file)), code=2)
+    done = finish_forked(command(tmp_path, demo_cache, "--config", str(file)), code=2)
     assert "teachers[0].path" in done.stderr
 
 
@@ -81,12 +82,11 @@ def write_config(file: Path, other: Path) -> Path:
     return file
 
 
-@pytest.mark.timeout(1000)
 def test_a_run_adds_the_rewards_of_two_servers(tmp_path: Path, demo_cache: Path) -> None:
     """The second has a tokenizer of its own; its part is the log-probability that transformers gives the text."""
     other = save_tiny(tmp_path / "other", "byte_level")
     file = write_config(tmp_path / "config.yaml", other)
-    finish(command(tmp_path, demo_cache, "--config", str(file), "--eval.questions", "4", "--name", "run"), timeout=900)
+    finish_forked(command(tmp_path, demo_cache, "--config", str(file), "--eval.questions", "4", "--name", "run"))
     (row,) = metrics(tmp_path / "run")
     parts = [row["reward/teacher_logprob"], row["reward/teacher_logprob/other"]]
     assert row["reward/mean"] == pytest.approx(0.5 * parts[0] + 2.0 * parts[1], rel=1e-5)

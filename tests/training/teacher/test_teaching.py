@@ -47,8 +47,12 @@ def tokenizer(directory: Path, vocabulary: int, end: str) -> PreTrainedTokenizer
 class Listener:
     """A teacher that remembers what it was asked and gives each token -1, -2, ... nats in batch order."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_positions: int = 1000) -> None:
         self.groups: Sequence[Group] = ()
+        self.max_positions = max_positions
+
+    def info(self) -> Any:
+        return SimpleNamespace(eos_ids=(), max_positions=self.max_positions)
 
     def score(self, groups: Sequence[Group]) -> Future[torch.Tensor]:
         self.groups = groups
@@ -136,6 +140,25 @@ def test_the_teacher_reads_what_was_written(tmp_path: Path) -> None:
     assert group.responses == (tuple(teacher("Tórshavn\n\n")["input_ids"]), tuple(teacher(" ")["input_ids"]))
     assert view.unread_tokens_B.tolist() == [0, 1]
     assert float(view.logprobs_S[-1]) == 0.0
+
+
+def test_a_response_that_outgrows_the_teachers_context_has_no_score(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = tokenizer(tmp_path / "s", 300, "<end>"), tokenizer(tmp_path / "t", 280, "</s>")
+    asked = rollout(student, ["Tórshavn", "Tórshavn Keypmannahavn"], [True, True])
+    room = len(teacher(TEXTS[0])["input_ids"]) + len(teacher(" Tórshavn")["input_ids"]) + 1
+    listener = Listener(room)  # the prompt, the short one and its end fill it
+    link = TeacherLink(listener, facts_of(tmp_path), None)  # type: ignore[arg-type]
+    view = link.ask(asked, whole_distribution=False)()
+    (group,) = listener.groups
+    assert [len(response) for response in group.responses] == [len(teacher(" Tórshavn")["input_ids"]) + 1, 0]
+    known, unknown = view.logprobs_S.split(asked.lengths_B.tolist())
+    assert bool(known.isfinite().all())
+    assert bool(unknown.isnan().all())
+    assert view.scored_tokens_B.tolist() == [len(group.responses[0]), 0]
+    link.ask(asked, whole_distribution=False)()
+    assert caplog.text.count(f"whose context has {room}; such responses have no score") == 1
 
 
 def test_each_side_has_its_own_chat_template(tmp_path: Path) -> None:
@@ -267,7 +290,7 @@ def test_an_answer_of_the_teacher_that_was_cut_gets_no_end(same: bool, tmp_path:
 
     class Writer(Listener):
         def info(self) -> Any:
-            return SimpleNamespace(eos_ids=(end,))
+            return SimpleNamespace(eos_ids=(end,), max_positions=1000)
 
         def generate(self, prompts: Any, *, eos_ids: Sequence[int], **_: Any) -> Any:
             assert set(eos_ids) == {end, turn}

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models
 from configs.schema import AdapterConfig, RunConfig, SamplingConfig, StudentConfig, TeacherConfig
 from inference.model.families import parse_architecture
 from tests.support.plan_teacher_worker import GROUPS, MAX_BATCH_TOKENS
-from tests.support.plan_worker import PROMPT, SAMPLED
+from tests.support.plan_worker import PROMPT
 from tests.support.runs import ROOT, free_port
 from tests.support.teacher_models import build
 from training.main import main
@@ -104,7 +104,7 @@ def run_ranks(world: int, paths: list[Path]) -> list[str]:
         )
         for rank in range(world)
     ]  # fmt: skip
-    outputs = [rank.communicate(timeout=500) for rank in ranks]
+    outputs = [rank.communicate(timeout=900) for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), outputs[0][1][-3000:]
     return [line for line in outputs[0][0].splitlines() if line.startswith("{")]
 
@@ -123,8 +123,6 @@ def planned(config: RunConfig, world: int) -> dict[str, int]:
     rank = rank_memory(config, tracer, world, "cpu")
     static = sum(rank.static.values())
     said = {"static": static, "actor_update": rank.moments["update"]}
-    said["sampling"] = tracer.sampling(config.sampling, 2 * SAMPLED).peak
-    said["reference_forward"] = rank.moments["reference, evaluation passes"]
     if config.algo == "ppo":
         said["critic_update"] = rank.moments["critic's update"]
     said["total"] = static + max(said["actor_update"], said.get("critic_update", 0))
@@ -147,8 +145,6 @@ def test_plan_is_within_15_percent_of_measured_memory(
                 record_property(f"{world} {name} {part}", off)
                 if abs(off) > WITHIN:
                     wrong.append(line)
-        for part in ("sampling", "reference_forward"):
-            print(f"    {part}: {said[part] / 1e6:.1f} planned, {was[part] / 1e6:.1f} measured")
     assert not wrong, "\n".join(wrong)
 
 
@@ -173,7 +169,7 @@ def measured_teachers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Pa
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    outputs = [rank.communicate(timeout=900) for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), outputs[0][1][-3000:]
     lines = [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
     return list(zip(directories, lines, strict=True))
@@ -330,7 +326,7 @@ def test_every_teacher_is_planned_and_one_that_transformers_runs_says_so(
 def test_mistakes_are_one_message(public: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ["--teacher.path", str(public / "llama-2-70b")]
     for path, mend in (
-        ("nobody/nothing", "is not on this disk"),
+        ("nobody/nothing", "no such directory, not in the hub's cache"),
         (str(tmp_path), "no config.json"),
         ("/no/such", "no such directory"),
     ):

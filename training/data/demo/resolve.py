@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -101,13 +102,16 @@ def _stage1(config: RunConfig, start: Path, settings: Mapping[str, Any]) -> Path
                 else "stage 1, on the teacher's answers"
             )
             print(f"demo: {what}", file=sys.stderr, flush=True)
+            runs = start.parent / "stage1-runs"
+            if (runs / key / "summary.json").is_file():  # finished: who deleted its student wants a new one
+                shutil.rmtree(runs / key)
             given = {
                 "config": DEMO_CONFIGS / "sft.yaml",
                 "cache_dir": config.cache_dir,
                 "demo_size": config.demo_size,
                 "student.path": start,
                 "sft.output": target,
-                "runs_dir": start.parent / "stage1-runs",
+                "runs_dir": runs,
                 "name": key,
                 **settings,
             }
