@@ -163,9 +163,10 @@ def describe(batch: Rewarded, dropped: int) -> dict[str, float]:
     # A mean is over what is known: a group whose score is not finite is left out of the update too.
     known = {name: values[values.isfinite()] for name, values in {**by_response, **by_token}.items()}
     totals = {name: float(values.sum()) for name, values in {**known, **counted}.items()}
-    sums = distributed.sum_metrics(totals | {"groups/dropped": dropped})
-    sizes = distributed.sum_metrics({name: len(values) for name, values in known.items()})
-    return {name: total / max(sizes.get(name, 1.0), 1.0) for name, total in sums.items()}
+    sizes = {f"{name} counted": len(values) for name, values in known.items()}
+    sums = distributed.sum_metrics({**totals, "groups/dropped": dropped, **sizes})
+    per = {name: max(sums.pop(f"{name} counted"), 1.0) for name in known}
+    return {name: total / per.get(name, 1.0) for name, total in sums.items()}
 
 
 def _advance(progress: Progress, metrics: dict[str, float], config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from inference.model.backend import check_teacher
 from inference.model.files import model_directory as find_model
 from training.data.model_files import check_model_files
 from training.data.prompts import answer_group, load_prompts
-from training.data.text import text_blocks
+from training.data.text import TextBlocks, text_blocks
 from training.data.validation import check_validation, question_key, set_aside
 from training.distributed import environment_rank
 from training.experience import Corpus, Prompt
@@ -220,11 +220,9 @@ def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] |
         judged = load("validation", config.eval.metric != "reverse_kl")[: config.eval.validation_questions]
         check_validation(judged, {"data.heldout": heldout, "data.prompts": prompts}, config)
     _enough("prompts_per_step", config.prompts_per_step, len(prompts), f"prompts in {data.prompts}")
-    text: Sequence[Sequence[Group]] = ()
-    highest: tuple[int, ...] = ()
+    text: TextBlocks | tuple[()] = ()
     if pt_coef(config) > 0:
-        text = blocks = text_blocks(data, asked, config.cache_dir)
-        highest = (blocks.highest,)
+        text = text_blocks(data, asked, config.cache_dir)
         if len(text) < config.loss.pt_batch and environment_rank() == 0:
             said = "loss.pt_batch = %d: data.text = %r has %d blocks of data.text_block_tokens; each step takes all"
             log.warning(said, config.loss.pt_batch, data.text, len(text))
@@ -243,7 +241,8 @@ def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] |
             except ValueError as error:
                 raise ValueError(f"{key}: {error} for {prompt.text[:40]!r}") from None
     tokens = [prompt.tokens for prompt in every]
-    check_vocabulary(config, [*tokens, *(group.responses[0] for group in cloning), highest, (asked.end,)])
+    highest = (text.highest if text else 0, asked.end)
+    check_vocabulary(config, [*tokens, *(group.responses[0] for group in cloning), highest])
     most = config.eval.questions or None
     return Inputs(Corpus(prompts, text, cloning, judged), [*heldout[:most], *open_questions[:most]])
 
