@@ -40,12 +40,18 @@ _MARK = "@step "
 
 def build_models(folder: Path) -> None:
     """folder/student and folder/teacher: random weights of different seeds, one tokenizer of V words."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(CONFIG.vocab_size)}, unk_token="w0"))
+    # A special token is found within words as well: w1 would be cut out of w15.
+    special = ["<pad>", "<s>", "</s>"]
+    vocabulary = [*special, *(f"w{i}" for i in range(len(special), CONFIG.vocab_size))]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.decoder = decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w0"
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     )
+    for shape in SHAPES:
+        (tokens,) = prompt_tokens(shape, 1, 0)
+        assert tuple(tokenizer(prompt_text(tokens))["input_ids"]) == tokens, "TRL would be given another prompt"
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         transformers.LlamaForCausalLM(CONFIG).save_pretrained(folder / name)
