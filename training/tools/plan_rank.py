@@ -164,17 +164,18 @@ class Tracer:
 
         return self._at_depth(trace)[0]
 
-    def sampling(self, sampling: SamplingConfig, prompts: int) -> int:
-        """So many prompts answered together; from the second on, each costs the same."""
-        one, two = self._sampling(sampling, 1), self._sampling(sampling, 2)
+    def sampling(self, sampling: SamplingConfig, prompts: int, graph: bool) -> int:
+        """So many prompts answered together; from the second on, each costs the same. `graph`: a CUDA graph of the step
+        holds what the step makes in memory of its own, beside that of the step before it was captured."""
+        one, two = (peak + graph * step for peak, step in (self._sampling(sampling, n) for n in (1, 2)))
         return one + (two - one) * (prompts - 1)
 
     @functools.cache  # noqa: B019
-    def _sampling(self, sampling: SamplingConfig, prompts: int) -> int:
+    def _sampling(self, sampling: SamplingConfig, prompts: int) -> tuple[int, ...]:
         def trace(layers: int | None) -> tuple[int, ...]:
-            return (sampling_peak(self._policy(False, layers), sampling, prompts, self.facts.prompt_tokens),)
+            return sampling_peak(self._policy(False, layers), sampling, prompts, self.facts.prompt_tokens)
 
-        return self._at_depth(trace)[0]
+        return self._at_depth(trace)
 
     def _at_depth(self, trace: Callable[[int | None], tuple[int, ...]]) -> tuple[int, ...]:
         """A trace of the whole model, or its continuation from two shallow ones."""
@@ -219,11 +220,13 @@ def rank_memory(config: RunConfig, tracer: Tracer, world: int, device: Device = 
     # The number of held-out questions is not known here unless it is set.
     held = config.eval.batch if config.eval.questions is None else -(-config.eval.questions // world)
     extra = forward_extra(tracer.student, actor)
+    graph = device == "cuda" and actor.zero_stage < 3  # as training/student/sampling.py's `stays_on_device`
+    together = min(mine, config.sampling.prompts_at_once or mine)
     moments = {
-        "sampling": tracer.sampling(config.sampling, min(mine, config.sampling.prompts_at_once or mine)) + extra,
+        "sampling": tracer.sampling(config.sampling, together, graph and not config.sampling.teacher_mix) + extra,
         "reference, evaluation passes": tracer.forward(key, row_prompts) + extra,
         "update": update_peak(tracer.student, actor, tracer.update(key, row_prompts, blocks), rows),
-        "evaluation": tracer.sampling(questions, min(config.eval.batch, held)) + extra,
+        "evaluation": tracer.sampling(questions, min(config.eval.batch, held), graph) + extra,
     }
     if ALGORITHMS[config.algo].needs_critic:
         engine = replace(actor, zero_stage=config.critic.zero_stage)

@@ -180,9 +180,9 @@ def forward_peak(module: nn.Module, forward: Callable[[], object]) -> int:
 
 
 @torch.no_grad()
-def sampling_peak(policy: Policy, sampling: SamplingConfig, prompts: int, prompt_tokens: int) -> int:
-    """Peak of one prefill and the longest decoding step of training/student/sampling.py, all responses active: bytes
-    above the parameters."""
+def sampling_peak(policy: Policy, sampling: SamplingConfig, prompts: int, prompt_tokens: int) -> tuple[int, int]:
+    """Of one prefill and the longest decoding step of training/student/sampling.py, all responses active: (peak, what the
+    step makes of it), bytes above the parameters."""
     policy.eval()
     batch = prompts * sampling.group_size
     tracker = LiveBytes()
@@ -196,6 +196,9 @@ def sampling_peak(policy: Policy, sampling: SamplingConfig, prompts: int, prompt
         plan = DecodePlan(prefill.cache, sampling.group_size, sampling.max_new_tokens)
         rows = torch.arange(batch)
         for step in range(sampling.max_new_tokens):
+            if step == sampling.max_new_tokens - 1:
+                before, tracker.peak = tracker.peak, tracker.live
+                kept = tracker.live
             positions = plan.advance(rows) if step else prefill.cache.lengths_N
             if step in (0, sampling.max_new_tokens - 1):
                 logprobs = (logits.float() / sampling.temperature).log_softmax(-1)
@@ -203,7 +206,7 @@ def sampling_peak(policy: Policy, sampling: SamplingConfig, prompts: int, prompt
                 if step:
                     hidden = policy.hidden(torch.zeros(batch, dtype=torch.int64), positions, plan)
                     logits = policy.logits(hidden)
-    return tracker.peak
+    return max(before, tracker.peak), tracker.peak - kept
 
 
 def longest_row(config: RunConfig, prompts: int, prompt_tokens: int, budget: int | None = None) -> PackedRow:

@@ -273,6 +273,18 @@ def test_only_an_adapter_is_trained(public: Path) -> None:
     assert parameters_of(policy).trainable == 2 * 2 * 4 * (4096 + 4096)  # layers, matrices, rank, both sides
 
 
+def test_a_graph_of_the_decoding_step_is_counted() -> None:
+    """Beside a step as it is: logits of 3 prompts' 4 responses, their log-probabilities, and what a layer makes."""
+    shape = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    tracer = Tracer(ModelFacts(shape, shape, same_tokenizer=False, prompt_tokens=16), StudentConfig(dtype="float32"))
+    sampling = SamplingConfig(group_size=4, max_new_tokens=8)
+    without, captured = (tracer.sampling(sampling, 3, graph) for graph in (False, True))
+    logits = 3 * 4 * shape.vocab_size * 4
+    assert 2 * logits <= captured - without < without
+
+
 @pytest.mark.parametrize(
     ("config", "student", "teacher", "equal", "rows"),
     [
