@@ -122,7 +122,7 @@ def test_the_claim_is_what_the_table_has() -> None:
     """README's comparison of GRPO with more of stage 1 is that of docs/results.md."""
     head, *rows = (row.split("|")[1:-1] for row in PAGES["results.md"].splitlines() if row.startswith("| "))
     found = {}
-    for name in ("grpo-minillm", "more-stage1"):
+    for name in ("tuned", "more-stage1"):
         cells = next(row for row in rows if row[0].strip() == f"`{name}`")
         values = {title.strip(): cell.split("±")[0] for title, cell in zip(head, cells, strict=True)}
         found[name] = float(values["reverse KL (open)"]), 100 - float(values["right open answers"])
