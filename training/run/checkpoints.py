@@ -180,7 +180,8 @@ class Checkpoints:
         sync(self.directory)
         write_atomically(self.directory / "latest", target.name)
         sync(self.directory)
-        steps = checkpoint_steps(self.directory)[: -self._config.keep]
+        # A later one was left by a start that was killed before `latest` moved: it is in nobody's place.
+        steps = [step for step in checkpoint_steps(self.directory) if step <= manifest.step][: -self._config.keep]
         old += [_retired(path) for step in steps if (path := self.directory / step_tag(step)) != self.best()]
         for checkpoint in old:
             shutil.rmtree(checkpoint, ignore_errors=True)

@@ -172,6 +172,16 @@ def test_a_run_killed_between_the_name_and_latest_goes_on_from_the_one_before(tm
     assert resumed(tmp_path) == (20, 21.0)
 
 
+def test_what_latest_names_stays_where_a_later_step_was_never_named(tmp_path: Path) -> None:
+    """Killed between the name of step 50 and `latest`, a run goes on from 20 and is stopped at 30, with one to keep."""
+    write(tmp_path, 20, 50, keep=10)
+    (tmp_path / "checkpoints" / "latest").write_text("step-000020")
+    write(tmp_path, 30, keep=1)
+    assert resumed(tmp_path) == (30, 30.0)
+    write(tmp_path, 50, keep=1)
+    assert names(tmp_path) == {"step-000050", "latest"}
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Writing more than `size` bytes into a file fails, as on a full disk (EFBIG in place of ENOSPC)."""
