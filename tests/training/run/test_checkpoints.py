@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ import pytest
 import torch
 
 from configs.schema import CheckpointConfig
+from training import distributed
+from training.run import checkpoints as checkpoints_module
+from training.run.checkpoint_files import write_state
 from training.run.checkpoints import CheckpointFailed, Checkpoints
 from training.run.resuming import NoWholeCheckpoint, find, load
 from training.run.run_folder import Progress
@@ -221,6 +225,40 @@ def test_in_the_background_it_is_the_state_of_its_step(tmp_path: Path) -> None:
     checkpoints.save({"student": Tensors(20.0)}, Progress(step=20, tokens={"sampled": 140}))
     checkpoints.wait()
     assert resumed(tmp_path) == (20, 20.0)
+
+
+def test_whatever_fails_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is gone, say: else the run would finish without its last checkpoints, and nobody would know."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(asynchronous=True))
+
+    def lost(*_: Any) -> list[str]:
+        raise RuntimeError("Connection closed by peer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed, "gather_strings", lost)
+        checkpoints.save({"student": Tensors(10.0)}, Progress(step=10))
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            checkpoints.wait()
+    checkpoints.save({"student": Tensors(10.0)}, Progress(step=10, tokens={"sampled": 70}))
+    checkpoints.wait()
+    assert resumed(tmp_path) == (10, 10.0)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_how_long_it_took_is_until_it_is_written(
+    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a job has to leave room for all of it, not for a copy in memory."""
+
+    def slow(path: Path, state: Any) -> Any:
+        time.sleep(0.2)
+        return write_state(path, state)
+
+    monkeypatch.setattr(checkpoints_module, "write_state", slow)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(asynchronous=asynchronous))
+    checkpoints.save({"student": Tensors(10.0)}, Progress(step=10))
+    checkpoints.wait()
+    assert checkpoints.seconds >= 0.6, "three files"
 
 
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
