@@ -196,9 +196,10 @@ class Checkpoints:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def mark_best(self, step: int) -> None:
-        """`best` names the checkpoint of this step, which `save` has written, from now on; it is kept at any age."""
+        """`best` names the checkpoint of this step from now on, and it is kept at any age; where it could not be written
+        (checkpoint.on_error) the best one before it stays."""
         self.wait()
-        if distributed.is_main():
+        if distributed.is_main() and (self.directory / step_tag(step)).is_dir():
             write_atomically(self.directory / "best", step_tag(step))
 
     def best(self) -> Path | None:

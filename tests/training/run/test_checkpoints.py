@@ -261,6 +261,18 @@ def test_how_long_it_took_is_until_it_is_written(
     assert checkpoints.seconds >= 0.6, "three files"
 
 
+def test_a_best_one_that_was_never_written_does_not_push_out_the_one_before(tmp_path: Path) -> None:
+    """checkpoint.on_error: continue; the next start marks the best step again."""
+    checkpoints = write(tmp_path, 10, keep=1)
+    checkpoints.mark_best(10)
+    with largest_file(100_000), pytest.raises(CheckpointFailed):
+        checkpoints.save({"student": Tensors(20.0, size=100_000)}, Progress(step=20))
+    checkpoints = write(tmp_path, keep=1)
+    checkpoints.mark_best(20)
+    checkpoints.save({"student": Tensors(30.0)}, Progress(step=30))
+    assert checkpoints.best() == tmp_path / "checkpoints" / "step-000010"
+
+
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, 10)
     directory = tmp_path / "checkpoints" / "step-000010"
