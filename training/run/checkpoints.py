@@ -181,7 +181,8 @@ class Checkpoints:
         manifest.save(partial)
         for folder in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
             sync(folder)
-        for lines in self.directory.parent.glob("*.jsonl"):
+        run = self.directory.parent
+        for lines in (*run.glob("*.jsonl"), *run.glob("eval/*.jsonl")):
             sync(lines)  # no step that the checkpoint holds may be missing there
         target = self.directory / step_tag(manifest.step)
         old = [_retired(target)] if target.exists() else []

@@ -273,6 +273,18 @@ def test_a_best_one_that_was_never_written_does_not_push_out_the_one_before(tmp_
     assert checkpoints.best() == tmp_path / "checkpoints" / "step-000010"
 
 
+def test_every_file_of_lines_is_on_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the validations too: after a power cut none may lack a step that the checkpoint holds."""
+    (tmp_path / "eval").mkdir()
+    lines = [tmp_path / "metrics.jsonl", tmp_path / "eval" / "validation.jsonl"]
+    for file in lines:
+        file.write_text("{}\n")
+    synced: list[Path] = []
+    monkeypatch.setattr(checkpoints_module, "sync", synced.append)
+    write(tmp_path, 10)
+    assert set(lines) <= set(synced)
+
+
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, 10)
     directory = tmp_path / "checkpoints" / "step-000010"
