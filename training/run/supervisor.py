@@ -177,9 +177,9 @@ def lowered(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def lower(config: RunConfig, folder: Path) -> bool:
-    """Halve the token budget for the next start of this run; False where that was done before."""
+    """Halve the token budget for the next start of this run; False where `config`, this start's, is halved already."""
     if (folder / TOKEN_BUDGET).is_file():
-        return False
+        return lowered(config, folder) != config  # another rank of this start ran out as well, and was first
     write_atomically(
         folder / TOKEN_BUDGET, json.dumps({"micro_batch_tokens": max(config.actor.micro_batch_tokens // 2, 1)})
     )

@@ -100,7 +100,10 @@ def test_memory_that_runs_out_in_a_pass_halves_the_budget_of_the_next_start_once
     assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
     less = RunConfig(actor=ActorConfig(micro_batch_tokens=100))
     assert lowered(less, tmp_path) == less, "what the user has lowered further stays"
-    assert ends(supervisor, torch.OutOfMemoryError("8 GB asked for")) == 1
+    assert ends(supervisor, torch.OutOfMemoryError("8 GB asked for")) == 75, "another rank of the same start"
+    again = Supervisor(lowered(CONFIG, tmp_path), tmp_path, StopRequest())
+    again.watch(0).enter(phase)
+    assert ends(again, torch.OutOfMemoryError("8 GB asked for")) == 1
     assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
     assert "8 GB asked for" in caplog.text
     assert "lower actor.micro_batch_tokens" in caplog.text
