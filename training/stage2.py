@@ -218,7 +218,7 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     if (other := config.eval.beside) is not None:
         interpolate(models.actor, other, 0.0)
         evaluations["eval_beside"] = _evaluation_once(run, "beside", lambda: evaluate_student(run, heldout, other))
-    supervisor.starts.end(status, 0, progress.step)
+    supervisor.finished(progress.step)
     outcome = {"status": status, "starts": supervisor.starts.listed(), **evaluations}
     _write_summary(run, progress, outcome | validation_summary(config, progress, exported))
     if distributed.is_main():

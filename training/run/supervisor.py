@@ -94,6 +94,13 @@ class Supervisor:
         self.starts.end("too many updates in a row had a non-finite loss or score", FAILED, step)
         return FAILED
 
+    def finished(self, step: int) -> None:
+        """Nothing is left that the ranks do together; rank 0 may still write a report, or upload, for as long as that
+        takes."""
+        if self._watchdog is not None:
+            self._watchdog.rest()
+        self.starts.end("finished", 0, step)
+
     def run(self, work: Callable[[], int]) -> int:
         """Exit code of `work`, however it ends; a mistake in the input (SystemExit) goes through. The folder is free
         then."""

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from configs.io.lines import LineFile
 from configs.schema import ActorConfig, RunConfig
 from inference.client import TeacherLost
+from training import distributed
 from training.run.checkpoints import CheckpointFailed
 from training.run.safe_points import TimeLimit
 from training.run.starts import Starts
 from training.run.stopping import StopRequest
 from training.run.supervisor import Supervisor, lowered
+from training.run.watchdog import Place, Watchdog
 
 
 class Now:
@@ -166,3 +171,22 @@ def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert (tmp_path / "rows").read_text() == "one\n"
     lines.flush()
     assert (tmp_path / "rows").read_text() == "one\nsecond\nthird\n"
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_who_is_left_alone_is_not_stuck(rests: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the last collective rank 0 writes a report, or uploads a model, longer than stuck_timeout_s."""
+    port, said = distributed.free_port(), []
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    PrefixStore("watchdog", store).set("1", json.dumps(asdict(Place())))
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    watchdog = Watchdog(1.0, said.append)
+    if rests:
+        watchdog.rest()
+    end = time.monotonic() + (3.0 if rests else 30.0)
+    while time.monotonic() < end and not said:
+        time.sleep(0.05)
+    watchdog.rest()
+    assert bool(said) != rests, said
