@@ -219,6 +219,13 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
         interpolate(models.actor, other, 0.0)
         evaluations["eval_beside"] = _evaluation_once(run, "beside", lambda: evaluate_student(run, heldout, other))
     supervisor.finished(progress.step)
+    if distributed.is_main():  # before summary.json: a start that finds it has nothing left to do
+        how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
+        scores = {name: evaluations[key] for name, key in ROWS.items()}
+        data = [config.data.prompts, config.data.text]
+        write_card(folder.export, config, f"{how} from a teacher, {progress.step} steps", scores, data)
+        if config.export.push_to_hub is not None:
+            push(folder.export, config.export.push_to_hub)
     outcome = {"status": status, "starts": supervisor.starts.listed(), **evaluations}
     _write_summary(run, progress, outcome | validation_summary(config, progress, exported))
     if distributed.is_main():
@@ -226,12 +233,6 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
         folder.boards.close()
         _report(folder)
         _print_table(folder, evaluations)
-        how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
-        scores = {name: evaluations[key] for name, key in ROWS.items()}
-        data = [config.data.prompts, config.data.text]
-        write_card(folder.export, config, f"{how} from a teacher, {progress.step} steps", scores, data)
-        if config.export.push_to_hub is not None:
-            push(folder.export, config.export.push_to_hub)
     return 0
 
 
@@ -417,6 +418,8 @@ def already_finished(folder: RunFolder, config: RunConfig) -> bool:
     if summary["steps"] < config.steps and not over:
         return False
     if distributed.environment_rank() == 0:
+        if not (folder.path / "report.html").is_file():  # killed before it was made
+            _report(folder)
         _print_table(folder, summary)
         print("The run was finished already; choose another --name to run it anew.", flush=True)
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -90,6 +91,17 @@ def test_the_same_command_again_on_a_finished_run_says_so_quickly(finished_run: 
     done = finish_forked(command(finished_run.parent, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
     assert "student after" in done.stdout
     assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_start_that_finds_a_summary_has_nothing_left_to_do(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    """What a run gives back is there before summary.json; only the report reads that, and is made if it is missing."""
+    summary = (finished_run / "summary.json").stat().st_mtime_ns
+    assert (finished_run / "export" / "README.md").stat().st_mtime_ns < summary
+    run = tmp_path / finished_run.name
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("checkpoints", "report.html"))
+    done = finish_forked(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
+    assert "student after" in done.stdout
+    assert (run / "report.html").is_file()
 
 
 def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo_cache: Path) -> None:
