@@ -85,7 +85,7 @@ def train(run: Run, progress: Progress) -> str:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
             break
-        if stopping and progress.step < config.steps:
+        if stopping:
             status = "stopped"
             break
     with run.checkpoints.tolerated():

@@ -194,11 +194,11 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
         with run.checkpoints.tolerated():
             run.checkpoints.wait()
         raise
-    setup.stop.undefer()
     if status != "finished":
         code = supervisor.stopped(progress.step) if status == "stopped" else supervisor.failed(progress.step)
         _write_summary(run, progress, {"status": status, "starts": supervisor.starts.listed(), "eval_before": before})
         return code
+    setup.stop.undefer()
     run.points.enter("evaluation")
     exported = _restore_best(run, progress)
     if RECIPES[config.recipe].interpolate:

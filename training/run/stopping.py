@@ -41,8 +41,10 @@ class StopRequest:
         self._deferred = True
 
     def undefer(self) -> None:
-        """Signals end the program at once again."""
+        """Signals end the program at once again, one that has come meanwhile too (SystemExit)."""
         self._deferred = False
+        if self.requested:
+            raise SystemExit(self.exit_code)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:

@@ -190,3 +190,13 @@ def test_who_is_left_alone_is_not_stuck(rests: bool, monkeypatch: pytest.MonkeyP
         time.sleep(0.05)
     watchdog.rest()
     assert bool(said) != rests, said
+
+
+def test_a_signal_that_came_with_the_last_step_is_not_forgotten() -> None:
+    """While the last checkpoint is written, say: the evaluation behind it may take longer than the scheduler waits."""
+    stop = StopRequest(listen=False)
+    stop.defer()
+    stop._handle(signal.SIGUSR1, None)
+    with pytest.raises(SystemExit) as raised:
+        stop.undefer()
+    assert raised.value.code == 75
