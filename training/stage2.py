@@ -393,7 +393,8 @@ def _check_teacher(run: Run, heldout: Sequence[Prompt]) -> None:
 
 
 def _write_summary(run: Run, progress: Progress, outcome: Mapping[str, Any]) -> None:
-    """summary.json: how far the run came, and its `outcome`. Rank 0 writes."""
+    """summary.json: how far the run came, and its `outcome`. Rank 0 writes. Where the last checkpoint has taken the last
+    of the room, a run that has stopped goes without: its exit code says to start it again."""
     if not distributed.is_main():
         return
     summary = {
@@ -406,7 +407,12 @@ def _write_summary(run: Run, progress: Progress, outcome: Mapping[str, Any]) -> 
         "kl_limit_reached": progress.kl_limit_reached,
         **outcome,
     }
-    run.folder.write_json("summary.json", summary)
+    try:
+        run.folder.write_json("summary.json", summary)
+    except OSError as error:
+        if outcome["status"] == "finished":
+            raise
+        log.warning("summary.json cannot be written (%s)", error.strerror)
 
 
 def already_finished(folder: RunFolder, config: RunConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,6 +10,8 @@ import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +20,9 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from configs.io.lines import LineFile
 from configs.schema import ActorConfig, RunConfig
 from inference.client import TeacherLost
-from training import distributed
+from training import distributed, stage2
 from training.run.checkpoints import CheckpointFailed
+from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import TimeLimit
 from training.run.starts import Starts
 from training.run.stopping import StopRequest
@@ -200,3 +204,20 @@ def test_a_signal_that_came_with_the_last_step_is_not_forgotten() -> None:
     with pytest.raises(SystemExit) as raised:
         stop.undefer()
     assert raised.value.code == 75
+
+
+@pytest.mark.parametrize(("status", "said"), [("stopped", True), ("finished", False)])
+def test_a_run_that_has_stopped_needs_no_room_for_its_summary(
+    status: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its checkpoint may have taken the last of it: exit code 75 and not 1. One that has finished has to say so."""
+
+    def full(name: str, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(folder, "write_json", full)
+    run: Any = SimpleNamespace(config=CONFIG, folder=folder)
+    with contextlib.nullcontext() if said else pytest.raises(OSError, match="No space left"):
+        stage2._write_summary(run, Progress(step=3), {"status": status})
+    assert ("summary.json cannot be written (No space left" in caplog.text) == said
