@@ -7,6 +7,7 @@ run takes it again exactly.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -36,12 +37,12 @@ class TimeLimit:
     def __init__(self, limit_s: float | None, environment: Mapping[str, str] = os.environ) -> None:
         """`limit_s`: seconds from now. The end of the SLURM job counts as well, where SLURM says it; the earlier one
         is taken."""
-        now = time.time()
-        ends = [now + limit_s] if limit_s is not None else []
+        self._ends: list[tuple[Callable[[], float], float]] = []
+        if limit_s is not None:
+            self._ends.append((time.monotonic, time.monotonic() + limit_s))  # whatever is done to the clock
         if environment.get("SLURM_JOB_END_TIME", "").isdigit():
-            ends.append(float(environment["SLURM_JOB_END_TIME"]))
-        self._end = min(ends, default=None)
-        self._margin_s = 0.0 if self._end is None else min(60.0, max(self._end - now, 0.0) / 20)
+            self._ends.append((time.time, float(environment["SLURM_JOB_END_TIME"])))
+        self._margin_s = min(60.0, max(self._left_s(), 0.0) / 20)
         self._step_s = self._checkpoint_s = 0.0
 
     def took_step(self, seconds: float) -> None:
@@ -54,10 +55,11 @@ class TimeLimit:
 
     def is_over(self, *, next_step: bool) -> bool:
         """Whether it is time for the last checkpoint; with `next_step`, whether one more step would be too much."""
-        if self._end is None:
-            return False
         needed_s = self._margin_s + LONGER * (self._checkpoint_s + (self._step_s if next_step else 0.0))
-        return time.time() + needed_s > self._end
+        return needed_s > self._left_s()
+
+    def _left_s(self) -> float:
+        return min((end - clock() for clock, end in self._ends), default=math.inf)
 
 
 class SafePoints:

@@ -35,7 +35,8 @@ class Now:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 1000.0
-        monkeypatch.setattr(time, "time", lambda: self.seconds)
+        for name in ("time", "monotonic"):
+            monkeypatch.setattr(time, name, lambda: self.seconds)
 
 
 def test_without_an_end_the_time_is_never_over() -> None:
@@ -65,6 +66,13 @@ def test_the_earlier_end_counts_and_a_minute_is_the_most_that_is_kept(monkeypatc
         now.seconds = 10_941
         assert limit.is_over(next_step=True)
         now.seconds = 1000
+
+
+def test_a_clock_that_is_set_does_not_move_the_end_of_a_limit_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = TimeLimit(3600, {})
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86400)
+    assert not limit.is_over(next_step=True)
 
 
 def test_a_start_that_said_nothing_was_killed(tmp_path: Path) -> None:
