@@ -76,7 +76,7 @@ def train(run: Run, progress: Progress) -> str:
             metrics |= validate(run, progress)
         if distributed.is_main():
             _record(run, progress, batch, metrics, bar)
-        stopping = points.after_step(metrics["seconds/total"])
+        stopping = points.after_step()
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
         if due or progress.is_best or stopping or gave_up or progress.ends_early:

@@ -70,6 +70,7 @@ class SafePoints:
         self.limit = limit
         self._stop, self._entered = stop, entered
         self._step, self._open = step, False
+        self._began_s = 0.0
         self.advanced = False
         """Whether this start has finished a step."""
         self.reason = ""
@@ -78,6 +79,7 @@ class SafePoints:
     def begin(self, step: int) -> None:
         """A step begins (from 0)."""
         self._step, self._open = step, True
+        self._began_s = time.monotonic()
 
     def close(self) -> None:
         """The step is about to change the models: it has to be finished now."""
@@ -97,10 +99,11 @@ class SafePoints:
         if self._open and self._leaving(next_step=False):
             raise StepAbandoned(self.reason)
 
-    def after_step(self, seconds: float) -> bool:
-        """Whether to stop before the next step; this one took `seconds`. Collective."""
+    def after_step(self) -> bool:
+        """Whether to stop before the next step. This one took as long as its validation, too, which is not left.
+        Collective."""
         self.advanced = True
-        self.limit.took_step(seconds)
+        self.limit.took_step(time.monotonic() - self._began_s)
         return self._leaving(next_step=True)
 
     def _leaving(self, *, next_step: bool) -> bool:

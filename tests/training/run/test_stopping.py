@@ -23,7 +23,7 @@ from inference.client import TeacherLost
 from training import distributed, stage2
 from training.run.checkpoints import CheckpointFailed
 from training.run.run_folder import Progress, RunFolder
-from training.run.safe_points import TimeLimit
+from training.run.safe_points import SafePoints, TimeLimit
 from training.run.starts import Starts
 from training.run.stopping import StopRequest
 from training.run.supervisor import Supervisor, lowered
@@ -73,6 +73,18 @@ def test_a_clock_that_is_set_does_not_move_the_end_of_a_limit_of_ones_own(monkey
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 86400)
     assert not limit.is_over(next_step=True)
+
+
+def test_a_step_takes_as_long_as_its_validation_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is not left: a job whose time ends in it would lose what came behind its last checkpoint."""
+    now = Now(monkeypatch)
+    points = SafePoints(StopRequest(listen=False), TimeLimit(400, {}), lambda phase, step: None, 0)
+    points.begin(0)
+    now.seconds = 1100
+    points.enter("validation")
+    now.seconds = 1200
+    assert points.after_step(), "200 s are left, 20 of them are kept free, and the next may take 1.25 times 200"
+    assert points.reason == "time limit"
 
 
 def test_a_start_that_said_nothing_was_killed(tmp_path: Path) -> None:
