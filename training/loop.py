@@ -67,8 +67,10 @@ def train(run: Run, progress: Progress) -> str:
         if models.reference is not None:
             models.reference.follow(models.actor, step.number)
 
-        skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
         metrics |= describe(batch, dropped)
+        if metrics["groups/dropped"] > 0 and "loss/total" not in metrics:  # no score was finite: nothing was learnt from
+            metrics["skipped"] = 1.0
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
         metrics |= step.clock.finish()
         _advance(progress, metrics, config)
         if progress.validation_due(config.eval.every):

@@ -6,7 +6,9 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +104,16 @@ def test_a_start_that_finds_a_summary_has_nothing_left_to_do(finished_run: Path,
     done = finish_forked(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
     assert "student after" in done.stdout
     assert (run / "report.html").is_file()
+
+
+def test_steps_without_a_signal_are_no_failure(tmp_path: Path, train: Callable[..., Any]) -> None:
+    """Every response is worth the same and such groups are left out: nothing to learn, and no loss that is not finite."""
+    (tmp_path / "alike.py").write_text("def alike(inputs):\n    return [0.0] * len(inputs.lengths_B)\n")
+    options = ["--reward", "teacher_logprob", "--rewards.teacher_weight", "0", "--grpo.no_signal", "skip"]
+    options += ["--rewards.custom", f"{tmp_path / 'alike.py'}:alike", "--actor.max_skipped", "1", "--steps", "2"]
+    train(tmp_path, *options, "--eval.questions", "2")
+    rows = metrics(tmp_path / "grpo-teacher_logprob")
+    assert [(row["groups/without_signal"], row["skipped"]) for row in rows] == [(8, 0), (8, 0)]
 
 
 def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo_cache: Path) -> None:
