@@ -49,7 +49,7 @@ from training.run.cli import ROOT, fail
 from training.run.resuming import NoWholeCheckpoint, check_settings, load_best, open_run
 from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import SafePoints, TimeLimit
-from training.run.stopping import StopRequest, watch_launcher
+from training.run.stopping import StopRequest, Unfailing, watch_launcher
 from training.run.supervisor import Supervisor, lowered
 from training.student.actor import Actor
 from training.student.critic import Critic
@@ -460,7 +460,8 @@ def set_threads(config: RunConfig) -> None:
 
 
 def quiet_logging() -> None:
-    """Our own messages in one line each; libraries only when something is wrong."""
+    """Our own messages in one line each; libraries only when something is wrong. No message ends a run."""
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)  # type: ignore[assignment]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("training").setLevel(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)  # libraries about each other

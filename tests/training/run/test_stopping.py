@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch._C._distributed_c10d import PrefixStore, TCPStore
+from tqdm import tqdm
 
 from configs.io.lines import LineFile
 from configs.schema import ActorConfig, RunConfig
@@ -25,7 +26,7 @@ from training.run.checkpoints import CheckpointFailed
 from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import SafePoints, TimeLimit
 from training.run.starts import Starts
-from training.run.stopping import StopRequest
+from training.run.stopping import StopRequest, Unfailing
 from training.run.supervisor import Supervisor, lowered
 from training.run.watchdog import Place, Watchdog
 
@@ -241,3 +242,15 @@ def test_a_run_that_has_stopped_needs_no_room_for_its_summary(
     with contextlib.nullcontext() if said else pytest.raises(OSError, match="No space left"):
         stage2._write_summary(run, Progress(step=3), {"status": status})
     assert ("summary.json cannot be written (No space left" in caplog.text) == said
+
+
+def test_a_log_on_a_full_disk_ends_nothing() -> None:
+    full = Path("/dev/full").open("w", buffering=1)
+    with pytest.raises(OSError, match="No space left"):
+        list(tqdm(range(3), file=full, mininterval=0))
+    stream: Any = Unfailing(full)
+    print("a line", file=stream, flush=True)
+    assert list(tqdm(range(3), file=stream, mininterval=0)) == [0, 1, 2]
+    assert not stream.isatty()
+    with contextlib.suppress(OSError):
+        full.close()
