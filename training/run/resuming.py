@@ -38,10 +38,12 @@ CHUNK = 1 << 24
 """Bytes of a file read at a time while it is checked."""
 FREE_SETTINGS = re.compile(
     r"steps|report_to|export\..*|sft\.(steps|output)|(actor|critic)\.zero_stage|actor\.micro_batch_tokens|threads|runs_dir|cache_dir|name"
-    r"|checkpoint\..*|(teacher|teachers\[\d+\])\.(address|interface|port|threads|timeout_s)"
-    r"|time_limit_s|stuck_timeout_s"
+    r"|checkpoint\..*|(teacher|teachers\[\d+\])\.(address|interface|port|threads|timeout_s|devices|tensor_parallel)"
+    r"|(teacher|teachers\[\d+\])\.(url|max_batch_tokens|max_cache_tokens|logit_chunk)|time_limit_s|stuck_timeout_s"
+    r"|eval\.batch|sampling\.prompts_at_once|student\.gradient_checkpointing"
 )
-"""Settings that may differ when a run is resumed."""
+"""Settings that may differ when a run is resumed: what its numbers are made of stays. Where memory runs out, those that
+help are among them (training/run/supervisor.py)."""
 
 
 class NoWholeCheckpoint(ValueError):

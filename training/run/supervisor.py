@@ -45,13 +45,14 @@ NO_MEMORY = (
 )
 """What torch's errors say, besides its OutOfMemoryError, where memory could not be had."""
 ADVICE = {
-    "sample": "lower sampling.group_size, sampling.max_new_tokens or prompts_per_step, or take more ranks",
+    "sample": "set sampling.prompts_at_once, or take more ranks; in a new run lower sampling.group_size, "
+    "sampling.max_new_tokens or prompts_per_step",
     "evaluation": "lower eval.batch",
 }
 """What to lower, by the phase that ran out; elsewhere GENERAL."""
 GENERAL = (
-    "lower actor.micro_batch_tokens (a group is never cut: then sampling.group_size or sampling.max_new_tokens), set "
-    "student.gradient_checkpointing, raise actor.zero_stage, set actor.offload, or take more ranks; "
+    "lower actor.micro_batch_tokens, set student.gradient_checkpointing, raise actor.zero_stage, or take more ranks; in a "
+    "new run set actor.offload, or lower sampling.group_size or sampling.max_new_tokens (a group is never cut); "
     "`python training/main.py --plan` says what a run needs"
 )
 

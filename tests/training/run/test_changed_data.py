@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from configs.schema import DataConfig, ExtraTeacherConfig, RunConfig, StudentConfig
+from configs.schema import (
+    DataConfig,
+    EvalConfig,
+    ExtraTeacherConfig,
+    RunConfig,
+    SamplingConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from tests.support.runs import metrics
 from training.run.resuming import check_settings, start_afresh
 from training.run.run_folder import RunFolder
@@ -83,6 +91,23 @@ def test_a_copy_elsewhere_is_another_setting(started: tuple[RunFolder, RunConfig
     copy.write_bytes(Path(config.data.prompts).read_bytes())
     with pytest.raises(ValueError, match=r"data\.prompts: .* then, .* now"):
         check_settings(folder, replace(config, data=replace(config.data, prompts=str(copy))))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"eval": EvalConfig(batch=1)},
+        {"sampling": SamplingConfig(prompts_at_once=1)},
+        {"student": StudentConfig(gradient_checkpointing=True)},
+        {"teacher": TeacherConfig(tensor_parallel=4, max_batch_tokens=1, max_cache_tokens=1, logit_chunk=1, devices="0")},
+        {"teacher": TeacherConfig(url="http://another-node:8000/v1")},
+    ],
+)
+def test_what_helps_where_memory_runs_out_or_a_node_changes_may_differ(
+    changed: dict[str, Any], started: tuple[RunFolder, RunConfig]
+) -> None:
+    folder, config = started
+    check_settings(folder, replace(config, **changed))
 
 
 def test_a_real_run_is_not_gone_on_with(tmp_path: Path, train: Callable[..., Any]) -> None:
