@@ -172,7 +172,7 @@ def without_loop(setup: Setup, stack: ExitStack) -> Run:
 def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     """Start everything, run the loop, evaluate, write the summary."""
     config, folder = setup.config, setup.folder
-    start_distributed()
+    start_distributed(config.stuck_timeout_s)
     try:
         opened = open_run(folder, config, {"student": config.actor.zero_stage, "critic": config.critic.zero_stage})
     except ValueError as error:

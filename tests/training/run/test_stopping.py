@@ -29,6 +29,7 @@ from training.run.starts import Starts
 from training.run.stopping import StopRequest, Unfailing
 from training.run.supervisor import Supervisor, lowered
 from training.run.watchdog import Place, Watchdog
+from training.student import deepspeed_engine
 
 
 class Now:
@@ -254,3 +255,13 @@ def test_a_log_on_a_full_disk_ends_nothing() -> None:
     assert not stream.isatty()
     with contextlib.suppress(OSError):
         full.close()
+
+
+def test_no_collective_gives_up_before_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher may be waited for as long as teacher.timeout_s says; torch's own limit is half an hour."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(distributed, "ensure_launcher_environment", lambda: None)
+    monkeypatch.setattr(deepspeed_engine.deepspeed, "init_distributed", lambda **options: found.update(options))
+    for stuck_s, seconds in ((7200.0, 14400), (60.0, 1800)):
+        deepspeed_engine.start_distributed(stuck_s)
+        assert found["timeout"].total_seconds() == seconds
