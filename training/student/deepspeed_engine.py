@@ -203,6 +203,7 @@ class Engine:
             between()
             self.engine.set_gradient_accumulation_boundary(i == len(jobs) - 1)
             self.engine.backward(torch.stack([*job().values()]).sum() * scale)
+            distributed.beat()
         if self.zero_stage == 0:
             grads = [p.grad for p in self._trained if p.grad is not None]
             norm = float(sum(torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in grads)) ** 0.5
