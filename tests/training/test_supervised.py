@@ -1,0 +1,54 @@
+"""Stages 0 and 1 end as stage 2 does: the same exit codes, limits and reasons."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.forked import finish_forked
+from tests.support.runs import ROOT, TINY, metrics
+from tests.support.teacher_servers import SECRET
+
+
+def line(runs: Path, cache: Path, *arguments: str) -> list[str]:
+    """Stage 1 on the tiny demo."""
+    start = [sys.executable, str(ROOT / "training" / "sft.py"), *TINY, "--runs_dir", str(runs), "--cache_dir", str(cache)]
+    return [*start, "--sft.answers", "data", *arguments]
+
+
+def end_of(run: Path) -> tuple[int, str]:
+    """Exit code and reason of the last start."""
+    row = json.loads((run / "starts.jsonl").read_text().splitlines()[-1])
+    return row["exit_code"], row["reason"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_updates_that_are_all_left_out_end_it(stage: str, tmp_path: Path, demo_cache: Path) -> None:
+    """Or it would export the student that it was given, as one that has learnt."""
+    ruinous = ["--sft.learning_rate", "1e30", "--actor.max_skipped", "2", "--sft.steps", "40"]
+    command = line(tmp_path, demo_cache, *ruinous)
+    command[1] = str(ROOT / "training" / f"{stage}.py")
+    done = finish_forked(command, code=1)
+    assert "2 updates in a row had a non-finite loss" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [row["skipped"] for row in metrics(tmp_path / stage)][-3:] == [0, 1, 1]
+    assert end_of(tmp_path / stage)[0] == 1
+    assert not (tmp_path / stage / "export").exists()
+    assert not (tmp_path / stage / "in_use.json").exists()
+
+
+def test_the_end_of_the_time_is_one_to_start_again_from(tmp_path: Path, demo_cache: Path) -> None:
+    done = finish_forked(line(tmp_path, demo_cache, "--sft.steps", "1000000", "--time_limit_s", "30"), code=75)
+    assert end_of(tmp_path / "sft") == (75, "time limit"), done.stderr
+    steps = len(metrics(tmp_path / "sft"))
+    assert (tmp_path / "sft" / "checkpoints" / "latest").read_text() == f"step-{steps:06d}"
+
+
+def test_a_teacher_that_cannot_be_reached_is_one_to_start_again_with(tmp_path: Path, demo_cache: Path) -> None:
+    nobody = ["--sft.answers", "teacher", "--teacher.address", "127.0.0.1:1", "--teacher.timeout_s", "2"]
+    done = finish_forked(line(tmp_path, demo_cache, *nobody), code=75, GRPO_KD_TEACHER_SECRET=SECRET)
+    assert "no teacher at 127.0.0.1:1 for 2 s" in done.stderr
+    assert "Traceback" not in done.stderr
