@@ -372,6 +372,8 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
     """The teacher's answers to each prompt, and whether each has ended; asked once and kept in the cache folder.
     Collective."""
     if not distributed.is_main():
+        while distributed.any_rank(False):  # for each batch: a collective that waits for all of them gives up
+            pass
         return [json.loads(one) for one in distributed.gather_strings([])]
     teacher, folder, samples = Path(config.teacher.path), Path(config.cache_dir), config.sft.samples
     asked, temperature = format_of("teacher", config.teacher, config.data), config.distill.answer_temperature
@@ -387,6 +389,7 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
         bar = tqdm(range(0, len(missing), config.eval.batch), "the teacher's answers", disable=not missing)
         try:
             for start in bar:
+                distributed.any_rank(True)
                 batch = missing[start : start + config.eval.batch]
                 repeated = [prompt for prompt in batch for _ in range(samples)]
                 seed = config.seed * len(missing) + start
@@ -398,4 +401,5 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
         finally:  # a start that is stopped here asks for the rest next time
             if missing:
                 write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
+    distributed.any_rank(False)
     return [json.loads(one) for one in distributed.gather_strings([json.dumps(known[p.text]) for p in prompts])]

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from configs.schema import EvalConfig, RunConfig, TeacherConfig
+from tests.support.experiences import prompts_of
 from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, TINY, metrics
+from tests.support.teacher_models import save_tokenizer
 from tests.support.teacher_servers import SECRET
+from training import distributed
+from training.supervised import teacher_answers
 
 
 def line(runs: Path, cache: Path, *arguments: str) -> list[str]:
@@ -52,3 +60,28 @@ def test_a_teacher_that_cannot_be_reached_is_one_to_start_again_with(tmp_path: P
     done = finish_forked(line(tmp_path, demo_cache, *nobody), code=75, GRPO_KD_TEACHER_SECRET=SECRET)
     assert "no teacher at 127.0.0.1:1 for 2 s" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_no_rank_waits_for_all_of_the_teachers_answers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large teacher take hours, and a collective gives up after half an hour: there is one for each batch."""
+    met: list[bool] = []
+    model = tmp_path / "teacher"
+    model.mkdir()
+    save_tokenizer(model)
+    ends = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "p1"}
+    (model / "tokenizer_config.json").write_text(json.dumps(ends))
+    config = RunConfig(
+        teacher=TeacherConfig(path=str(model), prompt="plain"), eval=EvalConfig(batch=2), cache_dir=str(tmp_path)
+    )
+    prompts = [replace(prompt, text=str(n)) for n, prompt in enumerate(prompts_of([(3,)] * 5))]
+    link: Any = SimpleNamespace(answer=lambda asked, *_, **__: [(f"svar {prompt.text}", True) for prompt in asked])
+    monkeypatch.setattr(distributed, "any_rank", lambda flag: met.append(flag) or flag)
+    answers = teacher_answers(config, link, prompts)
+    assert met == [True, True, True, False]
+
+    flags = iter(met)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "any_rank", lambda flag: next(flags))
+    monkeypatch.setattr(distributed, "gather_strings", lambda _: [json.dumps(one) for one in answers])
+    assert teacher_answers(config, link, prompts) == [[[f"svar {n}", True]] for n in range(5)]
+    assert next(flags, None) is None, "as many as rank 0 makes"
