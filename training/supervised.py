@@ -137,7 +137,7 @@ def run_stage(
         asked = format_of("student", config.student, config.data)
         inputs = read(config, asked)
         folder = RunFolder(Path(config.runs_dir) / config.run_name, boards)
-        check_settings(folder, config)
+        check_settings(folder, config, number)
         config = lowered(config, folder.path)
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
@@ -146,7 +146,7 @@ def run_stage(
     def work() -> int:
         start_distributed(config.stuck_timeout_s)
         try:
-            run = open_run(folder, config, {"student": config.actor.zero_stage})
+            run = open_run(folder, config, {"student": config.actor.zero_stage}, number)
         except ValueError as error:
             fail(str(error))
         try:
