@@ -103,7 +103,7 @@ class Stage:
         """Write the export's card, upload it where that is asked for, and write summary.json. Collective."""
         self.supervisor.finished(self.config.sft.steps)
         if distributed.is_main():
-            export = Path(self.config.sft.output) if self.config.sft.output else self.run.folder.export
+            export = exported(self.config, self.run.folder)
             write_card(export, self.config, f"{how}, {self.config.sft.steps} steps", scores, [data])
             if self.config.export.push_to_hub is not None:
                 push(export, self.config.export.push_to_hub)
@@ -139,8 +139,13 @@ def run_stage(
         folder = RunFolder(Path(config.runs_dir) / config.run_name, boards)
         check_settings(folder, config, number)
         config = lowered(config, folder.path)
+        summary = folder.read_json("summary.json") or {}
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
+    if summary.get("status") == "finished" and summary["steps"] >= config.sft.steps and exported(config, folder).is_dir():
+        if distributed.environment_rank() == 0:
+            print(f"stage {number} was finished already; choose another --name to run it anew", flush=True)
+        return 0
     supervisor = Supervisor(config, folder.path, stop)
 
     def work() -> int:
@@ -162,6 +167,11 @@ def run_stage(
         return 0
 
     return supervisor.run(work)
+
+
+def exported(config: RunConfig, folder: RunFolder) -> Path:
+    """Directory of the trained model."""
+    return Path(config.sft.output) if config.sft.output else folder.export
 
 
 def train(
@@ -216,7 +226,7 @@ def train(
         raise Ended(stage.supervisor.stopped(progress.step))
     stage.stop.undefer()
     points.enter("evaluation")
-    export(actor, Path(config.sft.output) if config.sft.output else run.folder.export)
+    export(actor, exported(config, run.folder))
     return progress.seconds
 
 

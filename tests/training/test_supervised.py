@@ -62,6 +62,20 @@ def test_a_teacher_that_cannot_be_reached_is_one_to_start_again_with(tmp_path: P
     assert "Traceback" not in done.stderr
 
 
+def test_a_finished_one_is_not_done_again(tmp_path: Path, demo_cache: Path) -> None:
+    """Its export may be what a stage 2 has started from, which goes on with just that."""
+    once = line(tmp_path, demo_cache, "--sft.steps", "2")
+    finish_forked(once)
+    export = tmp_path / "sft" / "export" / "model.safetensors"
+    before = export.stat()
+    assert "was finished already" in finish_forked(once).stdout
+    assert (export.stat().st_ino, export.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    finish_forked([*once, "--sft.output", str(tmp_path / "elsewhere")])
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    finish_forked([*once, "--sft.steps", "3"])
+    assert len(metrics(tmp_path / "sft")) == 3
+
+
 def test_no_rank_waits_for_all_of_the_teachers_answers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a large teacher take hours, and a collective gives up after half an hour: there is one for each batch."""
     met: list[bool] = []
