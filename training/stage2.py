@@ -20,7 +20,9 @@ from transformers.utils import logging as transformers_logging
 from configs.io.results import Result, find_result
 from configs.schema import RunConfig, TeacherConfig, require
 from inference.client import TeacherClient, TeacherLost
+from inference.model.output_layer import output_layer_hash
 from inference.protocol.fingerprint import tokenizer_fingerprint
+from inference.protocol.replies import NONE
 from inference.server.launch import SECRET, start_local_teacher
 from training import distributed
 from training.algorithms import ALGORITHMS, check_choices
@@ -280,7 +282,9 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
         connect(extra, where, teacher_facts(config, extra), stack)
         for extra, where in zip(config.teachers, beside, strict=True)
     ]
-    for key, one in zip(("teacher", *(f"teachers[{i}]" for i in range(len(others)))), (link, *others), strict=True):
+    keys = ("teacher", *(f"teachers[{i}]" for i in range(len(others))))
+    for key, teacher, one in zip(keys, (config.teacher, *config.teachers), (link, *others), strict=True):
+        check_served_model(key, teacher, one)
         check_served_room(f"{key}.path", one, config, setup.inputs.prompts)
     bilingual = None
     if config.rewards.bilingual_weight != 0:
@@ -305,6 +309,22 @@ def connect(
         prefer=distributed.rank(),
     )
     return TeacherLink(stack.enter_context(client), facts, head)
+
+
+def check_served_model(key: str, teacher: TeacherConfig, link: TeacherLink) -> None:
+    """A server that somebody started, perhaps anew since the run's last start, may serve another model than the setting
+    `key` names. Raises ValueError; another type than the run's is a warning."""
+    if teacher.address is None:
+        return
+    info = link.client.info()
+    try:
+        mine = output_layer_hash(link.facts.path)
+    except ValueError:  # its weights are not here
+        mine = NONE
+    said = f"{teacher.address} serves another model, {info.model!r}: start that server with this one, or name its own"
+    require(NONE in (mine, info.output_layer) or mine == info.output_layer, f"{key}.path", str(link.facts.path), said)
+    if info.dtype != teacher.dtype and distributed.is_main():
+        log.warning("%s.dtype = %r: %s computes in %s", key, teacher.dtype, teacher.address, info.dtype)
 
 
 def check_served_room(key: str, link: TeacherLink, config: RunConfig, prompts: Sequence[Prompt]) -> None:

@@ -53,7 +53,14 @@ from training.run.resuming import OpenRun, check_settings, open_run
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest, watch_launcher
 from training.run.supervisor import Supervisor, lowered
-from training.stage2 import check_served_room, connect, find_teacher, quiet_logging, set_threads
+from training.stage2 import (
+    check_served_model,
+    check_served_room,
+    connect,
+    find_teacher,
+    quiet_logging,
+    set_threads,
+)
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.export import export
@@ -372,6 +379,7 @@ def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack, prompts: Se
     """This rank's session with the running server, or with one that starts here and ends with `stack`. Collective."""
     teacher = stage.config.teacher
     link = connect(teacher, find_teacher(teacher, stage.run.folder.path / "teacher", stack), facts, stack)
+    check_served_model("teacher", teacher, link)
     check_served_room("teacher.path", link, stage.config, prompts)
     if "hidden" not in link.client.info().kinds:
         link.head = None
