@@ -164,11 +164,11 @@ def test_a_run_that_is_older_than_a_setting_goes_on_where_the_setting_has_its_de
     with pytest.raises(ValueError, match=r"eval\.patience: .* then, 7 now"):
         check_settings(folder, replace(RunConfig(), eval=replace(RunConfig().eval, patience=7)))
     second = ExtraTeacherConfig(name="second", path="models/second")
-    settings["teachers"] = [{k: v for k, v in asdict(second).items() if k != "logit_chunk"}]
+    settings["teachers"] = [{k: v for k, v in asdict(second).items() if k != "served_name"}]
     (folder.path / "config.yaml").write_text(dump_config(settings))
     check_settings(folder, replace(RunConfig(), teachers=(second,)))
-    with pytest.raises(ValueError, match=r"teachers\[0\]\.logit_chunk: 1024 then, 7 now"):
-        check_settings(folder, replace(RunConfig(), teachers=(replace(second, logit_chunk=7),)))
+    with pytest.raises(ValueError, match=r"teachers\[0\]\.served_name: None then, 'a' now"):
+        check_settings(folder, replace(RunConfig(), teachers=(replace(second, served_name="a"),)))
 
 
 @pytest.mark.parametrize(

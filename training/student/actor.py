@@ -170,8 +170,9 @@ class Actor:
     def _optimizer_step(self, plan: _Update, shares: bool, between: Callable[[], None]) -> dict[str, float]:
         """One optimizer step; its metrics over all ranks."""
         measured, log = self._gradient_shares(plan) if shares else {}, MetricSums()
-        norm, rate, applied = self.engine.update(self._jobs(plan, log), plan.step, between=between)
-        done = {"grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
+        jobs = self._jobs(plan, log)
+        norm, rate, applied = self.engine.update(jobs, plan.step, between=between)
+        done = {"grad_norm": norm, "learning_rate": rate, "skipped": float(bool(jobs) and not applied)}
         return log.over_ranks() | measured | done
 
     def _jobs(self, plan: _Update, log: MetricSums) -> list[Job]:

@@ -85,6 +85,8 @@ class ApiTeacher:
         self._cache = ReplyCache(cache)
         self._lock = threading.Lock()
         self._next_slot = 0.0
+        self.on_reply: Callable[[], None] = lambda: None
+        """Called when a question is done with."""
 
     def ask(self, questions: Sequence[Messages], check: Callable[[str], object] | None = None) -> list[str | None]:
         """The reply to each list of messages, in order; None where every attempt failed (logged and counted).
@@ -103,6 +105,7 @@ class ApiTeacher:
             try:
                 for future in waiting:
                     future.result()
+                    self.on_reply()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

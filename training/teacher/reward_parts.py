@@ -16,6 +16,7 @@ from configs.schema import RunConfig
 from rewards.base import RewardInput
 from rewards.parts import PARTS, part_weights
 from rewards.parts.dictionary import dictionary
+from training import distributed
 from training.run.stopping import RunFailed
 
 
@@ -39,7 +40,9 @@ def _judged(inputs: RewardInput, config: RunConfig) -> list[float]:
     from training.teacher.api_teacher import judge_of
 
     pairs = list(zip(inputs.questions_B, inputs.texts_B, strict=True))
-    scores = judge_of(config.rewards.judge, config.cache_dir).marks(pairs)
+    judge = judge_of(config.rewards.judge, config.cache_dir)
+    judge.teacher.on_reply = distributed.beat  # a slow endpoint is not a stuck rank
+    scores = judge.marks(pairs)
     out: list[float] = []
     for first in range(0, len(scores), inputs.group_size):
         group = scores[first : first + inputs.group_size]

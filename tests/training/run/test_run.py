@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +93,27 @@ def test_the_same_command_again_on_a_finished_run_says_so_quickly(finished_run: 
     done = finish_forked(command(finished_run.parent, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
     assert "student after" in done.stdout
     assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_start_that_finds_a_summary_has_nothing_left_to_do(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    """What a run gives back is there before summary.json; only the report reads that, and is made if it is missing."""
+    summary = (finished_run / "summary.json").stat().st_mtime_ns
+    assert (finished_run / "export" / "README.md").stat().st_mtime_ns < summary
+    run = tmp_path / finished_run.name
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("checkpoints", "report.html"))
+    done = finish_forked(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
+    assert "student after" in done.stdout
+    assert (run / "report.html").is_file()
+
+
+def test_steps_without_a_signal_are_no_failure(tmp_path: Path, train: Callable[..., Any]) -> None:
+    """Every response is worth the same and such groups are left out: nothing to learn, and no loss that is not finite."""
+    (tmp_path / "alike.py").write_text("def alike(inputs):\n    return [0.0] * len(inputs.lengths_B)\n")
+    options = ["--reward", "teacher_logprob", "--rewards.teacher_weight", "0", "--grpo.no_signal", "skip"]
+    options += ["--rewards.custom", f"{tmp_path / 'alike.py'}:alike", "--actor.max_skipped", "1", "--steps", "2"]
+    train(tmp_path, *options, "--eval.questions", "2")
+    rows = metrics(tmp_path / "grpo-teacher_logprob")
+    assert [(row["groups/without_signal"], row["skipped"]) for row in rows] == [(8, 0), (8, 0)]
 
 
 def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo_cache: Path) -> None:

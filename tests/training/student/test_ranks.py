@@ -147,9 +147,10 @@ def test_more_ranks(name: str, expected: dict[str, Any], three_ranks: dict[str, 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_step_of_which_no_group_is_left_changes_nothing(zero: int, expected: dict[str, Any]) -> None:
-    """Every group was dropped for a non-finite score, and there is no text: skipped, not a crash."""
+    """Every group was left out, and there is no text: no crash, and no loss that was not finite."""
     found = expected[f"nothing, zero {zero}"]
-    assert [step["skipped"] for step in found["actor"]] == [1.0, 1.0]
+    assert [step["skipped"] for step in found["actor"]] == [0.0, 0.0]
+    assert not any("loss/total" in step for step in found["actor"])
     assert found["state"] == expected["start"]["state"]
     assert found["critic_state"] == expected["start"]["critic_state"]
 

@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from configs.learning import ApiConfig
+from configs.learning import ApiConfig, RewardConfig
+from configs.schema import RunConfig
+from rewards.base import RewardInput
 from tests.support.api_endpoint import FAULTS, Endpoint
 from tests.support.runs import ROOT, environment, finish, metrics
+from training import distributed
 from training.teacher.api_cache import ReplyCache, StoredReply
 from training.teacher.api_teacher import KEY, ApiRefused, ApiTeacher, Judge, Messages, parse_mark
+from training.teacher.reward_parts import configured_parts
 
 pytest.importorskip("openai")
 TEMPORARY = [name for name in FAULTS if name != "401"]
@@ -208,6 +213,20 @@ def test_a_judge_marks_responses_and_says_where_it_could_not(tmp_path: Path) -> 
         judge = Judge(ApiTeacher(config(endpoint, attempts=2), tmp_path / "judge.jsonl"))
         assert judge.marks([("Hvat?", "gott"), ("Hvat?", " "), ("Hvat?", "ringt")]) == [0.7, 0.0, None]
     assert sum(endpoint.asked.values()) == 3  # one, none, two attempts
+
+
+def test_a_rank_whose_judge_is_slow_gets_on(tmp_path: Path) -> None:
+    """Or the watchdog would take it for stuck: with requests_per_minute a step may wait for longer than it does."""
+    inputs = RewardInput(
+        lengths_B=torch.tensor([1, 1, 1]), finished_B=torch.tensor([True] * 3), behavior_logprobs_S=torch.zeros(3),
+        teacher_logprobs_S=torch.zeros(3), texts_B=["eitt", "tvey", "trý"], answers_B=[()] * 3,
+        questions_B=["Hvat?"] * 3, group_size=3,
+    )  # fmt: skip
+    with Endpoint() as endpoint:
+        rewards = RewardConfig(judge_weight=1.0, judge=config(endpoint))
+        before = distributed.beats()
+        configured_parts(inputs, RunConfig(rewards=rewards, cache_dir=str(tmp_path)))
+    assert distributed.beats() == before + 3
 
 
 def test_a_judge_in_a_real_run(tmp_path: Path, train: Callable[..., object]) -> None:

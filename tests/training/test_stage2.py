@@ -1,0 +1,38 @@
+"""What stage 2 asks of a server that it has not started itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from configs.schema import TeacherConfig
+from inference.model.output_layer import output_layer_hash
+from tests.support.teacher_models import build
+from training.stage2 import check_served_model
+
+
+def test_a_server_started_again_with_another_model_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its hidden states with the output layer of teacher.path would be no model's distribution."""
+    for seed in range(2):
+        build("llama", tmp_path / f"teacher-{seed}", seed)
+
+    def check(model: Path, dtype: str = "float32", *, address: str | None = "host:1", output_layer: str = "") -> None:
+        layer = output_layer or output_layer_hash(model)
+        info = SimpleNamespace(model=model.name, dtype=dtype, output_layer=layer)
+        facts = SimpleNamespace(path=tmp_path / "teacher-0")
+        link: Any = SimpleNamespace(client=SimpleNamespace(info=lambda: info), facts=facts)
+        check_served_model("teacher", TeacherConfig(address=address), link)
+
+    check(tmp_path / "teacher-0")
+    check(tmp_path / "teacher-1", address=None)  # our own
+    check(tmp_path / "teacher-1", output_layer="none")  # it does not say
+    assert not caplog.messages
+    with pytest.raises(ValueError, match=r"^teacher\.path = '.*teacher-0': host:1 serves another model, 'teacher-1'"):
+        check(tmp_path / "teacher-1")
+    check(tmp_path / "teacher-0", "bfloat16")
+    assert caplog.messages == ["teacher.dtype = 'float32': host:1 computes in bfloat16"]
