@@ -172,3 +172,5 @@ def test_the_adaptive_coefficient_moves_towards_its_target() -> None:
     assert next_kl_coefficient(1.0, 0.2, adaptive, 500) == pytest.approx(1.1)  # error clipped at 0.2
     assert next_kl_coefficient(1.0, 0.09, adaptive, 500) == pytest.approx(0.95)
     assert next_kl_coefficient(1.0, 9.0, PPOConfig(kl_target=None), 50) == 1.0
+    # 1,024 prompts with 8 responses each: not below zero, where the penalty would reward distance.
+    assert next_kl_coefficient(1.0, 0.01, adaptive, 8192) == pytest.approx(0.8)
