@@ -49,23 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(INSTALL)
         if plan.problem:
             raise ValueError(plan.problem)
-        results = [_evaluate(model, name, plan.settings, args) for name, model in plan.models]
+        results = [_evaluate(model, plan.settings, args) for model in plan.models]
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     _print_table(results)
-    for _, model in plan.models:
+    for model in plan.models:
         print(f"written: {os.path.relpath(output_folder(model, args.runs_dir))}/{RESULT}")
     return 0
 
 
-def _evaluate(model: Path, name: str, settings: Settings, args: argparse.Namespace) -> Result:
+def _evaluate(model: str, settings: Settings, args: argparse.Namespace) -> Result:
     import torch  # late, as a mistake in the arguments is told without it
 
     from eval.measures.model import Model
 
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    return evaluate(Model(path=str(model), dtype=dtype, runs_dir=args.runs_dir), name, settings)
+    return evaluate(Model(path=model, dtype=dtype, runs_dir=args.runs_dir), settings)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -96,8 +96,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 class Plan:
     """What will be asked of whom, checked as far as that goes without importing anything heavy."""
 
-    models: list[tuple[str, Path]]
-    """Name as the user gave it, and directory."""
+    models: list[str]
+    """As the user calls them, which says where results go: those of a hub id not by its place in the hub's cache."""
     settings: Settings
     problem: str | None
     """Why EuroEval cannot run; the held-out questions can be asked all the same."""
@@ -105,10 +105,11 @@ class Plan:
 
 def _plan(args: argparse.Namespace) -> Plan:
     """Check models, data and output; ValueError names what to mend."""
-    models = [(str(name), check_model(name)) for name in args.model or [newest_export(args.runs_dir)]]
-    for name, model in models:
-        _check_writable(output_folder(model, args.runs_dir), name)
-    source, folder, problem = _data_source(args, [model for _, model in models])
+    models = [str(model) for model in args.model or [newest_export(args.runs_dir)]]
+    for model in models:
+        check_model(model)
+        _check_writable(output_folder(model, args.runs_dir), model)
+    source, folder, problem = _data_source(args, models)
     if folder is not None:
         check_splits(folder, args.tasks)
     settings = Settings(
@@ -135,7 +136,7 @@ def _check_writable(output: Path, name: str) -> None:
         )
 
 
-def _data_source(args: argparse.Namespace, models: Sequence[Path]) -> tuple[Source, Path | None, str | None]:
+def _data_source(args: argparse.Namespace, models: Sequence[str]) -> tuple[Source, Path | None, str | None]:
     """Where the data come from, their folder where that is not the hub, and why there are none."""
     if args.data is not None:
         return "local", args.data, None
@@ -147,7 +148,7 @@ def _data_source(args: argparse.Namespace, models: Sequence[Path]) -> tuple[Sour
     return "hub", None, problem
 
 
-def _demo_splits(model: Path) -> Path | None:
+def _demo_splits(model: str) -> Path | None:
     """The splits of the demo that a run was trained on, or None for any other model."""
     run = run_of(model)
     if run is None:
@@ -162,7 +163,7 @@ def _demo_splits(model: Path) -> Path | None:
 
 def _ask_heldout(args: argparse.Namespace, plan: Plan) -> int:
     """The held-out questions of the runs among the models, as the trainer asks them (eval/heldout.py)."""
-    own = [str(model) for _, model in plan.models if run_of(model)]
+    own = [model for model in plan.models if run_of(model)]
     return heldout.main(["--model", *own, "--runs_dir", str(args.runs_dir)]) if own else 0
 
 

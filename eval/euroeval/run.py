@@ -122,16 +122,13 @@ def _lost(identity: str, source: Source, error: Exception) -> ValueError:
 # --- one model -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(model: Model, name: str, settings: Settings) -> Result:
-    """Run all tasks that are not finished yet, and write the result file after each.
-
-    `name`: the model as the user calls it. ValueError names the mend.
-    """
+def evaluate(model: Model, settings: Settings) -> Result:
+    """Run all tasks that are not finished yet, and write the result file after each. ValueError names the mend."""
     from tqdm import tqdm
 
     from eval.euroeval.model import Engine, prepare_tokenizer
 
-    output, work = model.folder / RESULT, model.folder / "euroeval"
+    name, output, work = model.path, model.folder / RESULT, model.folder / "euroeval"
     work.mkdir(parents=True, exist_ok=True)
     kind = settings.kind or ("base" if model.tokenizer.chat_template is None else "instruct")
     if kind == "instruct" and model.tokenizer.chat_template is None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.io.files import fingerprint
+from configs.io.files import fingerprint, read_json
 from configs.io.hub import find_model
 from configs.prompts import Format
 from configs.schema import RunConfig
@@ -45,13 +45,20 @@ class Model:
 
     @cached_property
     def weights(self) -> str:
-        """Changes when the files of its directory do; a hub id stands for itself."""
-        return fingerprint(self.path, whole=False) or self.path.replace("/", "--")
+        """Changes when the files of its directory do, or those of the model that an adapter goes on top of."""
+        return _content(self.path)
 
     @property
     def folder(self) -> Path:
         """Where what is measured of it is written."""
         return output_folder(self.path, self.runs_dir)
+
+
+def _content(path: str) -> str:
+    """What is in the files of a model, by its path or its hub id."""
+    directory = find_model("--model", path)
+    own, adapter = fingerprint(directory, whole=False), directory / "adapter_config.json"
+    return f"{own}-{_content(read_json(adapter)['base_model_name_or_path'])}" if adapter.is_file() else own
 
 
 def load_model(model_dir: str | Path, dtype: str = "float32") -> tuple[Any, Any]:

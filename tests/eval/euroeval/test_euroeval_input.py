@@ -15,6 +15,8 @@ import pytest
 
 from eval import run_euroeval
 from eval.euroeval.data import OFFICIAL, SPLITS, TASKS, check_splits, fingerprint, stage
+from eval.measures import model_dirs
+from eval.measures.model import Model
 from eval.run_euroeval import INSTALL, main
 from training.data.demo.splits import ROWS, build_demo_splits, write_demo_splits
 
@@ -200,6 +202,25 @@ def test_the_extra_is_missing(
         run_euroeval.importlib.util, "find_spec", lambda name, *more: None if name == "euroeval" else find(name, *more)
     )
     refused(["--model", str(model), "--data", str(splits)], INSTALL, tmp_path, capsys)
+
+
+def test_results_of_a_hub_id_lie_where_those_of_a_measure_do(
+    splits: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so where eval/compare.py looks for them; not in a folder named after the commit in the hub's cache."""
+    find, asked = run_euroeval.importlib.util.find_spec, []
+    monkeypatch.setattr(model_dirs, "find_model", lambda key, path: model if path == "org/name" else Path(path))
+    monkeypatch.setattr(
+        run_euroeval.importlib.util, "find_spec", lambda name, *more: name == "euroeval" or find(name, *more)
+    )
+
+    def evaluate(found: Model, *more: object) -> None:
+        asked.append(found.folder)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(run_euroeval, "evaluate", evaluate)
+    assert main(["--model", "org/name", "--data", str(splits), "--runs_dir", str(tmp_path / "runs")]) == 2
+    assert asked == [Model(path="org/name", runs_dir=tmp_path / "runs").folder]
 
 
 # --- the demo's splits ---------------------------------------------------------------------------------------------
