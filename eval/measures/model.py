@@ -31,7 +31,9 @@ class Model:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        return load_model(find_model("--model", self.path), self.dtype)
+        network, tokenizer = load_model(find_model("--model", self.path), self.dtype)
+        forbid_unknown_tokens(network, tokenizer)
+        return network, tokenizer
 
     @property
     def network(self) -> Any:
@@ -92,6 +94,24 @@ def _load_adapter(model_dir: str, dtype: str) -> tuple[Any, Any]:
     if (Path(model_dir) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
     return PeftModel.from_pretrained(model, model_dir).merge_and_unload().eval(), tokenizer
+
+
+def forbid_unknown_tokens(network: Any, tokenizer: Any) -> None:
+    """No probability for columns of the vocabulary that no entry of the tokenizer has, which only fill the matrix up:
+    as in the trainer and the teacher."""
+    import torch
+
+    count = network.config.get_text_config().vocab_size
+    unknown = torch.ones(count, dtype=torch.bool)
+    unknown[[token for token in tokenizer.get_vocab().values() if token < count]] = False
+    if not bool(unknown.any()):
+        return
+    unknown = unknown.to(network.device)
+
+    def forbid(module: Any, inputs: Any, output: Any) -> None:
+        output.logits.masked_fill_(unknown, float("-inf"))
+
+    network.register_forward_hook(forbid)
 
 
 def context_length(network: Any) -> int | None:

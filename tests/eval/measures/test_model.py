@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval.measures import model as module
-from eval.measures.model import Model
+from eval.measures.model import Model, load_model
+from tests.support.tiny_tokenizers import save_tiny
 
 
 def adapter_on(folder: Path, base: str) -> Path:
@@ -31,3 +33,23 @@ def test_another_model_below_a_hub_id_or_an_adapter_is_another_one(
         found.append([Model(path=path).weights for path in ("org/name", str(cached), str(tuned))])
     assert found[0][0] == found[0][1] != found[1][0]
     assert len({found[0][0], found[0][2], found[1][2]}) == 3
+
+
+def test_columns_without_a_token_are_never_said(tmp_path: Path) -> None:
+    """A vocabulary that is filled up to a round number, as in the trainer; here the filling is what is likeliest."""
+    path = save_tiny(tmp_path / "padded", "byte_level")
+    network, tokenizer = load_model(path)
+    known = len(tokenizer)
+    with torch.no_grad():
+        plain = network(torch.tensor([[5, 6, 7]])).logits[..., :known].log_softmax(-1)
+    network.resize_token_embeddings(known + 7)
+    weight = network.get_input_embeddings().weight  # the output layer's too
+    with torch.no_grad():
+        weight[known:] = 50.0 * weight[:known].mean(0) + torch.randn(7, weight.shape[1])
+        widened = network(torch.tensor([[5, 6, 7]])).logits.log_softmax(-1)
+    assert (widened[..., known:].exp().sum(-1) > 0.01).all()
+    network.save_pretrained(path)
+    with torch.no_grad():
+        found = Model(path=str(path)).network(torch.tensor([[5, 6, 7]])).logits.log_softmax(-1)
+    assert (found[..., known:] == -torch.inf).all()
+    torch.testing.assert_close(found[..., :known], plain, atol=1e-5, rtol=0)
