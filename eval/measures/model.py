@@ -114,6 +114,12 @@ def forbid_unknown_tokens(network: Any, tokenizer: Any) -> None:
     network.register_forward_hook(forbid)
 
 
+def not_numbers(network: Any) -> ValueError:
+    """For logits that are NaN: the likeliest of them would be taken for an answer."""
+    reason = "its logits are not numbers (NaN): the weights are broken, or too large for this type; give another --dtype"
+    return ValueError(f"{network.name_or_path}: {reason}")
+
+
 def context_length(network: Any) -> int | None:
     """Longest sequence, in tokens; None where the configuration does not say."""
     return getattr(network.config.get_text_config(), "max_position_embeddings", None)

@@ -28,7 +28,7 @@ from configs.io.results import Result, Value, about_file, versions
 from configs.prompts import Format
 from configs.ranges import PositiveInt
 from eval.measures.intervals import Examples, interval
-from eval.measures.model import Model, context_length
+from eval.measures.model import Model, context_length, not_numbers
 
 LONGEST = 1024
 """Tokens in a forward pass, at most."""
@@ -170,8 +170,10 @@ def score_texts(
         with torch.inference_mode():
             logits = network(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             of_next = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu().double()
-        totals = (of_next * counted[:, 1:]).sum(1).tolist()
-        for (place, _, _), total, count in zip(chunk, totals, counted.sum(1).tolist(), strict=True):
+        totals = of_next.masked_fill(~counted[:, 1:], 0.0).sum(1)
+        if bool(totals.isnan().any()):
+            raise not_numbers(network)
+        for (place, _, _), total, count in zip(chunk, totals.tolist(), counted.sum(1).tolist(), strict=True):
             nats[place] -= total
             tokens[place] += count
     return [

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from eval.measures import model as module
+from eval.measures.generation import Decoding, generate
 from eval.measures.model import Model, load_model
+from eval.measures.perplexity import score_texts
 from tests.support.tiny_tokenizers import save_tiny
 
 
@@ -53,3 +55,16 @@ def test_columns_without_a_token_are_never_said(tmp_path: Path) -> None:
         found = Model(path=str(path)).network(torch.tensor([[5, 6, 7]])).logits.log_softmax(-1)
     assert (found[..., known:] == -torch.inf).all()
     torch.testing.assert_close(found[..., :known], plain, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
+    """Weights that are broken, or float16 that overflows: else the first token would be its answer to everything."""
+    path = save_tiny(tmp_path / "broken", "byte_level")
+    model = Model(path=str(path))
+    with torch.no_grad():
+        model.network.get_input_embeddings().weight[:, 0] = float("nan")
+    for sampled in (False, True):
+        with pytest.raises(ValueError, match=r"broken: its logits are not numbers \(NaN\)"):
+            generate(model.network, [[5, 6, 7]], Decoding(max_new_tokens=2, batch=1, sampled=sampled))
+    with pytest.raises(ValueError, match=r"broken: its logits are not numbers \(NaN\)"):
+        score_texts(model.network, model.tokenizer, ["the sea and the town"])
