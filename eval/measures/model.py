@@ -135,3 +135,11 @@ def end_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
 def prompt_tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
     """Token ids of a text; `chat`: as a user's message in the model's chat template."""
     return list(Format(tokenizer, "chat" if chat else "plain").prompt(text))
+
+
+def written_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt whose special symbols are meant: a start that a chat template has written is not put there
+    again, and an end that the tokenizer puts behind every text is left out, because nothing would come behind it."""
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    ids = list(tokenizer(prompt, add_special_tokens=not (start and prompt.startswith(start)))["input_ids"])
+    return ids[:-1] if end and ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(end) else ids

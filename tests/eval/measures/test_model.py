@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 
 from eval.measures import model as module
 from eval.measures.generation import Decoding, generate
-from eval.measures.model import Model, load_model
+from eval.measures.model import Model, load_model, written_tokens
 from eval.measures.perplexity import score_texts
-from tests.support.tiny_tokenizers import save_tiny
+from tests.support.tiny_tokenizers import build_tokenizer, save_tiny
 
 
 def adapter_on(folder: Path, base: str) -> Path:
@@ -68,3 +69,20 @@ def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
             generate(model.network, [[5, 6, 7]], Decoding(max_new_tokens=2, batch=1, sampled=sampled))
     with pytest.raises(ValueError, match=r"broken: its logits are not numbers \(NaN\)"):
         score_texts(model.network, model.tokenizer, ["the sea and the town"])
+
+
+def test_a_written_prompt_has_one_start_and_no_end() -> None:
+    """Of a tokenizer that puts both around every text (Llama's with add_eos_token)."""
+    tokenizer = build_tokenizer("byte_level")
+    around = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=around
+    )
+    bare = tokenizer("the sea", add_special_tokens=False)["input_ids"]
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer("the sea")["input_ids"] == [start, *bare, end]
+    assert written_tokens(tokenizer, "the sea") == [start, *bare]
+    assert written_tokens(tokenizer, "<s>the sea") == [start, *bare]
+    assert written_tokens(tokenizer, "<s>the sea</s>") == [start, *bare, end]  # a turn that its template has ended
+    tokenizer.bos_token = None
+    assert written_tokens(tokenizer, "the sea") == [start, *bare]
