@@ -17,10 +17,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs.io.jsonl import read_jsonl, read_texts
+from configs.io.questions import as_question
 from configs.io.results import Result, Value, about_file, versions
 from configs.ranges import PositiveInt
 from eval.measures.intervals import interval, means
@@ -38,7 +40,7 @@ class LanguageSettings:
     text: Path
     """Faroese texts, of which a model gets the first halves: JSONL with `text`, or one in each line."""
     words: tuple[str, ...]
-    """JSONL files of known words: every word of `question`, `context`, `answers` and `text`."""
+    """Files of known words: every word of questions, contexts, answers and texts, in any layout of docs/data.md."""
     continuations: PositiveInt = 256
     """Texts gone on with, at most."""
     new_tokens: PositiveInt = 24
@@ -107,10 +109,10 @@ def _folded(text: str) -> str:
 
 
 def vocabulary(paths: Iterable[str | Path]) -> frozenset[str]:
-    """Every word of the questions, contexts, answers and texts in JSONL files."""
+    """Every word of the questions, contexts, answers and texts in files of rows, in any layout of docs/data.md."""
     words: set[str] = set()
     for path in paths:
-        for row in read_jsonl(path):
+        for row in read_jsonl(path, convert=partial(as_question, answers=False)):
             texts = [row.get("question"), row.get("context"), row.get("text"), *(row.get("answers") or [])]
             for text in texts:
                 words.update(WORD.findall(_folded(str(text or ""))))
