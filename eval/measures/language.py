@@ -26,7 +26,7 @@ from configs.io.questions import as_question
 from configs.io.results import Result, Value, about_file, versions
 from configs.ranges import PositiveInt
 from eval.measures.intervals import interval, means
-from eval.measures.model import Model, end_tokens, prompt_tokens
+from eval.measures.model import Model, context_length, end_tokens, prompt_tokens
 
 WORD = re.compile(r"[^\W\d_]+")
 KNOWN_SHARE = 0.9
@@ -146,7 +146,8 @@ def openings(texts: Sequence[str], count: int) -> list[tuple[str, str]]:
 def continue_texts(
     network: Any, tokenizer: Any, starts: Sequence[str], *, new_tokens: int = 24, seed: int = 0
 ) -> list[Continuation]:
-    """One sample at temperature 1 behind each opening, at most `new_tokens` tokens, the same for the same seed."""
+    """One sample at temperature 1 behind each opening, at most `new_tokens` tokens, the same for the same seed. Raises
+    ValueError where the model has no room for that."""
     import torch
 
     from eval.measures.generation import Decoding, generate
@@ -154,6 +155,12 @@ def continue_texts(
     torch.manual_seed(seed)
     ends = end_tokens(network, tokenizer)
     prompts = [prompt_tokens(tokenizer, text, chat=False) for text in starts]
+    longest, room = max(map(len, prompts)) + new_tokens, context_length(network)
+    if room is not None and longest > room:
+        raise ValueError(
+            f"--text: half of a text with its continuation takes up to {longest} tokens, the model has room for {room}; "
+            "give shorter texts"
+        )
     decoding = Decoding(max_new_tokens=new_tokens, batch=64, ends=ends, sampled=True)
     made = []
     for prompt, found in zip(prompts, generate(network, prompts, decoding), strict=True):

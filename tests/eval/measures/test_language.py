@@ -23,7 +23,7 @@ from eval.measures.language import (
     openings,
     vocabulary,
 )
-from eval.measures.model import Model
+from eval.measures.model import Model, context_length
 from training.data.demo.models import RECIPES, new_model, train_tokenizer
 from training.data.demo.text import heldout_text
 
@@ -180,3 +180,10 @@ def test_the_measure_counts_what_was_sampled(model: Model, tmp_path: Path) -> No
     assert found.values["language_rate"].value == pytest.approx(rate.continuations)
     assert found.values["known_words"].value == pytest.approx(rate.words)
     assert found.data["known"] == len(KNOWN)
+
+
+def test_an_opening_that_the_model_has_no_room_for_is_named(model: Model) -> None:
+    room = context_length(model.network)
+    assert room is not None
+    with pytest.raises(ValueError, match=f"the model has room for {room}; give shorter texts"):
+        continue_texts(model.network, model.tokenizer, ["Anna", "Anna er heima. " * room])
