@@ -24,9 +24,10 @@ from typing import Any
 from configs.io.jsonl import read_jsonl, read_texts
 from configs.io.questions import as_question
 from configs.io.results import Result, Value, about_file, versions
+from configs.prompts import Format
 from configs.ranges import PositiveInt
 from eval.measures.intervals import interval, means
-from eval.measures.model import Model, context_length, end_tokens, prompt_tokens
+from eval.measures.model import Model, context_length, end_tokens
 
 WORD = re.compile(r"[^\W\d_]+")
 KNOWN_SHARE = 0.9
@@ -154,7 +155,8 @@ def continue_texts(
 
     torch.manual_seed(seed)
     ends = end_tokens(network, tokenizer)
-    prompts = [prompt_tokens(tokenizer, text, chat=False) for text in starts]
+    plain = Format(tokenizer)
+    prompts = [list(plain.prompt(text)) for text in starts]
     longest, room = max(map(len, prompts)) + new_tokens, context_length(network)
     if room is not None and longest > room:
         raise ValueError(

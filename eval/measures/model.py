@@ -9,7 +9,6 @@ from typing import Any
 
 from configs.io.files import fingerprint, read_json
 from configs.io.hub import find_model
-from configs.prompts import Format
 from configs.schema import RunConfig
 from eval.measures.model_dirs import output_folder
 
@@ -130,11 +129,6 @@ def end_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
     own = network.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     return frozenset(end for end in ends if end is not None)
-
-
-def prompt_tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    """Token ids of a text; `chat`: as a user's message in the model's chat template."""
-    return list(Format(tokenizer, "chat" if chat else "plain").prompt(text))
 
 
 def written_tokens(tokenizer: Any, prompt: str) -> list[int]:
