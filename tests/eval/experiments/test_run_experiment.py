@@ -225,6 +225,30 @@ def test_tables_are_those_worked_out_by_hand(plan: Plan, runs: Path) -> None:
     assert len(picture) < 200_000
 
 
+def with_evaluation(run: Path, **found: Any) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | found))
+
+
+def test_a_start_counts_once_for_each_seed(plan: Plan, runs: Path) -> None:
+    """Also where two seeds sampled the same share of right answers by chance."""
+    made_up_run(runs, "grpo-minillm-seed2", 54.0, 0.7)
+    for seed, f1 in enumerate((78.0, 78.0, 81.0)):
+        with_evaluation(runs / f"grpo-minillm-seed{seed}", eval_before={"f1": f1})
+    table = read_table(plan, [Task(plan.variants[0], seed) for seed in range(3)], runs)
+    # 78, 78, 81: mean 79, deviation sqrt(3); the bits are measured once, and have none.
+    assert main_table(plan, table)[2] == "| *start* | 79.0 ± 1.7 |  | 1.000 |  |  |  |"
+
+
+def test_several_teachers_have_a_row_each(plan: Plan, runs: Path) -> None:
+    large = runs / "seqkd-seed0"
+    config = yaml.safe_load((large / "config.yaml").read_text())
+    (large / "config.yaml").write_text(yaml.safe_dump(config | {"teacher": {"path": "models/large"}}))
+    with_evaluation(large, teacher_eval={"f1": 90.0})
+    lines = main_table(plan, read_table(plan, [Task(variant, 0) for variant in plan.variants], runs))
+    assert lines[3:5] == ["| *teacher teacher* | 80.0 |  | – |  |  |  |", "| *teacher large* | 90.0 |  | – |  |  |  |"]
+
+
 def test_which_runs_are_finished(runs: Path) -> None:
     """All steps, or ended by a limit of the run's own; not what was stopped, nor what is not there."""
     run = runs / "grpo-minillm-seed0"
