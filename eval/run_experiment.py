@@ -31,7 +31,7 @@ if not __package__:  # started as a script: our folders first, and no file of th
 import yaml
 
 from configs.io.files import locked, write_atomically
-from configs.schema import flat
+from configs.schema import RunConfig, as_dict, flat
 from eval.experiments.plan import Plan, Task, filled, flags, models_of, read_plan, summary_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands = {task.name: command(plan, task, options, more) for task in pending}
         given = values_of(options)
         made = {Path(*filled([file], given)): filled(words, given) for file, words in plan.prepare.items()}
+        for asked in plan.measures.values():  # settings of the runs may stand in these too
+            filled(flags(asked, lists=True), {**flat(as_dict(RunConfig())), **given})
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -55,7 +55,7 @@ def read_table(plan: Plan, tasks: Sequence[Task], runs_dir: Path) -> pandas.Data
                     **{key: found.get(key, math.nan) for key in plan.columns},
                 }
             )
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(rows).astype(dict.fromkeys(plan.columns, float))  # a file has null for NaN
 
 
 def spread(values: pandas.Series, digits: int, sign: bool = False) -> str:

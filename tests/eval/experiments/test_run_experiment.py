@@ -136,6 +136,27 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        ({"perplexty": {"text": "a"}}, "measures: 'perplexty': no such measure; there are perplexity, "),
+        ({"perplexity": {"text": "a", "batches": 3}}, "perplexity: no option 'batches'; there are dtype, text, batch"),
+        ({"language": {"text": "a"}}, "measures: language needs words"),
+        ({"language": None}, "measures: language needs text, words"),
+        ({"perplexity": {"text": "${data.txt}"}}, "${data.txt}: give --with data.txt=VALUE"),
+    ],
+)
+def test_mistakes_below_measures_are_named_before_the_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], measures: dict[str, Any], message: str
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    variants = [{"name": "a", "what": "w", "settings": {}}]
+    plan.write_text(yaml.safe_dump({"seeds": [0], "columns": {}, "variants": variants, "measures": measures}))
+    assert main([str(plan), "--runs_dir", str(tmp_path / "runs")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 # --- the tables ----------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +174,7 @@ def plan(tmp_path: Path) -> Plan:
         {"name": "seqkd", "group": "baselines", "what": "supervised", "settings": {}},
     ]
     values = {"seeds": [0, 1], "columns": columns, "variants": variants, "whole": "grpo-minillm",
-              "groups": {"parts": "Parts", "baselines": "Baselines"}, "measures": {"perplexity": {}}}  # fmt: skip
+              "groups": {"parts": "Parts", "baselines": "Baselines"}, "measures": {"perplexity": {"text": "text.jsonl"}}}  # fmt: skip
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return read_plan(path)
 
