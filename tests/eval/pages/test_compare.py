@@ -16,6 +16,7 @@ from eval.compare import main
 from eval.measures.intervals import translations
 from eval.measures.model_dirs import output_folder
 from eval.pages.compare_models import Entrant, entrants_of, published, with_own_names
+from eval.pages.compare_page import render_comparison
 from eval.pages.compare_scores import ORDER, Score, measure
 from eval.pages.comparison import compare, gap_closed
 from eval.pages.page_parts import number, signed
@@ -114,6 +115,29 @@ def test_a_chain_of_stages_is_one_row_each(tmp_path: Path) -> None:
     third = write_run(tmp_path, "other", str(first / "export"), right=(10, 30, 38))
     names = [one.name for one in entrants_of([second, third], [], tmp_path)]
     assert names == ["Student before", "After stage1", "After stage2", "After other", "Teacher"]
+
+
+def test_runs_of_two_students_are_compared_with_their_own_starts_and_teachers(tmp_path: Path) -> None:
+    first = write_run(tmp_path, "one", str(tmp_path / "a" / "student"))
+    second = write_run(tmp_path, "two", str(tmp_path / "b" / "student"), right=(16, 24, 32))
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    (second / "config.yaml").write_text(yaml.safe_dump(config | {"teacher": {"path": str(tmp_path / "other")}}))
+    found = compare(entrants_of([first, second], [], tmp_path))
+    rows = {one.name: one for one in found.entrants}
+    starts = ["Student before", "Student before (student)"]
+    assert list(rows) == [*starts, "After one", "After two", "Teacher", "Teacher (other)"]
+    one, two = (found.cell(rows[name], "heldout/f1") for name in ("After one", "After two"))
+    assert one is not None
+    assert two is not None
+    assert one.change is not None
+    assert two.change is not None
+    assert ([one.base, two.base], found.baselines) == (starts, starts)
+    assert (one.change.value, two.change.value) == (pytest.approx(40.0), pytest.approx(20.0))
+    # 10 to 50 on the way to 95; 40 to 60 on the way to 80.
+    assert gap_closed(found, "heldout/f1", rows["After one"]) == pytest.approx(100 * 40 / 85)
+    assert gap_closed(found, "heldout/f1", rows["After two"]) == pytest.approx(50.0)
+    page = render_comparison(found, {}, "t")
+    assert "<strong>After two.</strong> Held-out questions, F1, %: 40.0 to 60.0, +20.0" in page
 
 
 def test_published_and_incomparable_numbers_are_marked(tmp_path: Path) -> None:
