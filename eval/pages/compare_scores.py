@@ -18,10 +18,10 @@ import numpy as np
 
 from configs.io.jsonl import read_jsonl
 from configs.io.results import Result, Value, find_result
+from eval.euroeval.metrics import squad_v2
 from eval.measures.intervals import Examples, interval, means, translations
 from eval.measures.open_questions import shares
 from eval.pages.page_parts import answer_key
-from rewards.answers import exact_match, token_f1
 
 
 @dataclass(frozen=True)
@@ -228,18 +228,19 @@ def read_euroeval(result: Result, folder: Path) -> Scores:
 
 
 def _questions(folder: Path, task: Mapping[str, Any], metric: str) -> Examples | None:
-    """FoQA's F1 or exact match by question, over the iterations that drew it; None for other tasks, or where the
-    generations are not there."""
+    """FoQA's F1 or exact match by question, as the harness scores them, over the iterations that drew it; None for other
+    tasks, or where the generations are not there."""
     file = folder / str(task.get("generations"))
-    of_row = {"f1": token_f1, "em": exact_match}.get(metric)
-    if of_row is None or not file.is_file():
+    name = {"f1": "f1", "em": "exact"}.get(metric)
+    if name is None or not file.is_file():
         return None
     sums: dict[str, list[float]] = {}
     for row in read_jsonl(file):
         if "answers" not in row:
             return None
+        said = {"id": 0, "prediction_text": row["prediction"]["prediction_text"]}
         total = sums.setdefault(str(row["id"]), [0.0, 0.0])
-        total[0] += 100.0 * of_row(row["prediction"]["prediction_text"], row["answers"]["text"])
+        total[0] += squad_v2([said], [{"id": 0, "answers": row["answers"]}])[name]
         total[1] += 1.0
     return Examples(ids=tuple(sums), columns=np.array(list(sums.values())), statistic="ratio")
 

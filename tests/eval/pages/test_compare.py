@@ -156,11 +156,12 @@ def test_published_and_incomparable_numbers_are_marked(tmp_path: Path) -> None:
 
 
 def test_foqa_is_paired_by_question(tmp_path: Path) -> None:
-    """Two iterations that drew some questions twice: a question counts as often as it was drawn, in both models."""
+    """Two iterations that drew some questions twice: a question counts as often as it was drawn, in both models; quotes
+    that are not ASCII count as the harness counts them, or the change would not be that of the values beside it."""
     run, _ = write_everything(tmp_path)
     for folder, right in ((output_folder(tmp_path / "start", tmp_path), "q1"), (run / "eval", "q1 q2")):
         rows = [
-            {"iteration": n, "id": name, "prediction": {"prediction_text": "Havn" if name in right else "?"},
+            {"iteration": n, "id": name, "prediction": {"prediction_text": "Havn" if name in right else "“Havn”"},
              "answers": {"text": ["Havn", "Tórshavn"]}}
             for n, name in ((0, "q1"), (0, "q2"), (0, "q2"), (1, "q3"))
         ]  # fmt: skip
