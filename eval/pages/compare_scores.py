@@ -188,7 +188,7 @@ def read_translate(result: Result, folder: Path) -> Scores:
             conditions = {
                 "sentences": data["sha256"],
                 "signature": result.settings[f"{metric}_signature"],
-                "examples in the prompt": str(result.settings["few_shot"]),
+                "examples in the prompt": f"{result.settings['few_shot']} {data.get('examples_sha256')}",
             }
             key = f"{direction}/{metric}"
             examples = translations(ids, written, references, metric)

@@ -305,6 +305,18 @@ def test_translations_are_scored_from_their_sentences(tmp_path: Path) -> None:
     assert (cell.score.examples.columns == examples.columns).all()
 
 
+def test_translations_with_other_examples_in_the_prompt_are_marked(tmp_path: Path) -> None:
+    run, _ = write_everything(tmp_path)
+    for folder, examples in ((output_folder(tmp_path / "start", tmp_path), "e0"), (run / "eval", "e1")):
+        content = json.loads((folder / "translate.json").read_text())
+        content["data"]["eng-fao"]["examples_sha256"] = examples
+        write_json(folder / "translate.json", content)
+    found = compare(entrants_of([run], [], tmp_path))
+    cell = found.cell(found.entrants[1], "translate/eng-fao/chrf")
+    assert cell is not None
+    assert [found.notes[mark] for mark in cell.marks] == ["not comparable with Student before: other examples in the prompt"]
+
+
 def test_curves_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs that still go on have a line each; the table names what differs and nothing else."""
     first, second = write_run(tmp_path, "a", "start"), write_run(tmp_path, "b", "start")
