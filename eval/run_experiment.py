@@ -192,7 +192,7 @@ def run_all(options: argparse.Namespace, more: Sequence[str]) -> int:
     runner = Runner(options.runs_dir / "logs", options.jobs)
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     with locked(options.runs_dir / ".prepare.lock"):  # the tasks of an array may all come here at once
-        done = runner.run({f"prepare-{f.parent.name}-{f.stem}": words for f, words in made.items() if not f.exists()})
+        done = runner.run({f"prepare-{f.parent.name}-{f.name}": words for f, words in made.items() if not f.exists()})
     done = done and runner.run(commands)
     try:
         if index is None and not runner.stopped:

@@ -20,7 +20,7 @@ from configs.io.results import Result, Value
 from eval.compare import main as compare
 from eval.experiments.plan import Plan, Task, read_plan
 from eval.experiments.table import draw, main_table, page, paired, paired_table, read_table
-from eval.run_experiment import array_task, is_finished, main
+from eval.run_experiment import Runner, array_task, is_finished, main
 from tests.support.runs import ROOT, TINY, environment
 
 ABLATION = read_plan(ROOT / "configs" / "ablation.yaml")
@@ -155,6 +155,17 @@ def test_mistakes_below_measures_are_named_before_the_first_run(
     assert main([str(plan), "--runs_dir", str(tmp_path / "runs")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_file_of_prepare_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of two that differ in their suffix alone."""
+    plan, started = tmp_path / "plan.yaml", []
+    made = {f"${{runs}}/text.{suffix}": ["a.py", suffix] for suffix in ("jsonl", "csv")}
+    variants = [{"name": "a", "what": "w", "settings": {}}]
+    plan.write_text(yaml.safe_dump({"seeds": [0], "columns": {}, "variants": variants, "prepare": made}))
+    monkeypatch.setattr(Runner, "run", lambda self, commands: started.append(list(commands.values())))
+    assert main([str(plan), "--runs_dir", str(tmp_path / "runs")]) == 1
+    assert started == [[["a.py", "csv"], ["a.py", "jsonl"]]]  # in YAML's order; no run where they are not made
 
 
 # --- the tables ----------------------------------------------------------------------------------------------------
