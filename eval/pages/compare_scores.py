@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ def measure(key: str) -> Measure:
 def read_heldout(result: Result, folder: Path) -> Scores:
     """A run's before, after or teacher.json, or a model's heldout.json."""
     rows = result.rows
-    ids = [answer_key(row) for row in rows]
+    ids = _names([answer_key(row) for row in rows])
     whole = sorted([answer_key(row), str(row.get("question")), *map(str, row.get("answers") or [])] for row in rows)
     conditions = {
         "questions": _digest(whole),
@@ -130,12 +131,22 @@ def read_heldout(result: Result, folder: Path) -> Scores:
     found: Scores = {}
     for key in ("f1", "exact_match"):
         if key in result.values:
-            examples = means(ids, [row[key] for row in rows]) if len(set(ids)) == len(ids) else None
+            examples = means(ids, [row[key] for row in rows])
             found[f"heldout/{key}"] = _score(result.values[key].value, examples, conditions)
     for key in ("reverse_kl", "open_right", "open_different", "open_kl"):  # of all samples together: no examples
         if key in result.values and math.isfinite(value := result.numbers[key]):
             found[f"heldout/{key}"] = Score(value=value, conditions=conditions)
     return found
+
+
+def _names(keys: Sequence[str]) -> list[str]:
+    """The keys, a repeated one with its count: a question that is there twice takes no interval from the others."""
+    seen: Counter[str] = Counter()
+    names = []
+    for key in keys:
+        seen[key] += 1
+        names.append(f"{key} ({seen[key]})" if seen[key] > 1 else key)
+    return names
 
 
 def read_open(result: Result, folder: Path) -> Scores:

@@ -74,6 +74,20 @@ def test_other_questions_are_marked_and_not_paired(tmp_path: Path) -> None:
     assert gap_closed(found, "heldout/f1", found.entrants[1]) is None
 
 
+def test_a_question_that_is_there_twice_takes_no_interval_away(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "one", str(tmp_path / "start"))
+    for name, right in (("before", 4), ("after", 20)):
+        content = evaluation(right)
+        for row in content["rows"][-2:]:
+            row |= {"id": None, "question": "Hvat?", "context": None}
+        write_json(run / "eval" / f"{name}.json", content)
+    found = compare(entrants_of([run], [], tmp_path))
+    after = found.cell(found.entrants[1], "heldout/f1")
+    assert after is not None
+    assert after.change is not None
+    assert (after.paired, after.change.value) == (40, pytest.approx(40.0))
+
+
 def test_bits_of_another_text_are_marked(tmp_path: Path) -> None:
     run, _ = write_everything(tmp_path)
     write_json(run / "eval" / "perplexity.json", perplexity(1.8, sha256="another"))
