@@ -92,6 +92,8 @@ def _load_adapter(model_dir: str, dtype: str) -> tuple[Any, Any]:
     model, tokenizer = load_model(find_model("base_model_name_or_path", base), dtype)
     if (Path(model_dir) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # tokens that were added, as peft finds them
+            model.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(model, model_dir).merge_and_unload().eval(), tokenizer
 
 

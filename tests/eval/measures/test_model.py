@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 
 from eval.measures import model as module
@@ -86,3 +87,22 @@ def test_a_written_prompt_has_one_start_and_no_end() -> None:
     assert written_tokens(tokenizer, "<s>the sea</s>") == [start, *bare, end]  # a turn that its template has ended
     tokenizer.bos_token = None
     assert written_tokens(tokenizer, "the sea") == [start, *bare]
+
+
+def test_an_adapter_with_more_tokens_than_its_base(tmp_path: Path) -> None:
+    """It was trained behind `resize_token_embeddings`, as chat models of base models are."""
+    base = save_tiny(tmp_path / "base", "byte_level", tied=False)
+    network, tokenizer = load_model(base)
+    tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
+    network.resize_token_embeddings(len(tokenizer))
+    ids = torch.tensor([[5, len(tokenizer) - 1, 7]])
+    wrapped = get_peft_model(network, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    with torch.no_grad():
+        expected = wrapped(ids).logits
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    model = Model(path=str(tmp_path / "adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(model.network(ids).logits, expected, atol=1e-5, rtol=0)
+    assert model.tokenizer.convert_tokens_to_ids("<|turn|>") == len(tokenizer) - 1
