@@ -13,7 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from configs.schema import LossConfig, RunConfig, ScheduleConfig
 from tests.support.runs import metrics, timeless
+from training.objective import LossWeights
+from training.recipes import RECIPES
 
 FEW = ["--eval.questions", "8", "--name", "run"]
 Run = Callable[..., Path]
@@ -157,3 +160,18 @@ def test_a_recipe_or_a_mixture_that_needs_one_tokenizer_says_so_before_anything_
     mixed = RunConfig(sampling=SamplingConfig(teacher_mix=0.2))
     with pytest.raises(ValueError, match=r"sampling.teacher_mix = 0.2: .* set sampling.mix_by to response"):
         check_mixing(mixed, same_tokenizer=False)
+
+
+def test_the_course_of_a_weight_holds_for_the_recipes_own_terms() -> None:
+    """seqkd's imitation and gkd's divergence are the loss without being asked for; their weights fall as any other's."""
+    course = ScheduleConfig(kind="linear", final=0.0, steps=4)
+
+    def at(recipe: str, **loss: Any) -> LossWeights:
+        config = RunConfig(recipe=recipe, loss=LossConfig(bc_schedule=course, single_step_schedule=course, **loss))  # type: ignore[arg-type]
+        return RECIPES[recipe].weights(config, 1, same_tokenizer=True)
+
+    assert at("seqkd") == LossWeights(bc=0.75)
+    assert at("seqkd", bc_coef=2.0) == LossWeights(bc=1.5)
+    assert at("gkd") == LossWeights(single_step=0.75)
+    assert at("gkd", single_step_coef=2.0) == LossWeights(single_step=1.5)
+    assert RECIPES["gkd"].weights(RunConfig(recipe="gkd"), 1, same_tokenizer=True) == LossWeights(single_step=1.0)
