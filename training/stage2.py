@@ -123,7 +123,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     config = with_model_directories(config)
     check_extra_rewards(config)
     check_files(config)
-    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world(config, distributed.environment_world_size())
     set_threads(config)
     config = resolve_demo(config, stage=2)
     facts = teacher_facts(config, config.teacher)

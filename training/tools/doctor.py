@@ -118,7 +118,7 @@ def doctor(config: RunConfig) -> int:
 
 def small_step(config: RunConfig) -> RunConfig:
     """The same run with few prompts a step, one optimizer step on them, and a learning rate of 0."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = distributed.environment_world_size()
     rank = min(PROMPTS_PER_RANK, config.prompts_per_step // world)
     return replace(
         config,
