@@ -31,6 +31,8 @@ from training.data.preflight import (
     Inputs,
     check_files,
     check_room,
+    check_served_room,
+    check_vocabulary,
     check_world,
     context_length,
     load_inputs,
@@ -137,10 +139,12 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     every = {"teacher.path": facts, **{f"teachers[{i}].path": one for i, one in enumerate(others)}}
     for key, one in every.items():
         check_tokenizers(config, key, one)
-    inputs = load_inputs(config, facts.student, {key: one.teacher for key, one in every.items()})
-    check_cache(config, facts.teacher, inputs.corpus.prompts)
+    inputs = load_inputs(config, facts.student)
     for key, one in every.items():
         check_room(f"{key} = {str(one.path)!r}", one.teacher, context_length(one.path), config, inputs.prompts)
+        asks = (one.teacher.prompt(prompt.asked) for prompt in inputs.prompts)
+        check_vocabulary(key, one.path, one.teacher, asks)
+    check_cache(config, facts.teacher, inputs.corpus.prompts)
     return config, facts, inputs
 
 
@@ -304,12 +308,6 @@ def connect(
         prefer=distributed.rank(),
     )
     return TeacherLink(stack.enter_context(client), facts, head)
-
-
-def check_served_room(key: str, link: TeacherLink, config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """A server may have been started with less context than the model has. Raises ValueError."""
-    served = link.client.info().max_positions
-    check_room(f"{key} = {str(link.facts.path)!r}, as it is served,", link.facts.teacher, served, config, prompts)
 
 
 def _check_answers(config: RunConfig, link: TeacherLink) -> None:

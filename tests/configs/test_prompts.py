@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import processors
-from transformers import LlamaConfig
 
 from configs.prompts import Format, render
-from configs.schema import DataConfig, RunConfig, StudentConfig, TeacherConfig
+from configs.schema import DataConfig, StudentConfig, TeacherConfig
 from inference.protocol.fingerprint import load_tokenizer
 from tests.support.tiny_tokenizers import build_tokenizer
 from tests.support.tokenizer_zoo import build
-from training.data.preflight import load_inputs
 from training.data.prompts import format_of, load_prompts
 
 CHATML = (
@@ -161,21 +157,3 @@ def test_a_template_that_refuses_some_text_names_the_data(made: Any, tmp_path: P
     with pytest.raises(ValueError, match=r"^data\.prompts = .*not this one.* for 'Spurningur: Hvør var Týr") as raised:
         load_prompts("data.prompts", data, Format(made, "chat"), room=500, need_answers=True)
     assert "\n" not in str(raised.value)
-
-
-def test_a_teachers_template_takes_every_prompt_before_the_first_step(made: Any, tmp_path: Path) -> None:
-    """The student is asked in plain text, so that nothing else would show it until that prompt comes up."""
-    plain, refusing = Format(made, "plain"), copy.deepcopy(made)
-    refusing.chat_template = RAISES
-    names = {}
-    for name, question in (("prompts", "Hvat?"), ("heldout", "Hvør var Týr?")):
-        row = json.dumps({"question": question, "answers": ["ja"]})
-        (tmp_path / f"{name}.jsonl").write_text(f"{row}\n")
-        names[name] = str(tmp_path / f"{name}.jsonl")
-    LlamaConfig(vocab_size=len(made)).save_pretrained(tmp_path)
-    student, teacher = StudentConfig(path=str(tmp_path)), TeacherConfig(path=str(tmp_path))
-    config = RunConfig(student=student, teacher=teacher, data=DataConfig(**names), prompts_per_step=1)
-    config = replace(config, loss=replace(config.loss, pt_coef=0.0))
-    assert load_inputs(config, plain, {"teacher.path": plain}).heldout
-    with pytest.raises(ValueError, match=r"^teachers\[0\]\.path: its chat template failed \(not this one\) for 'Spurn"):
-        load_inputs(config, plain, {"teacher.path": plain, "teachers[0].path": Format(refusing, "chat")})
