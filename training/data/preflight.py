@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from configs.io.files import read_json
+from configs.io.hub import base_of, find_model
 from configs.io.jsonl import iterate_jsonl, read_open_questions, read_questions
 from configs.io.loading import loading
 from configs.models import DEMO_STAGE1
@@ -21,7 +22,7 @@ from configs.prompts import Format
 from configs.schema import DEMO, RunConfig, require
 from inference.attention.packing import Group
 from inference.model.backend import check_teacher
-from inference.model.files import model_directory as find_model
+from inference.model.files import model_directory as whole_model
 from training.data.model_files import check_model_files
 from training.data.prompts import answer_group, load_prompts
 from training.data.text import TextBlocks, text_blocks
@@ -125,10 +126,15 @@ def _named(key: str) -> Iterator[None]:
 
 def model_directory(key: str, path: str, *, weights: bool = True) -> Path:
     """The directory of a Hugging Face model whose files can be read, or all but its weights, where those are served
-    elsewhere; a hub id is downloaded into the hub's cache first. Raises ValueError."""
+    elsewhere; or of an adapter of such a model. A hub id is downloaded into the hub's cache first. Raises ValueError."""
     directory = find_model(key, path, weights=weights)
-    if not (directory / "adapter_config.json").is_file():
-        check_model_files(key, directory, weights=weights)
+    try:
+        base = base_of(directory)
+    except ValueError as error:
+        raise ValueError(f"{key} = {path!r}: {error}") from None
+    adapted = base == directory or any(directory.glob("adapter_model*.safetensors"))
+    require(adapted, key, path, "no weights (adapter_model.safetensors) in it; save the adapter with save_pretrained")
+    check_model_files(key, whole_model(key, str(base), weights=weights), weights=weights)
     return directory
 
 
@@ -145,12 +151,12 @@ def check_world(config: RunConfig, world: int) -> None:
 
 def context_length(model: str | Path) -> int | None:
     """Longest sequence that the model's config.json allows, or None where it does not say."""
-    path = Path(model) / "config.json"
+    path = base_of(model) / "config.json"
     if not path.is_file():
         return None
     values = read_json(path)
     values = values.get("text_config") or values
-    for key in ("max_position_embeddings", "n_positions"):
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(values.get(key), int):
             return int(values[key])
     return None
@@ -263,7 +269,7 @@ def check_vocabulary(
 ) -> None:
     """Every token has a row in the embedding of the model `path` of setting `key`: a tokenizer may have grown without its
     model. Only where it has are the `tokens` and the whole of the raw `text` looked through. Raises ValueError."""
-    rows = AutoConfig.from_pretrained(path).get_text_config().vocab_size
+    rows = AutoConfig.from_pretrained(base_of(path)).get_text_config().vocab_size
     if max([asked.end, *asked.tokenizer.get_vocab().values()]) < rows:
         return
     highest = max([asked.end, *(max(one, default=0) for one in tokens), text.highest if text else 0])
