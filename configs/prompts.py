@@ -129,7 +129,11 @@ class Format:
         own = self.system is not None and turns[0]["role"] != "system"
         system = [{"role": "system", "content": str(self.system)}] if own else []
         guarded = [{**turn, "content": self._guarded(turn["content"], self.parsed)} for turn in turns]
-        return self._applied([*system, *guarded], answering=True)
+        said = self._applied([*system, *guarded], answering=True)
+        for turn in (*system, *guarded[:1]):
+            if turn["role"] == "system" and turn["content"].strip() not in said:
+                raise ValueError("its chat template leaves the system message out; put it into the user's first message")
+        return said
 
     def _applied(self, messages: list[dict[str, str]], *, answering: bool) -> str:
         try:

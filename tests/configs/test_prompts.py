@@ -157,3 +157,25 @@ def test_a_template_that_refuses_some_text_names_the_data(made: Any, tmp_path: P
     with pytest.raises(ValueError, match=r"^data\.prompts = .*not this one.* for 'Spurningur: Hvør var Týr") as raised:
         load_prompts("data.prompts", data, Format(made, "chat"), room=500, need_answers=True)
     assert "\n" not in str(raised.value)
+
+
+def test_what_a_model_would_not_be_told_is_refused(made: Any, tmp_path: Path) -> None:
+    """In plain text there is no system message, a template may have no place for one, or not know a name."""
+    made.save_pretrained(path := tmp_path / "model")
+
+    def refused(said: str, **settings: Any) -> None:
+        with pytest.raises(ValueError, match=said):
+            format_of("teacher", TeacherConfig(path=str(path), **settings), DataConfig())
+
+    assert format_of("student", StudentConfig(path=str(path), system_prompt="Stutt."), DataConfig()).chat
+    refused(r"^teacher\.system_prompt = 'Stutt\.': .* asked in plain text", prompt="plain", system_prompt="Stutt.")
+    switch = {"enable_thinking": False}
+    refused(r"^teacher\.chat_template_kwargs = .* asked in plain", prompt="plain", chat_template_kwargs=switch)
+    refused(r"^teacher\.chat_template_kwargs = .*speak of thinking;", chat_template_kwargs={**switch, "thinking": False})
+    made.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}{% endif %}{% endfor %}"
+    made.save_pretrained(path)
+    refused(r"^teacher\.path = .* leaves the system message out", system_prompt="Stutt.")
+    turns = [{"role": "system", "content": " Stutt."}, {"role": "user", "content": "Hvat?"}]
+    with pytest.raises(ValueError, match="leaves the system message out"):
+        Format(made, "chat").prompt(turns)
+    assert Format(made, "chat").rendered(turns[1:]) == "[INST]Hvat?"
