@@ -55,7 +55,7 @@ def validate(config: RunConfig) -> None:
             require(holds, key, attrgetter(key)(config), mend)
     try:
         re.compile(config.rewards.format_pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         require(False, "rewards.format_pattern", config.rewards.format_pattern, f"is no regular expression: {error}")
     names = [teacher.name for teacher in config.teachers]
     for i, name in enumerate(names):
@@ -116,6 +116,9 @@ def _data_rules(config: RunConfig) -> Rules:
         ("rewards.bilingual.template", "{question}"),
     ):
         yield key, slot in attrgetter(key)(config), f"must contain {slot}"
+        if slot == "{question}":
+            before = "a row's context stands before it in a line of its own, so leave {context} out"
+            yield key, "{context}" not in attrgetter(key)(config), before
 
 
 def _sampling_rules(config: RunConfig) -> Rules:

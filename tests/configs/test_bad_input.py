@@ -47,6 +47,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--sampling.group_size", "1"], ["sampling.group_size", "1", "at least 2"]),
         (["--sampling.teacher_mix", "1.5"], ["sampling.teacher_mix", "1.5", "below 1"]),
         (["--data.template", "Svar:"], ["data.template", "{question}"]),
+        (["--data.template", "{context}\n{question}"], ["data.template", "leave {context} out"]),
+        (["--rewards.format_pattern", "a{99999999999}"], ["rewards.format_pattern", "no regular expression"]),
         (["--loss.pt_coef", "1", "--data.text", "null"], ["loss.pt_coef", "data.text"]),
         (["--student.path", "/no/such/model"], ["student.path", "/no/such/model", "no such directory"]),
         (["--teacher.path", "/no/such/model"], ["teacher.path", "/no/such/model", "no such directory"]),
@@ -102,7 +104,8 @@ def test_numbers_that_would_mean_something_else() -> None:
         "eval.questions 0", "eval.questions -3", "threads 0", "actor.warmup_steps -5", "actor.max_skipped 0",
         "rewards.length_alpha .nan", "rewards.gamma 1.5", "rewards.custom_weight .nan", "grpo.epsilon 0",
         "ppo.gamma -1", "ppo.gae_lambda 2", "ppo.kl_penalty -0.1", "ppo.kl_target 0", "ppo.value_clip -1",
-        "teacher.max_cache_tokens -1", "seed 4294967296",
+        "teacher.max_cache_tokens -1", "seed 4294967296", "actor.learning_rate .inf", "sft.learning_rate .inf",
+        "critic.learning_rate .inf", "sampling.temperature .inf", "loss.kl_coef .inf", "ppo.kl_penalty .inf",
     ):  # fmt: skip
         key, value = setting.split()
         with pytest.raises(ValueError, match=rf"^{key} = {value.removeprefix('.')}.*: must "):
