@@ -39,7 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--actor.lerning_rate", "1e-3"], ["--actor.lerning_rate"]),
+        (["--actor.lerning_rate", "1e-3"], ["--actor.lerning_rate", "did you mean actor.learning_rate?"]),
         (["--steps", "many"], ["steps", "many"]),
         (["--steps", "0"], ["steps", "0", "at least 1"]),
         (["--algo", "dpo"], ["algo", "dpo", "grpo"]),
@@ -72,10 +72,14 @@ def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path
     top, nested = tmp_path / "top.yaml", tmp_path / "nested.yaml"
     top.write_text("stepz: 3\n")
     nested.write_text("actor:\n  lr: 1\n")
-    assert "stepz" in refused(capsys, "--config", str(top))
+    assert "stepz' is not accepted; did you mean steps? (" in refused(capsys, "--config", str(top))
     message = refused(capsys, "--config", str(nested))
     assert "actor" in message
     assert "lr" in message
+    assert "did you mean" not in message
+    for wrong, right in (("sampling: {max_tokens: 5}", "sampling.max_new_tokens"), ("learning_rate: 1", "actor.learning_rate or")):
+        top.write_text(wrong)
+        assert f"did you mean {right}" in refused(capsys, "--config", str(top))
 
 
 @pytest.mark.parametrize(
