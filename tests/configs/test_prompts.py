@@ -179,3 +179,15 @@ def test_what_a_model_would_not_be_told_is_refused(made: Any, tmp_path: Path) ->
     with pytest.raises(ValueError, match="leaves the system message out"):
         Format(made, "chat").prompt(turns)
     assert Format(made, "chat").rendered(turns[1:]) == "[INST]Hvat?"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "gemma", "llama"])
+def test_a_word_that_was_added_is_written_as_it_is(kind: str, tmp_path: Path) -> None:
+    """A byte-level tokenizer's own decoder takes its letters for bytes: F1 would be of something else."""
+    tokenizer = build(kind, tmp_path)
+    tokenizer.add_tokens(["høvuðsstaður"])
+    asked, text = Format(tokenizer), "Ein høvuðsstaður høvuðsstaður, eitur Tórshavn"
+    tokens = asked.text(text)
+    assert tokens.count(tokenizer.convert_tokens_to_ids("høvuðsstaður")) == 2
+    assert asked.said([*tokens, asked.end]) == text
+    assert asked.said([]) == ""

@@ -112,9 +112,7 @@ class Actor:
 
     def texts(self, responses: Sequence[tuple[int, ...]]) -> list[str]:
         """Response texts, special symbols removed, stripped."""
-        return [
-            text.strip() for text in self.tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
-        ]
+        return [self.asked.said(response) for response in responses]
 
     def logprobs(
         self, rollout: Rollout, *, start_of_run: bool = False, temperature: float | None = None
