@@ -55,7 +55,11 @@ def load_policy(
     else:
         config = AutoConfig.from_pretrained(path)
         without_dropout(config)
-        model, found = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
+        except (ImportError, OSError, ValueError) as error:  # quantised in a way whose library is not here
+            said = " ".join(str(error).split())[:300]
+            raise ValueError(f"student.path = {str(path)!r}: transformers does not load it ({said})") from None
         if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
             raise ValueError(
                 f"student.path = {str(path)!r}: its weights lack {len(missing)} tensors ({missing[0]}, ...); "
