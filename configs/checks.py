@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from configs.models import DEMO
 from configs.ranges import Range
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def validate(config: RunConfig) -> None:
     for i, name in enumerate(names):
         named = bool(re.fullmatch(r"[\w.-]+", name)) and name not in names[:i]
         require(named, f"teachers[{i}].name", name, "give each its own name of letters, digits, `.`, `_` and `-`")
+        path = config.teachers[i].path
+        mend = "name its model: the demo's teacher goes with the demo alone"
+        require(path != DEMO or config.teacher.path == DEMO, f"teachers[{i}].path", path, mend)
 
 
 def is_folder_name(name: str) -> bool:
