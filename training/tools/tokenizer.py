@@ -172,6 +172,8 @@ def extend(path: str | Path, texts: Sequence[str], pieces: int, output: Path, li
     held = list(texts[9::10])
     corpus = [text for place, text in enumerate(texts) if place % 10 != 9]
     tokenizer = load_tokenizer(path)
+    tokenizer.backend_tokenizer.no_truncation()  # some are saved as they were trained with: texts cut, and filled up
+    tokenizer.backend_tokenizer.no_padding()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     while True:
         model, new, ratio = _try(path, tokenizer, content, learn(content, corpus, pieces), corpus, held)
