@@ -121,6 +121,15 @@ def test_mistrals_own_format_beside_transformers_is_left_aside(made: Any, tmp_pa
     assert load_tokenizer(tmp_path / "model").chat_template == CHATML
 
 
+def test_a_template_in_chat_template_json_is_the_tokenizers(made: Any, tmp_path: Path) -> None:
+    """transformers gives it to a processor of images alone (Mistral Small 3.1)."""
+    made.chat_template = None
+    made.save_pretrained(tmp_path / "model")
+    assert not Format(load_tokenizer(tmp_path / "model"), "auto").chat
+    (tmp_path / "model" / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    assert Format(load_tokenizer(tmp_path / "model"), "auto").rendered("Hvat?").startswith("<|im_start|>user\nHvat?")
+
+
 RAISES = "{% if 'Týr' in messages[-1]['content'] %}{{ raise_exception('not this one') }}{% endif %}ok"
 
 
