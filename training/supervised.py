@@ -29,6 +29,8 @@ from configs.io.results import Result, Value, find_result, versions
 from configs.prompts import Format
 from configs.schema import RunConfig, require
 from inference.attention.packing import Group
+from inference.client import TeacherLost, TeacherRefused
+from inference.server.launch import TeacherDied
 from training import distributed
 from training.data.demo.resolve import resolve_demo
 from training.data.order import items_of_step, share_of_rank
@@ -36,6 +38,7 @@ from training.data.overlap import data_warnings
 from training.data.preflight import (
     check_context,
     check_files,
+    check_output,
     check_room,
     check_served_room,
     check_vocabulary,
@@ -50,12 +53,12 @@ from training.experience import Prompt
 from training.objective import SUPERVISED, LossWeights, UpdateInput
 from training.run.boards import board_names
 from training.run.card import Scores, push, write_card
-from training.run.checkpoints import CheckpointFailed
 from training.run.cli import fail
 from training.run.clock import Clock
 from training.run.resuming import OpenRun, check_settings, open_run
 from training.run.run_folder import RunFolder
-from training.run.stopping import StopRequest, watch_launcher
+from training.run.stopping import REQUEUE, RunFailed, StopRequest, watch_launcher
+from training.run.supervisor import FAILED, MISTAKE
 from training.stage2 import connect, find_teacher, quiet_logging, set_threads
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
@@ -127,6 +130,7 @@ def run_stage(
         distributed.check_port()
         boards = board_names(config.report_to)
         config = with_model_directories(config)
+        check_output(config)
         check_files(config)
         set_threads(config)
         config = resolve_demo(config, stage=number)
@@ -149,9 +153,11 @@ def run_stage(
         if not names_setting(config, error):
             raise
         fail(" ".join(str(error).split()))
-    except CheckpointFailed as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    except (RunFailed, TeacherDied, TeacherLost, TeacherRefused) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, TeacherLost):  # the answers so far are kept
+            return REQUEUE
+        return MISTAKE if isinstance(error, TeacherDied) and error.mistake else FAILED
     finally:
         release(folder.path)
     if distributed.is_main():

@@ -185,6 +185,18 @@ def check_context(config: RunConfig, *, text: bool, examples: Sequence[Group] = 
     require(longest <= context, "data.warmup", config.data.warmup, mend)
 
 
+def check_output(config: RunConfig) -> None:
+    """sft.output is replaced as a whole: only a model may be there, and none that is read. Raises ValueError."""
+    output = config.sft.output
+    if output is None or not Path(output).exists():
+        return
+    held = Path(output).is_file() or (any(Path(output).iterdir()) and not (Path(output) / "config.json").is_file())
+    require(not held, "sft.output", output, "what is there is no model, and would be replaced; name a new folder")
+    for key, model in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
+        same = Path(model).exists() and Path(output).samefile(model)
+        require(not same, "sft.output", output, f"is {key} itself, which would be replaced; name a new folder")
+
+
 def check_room(named: str, asked: Format, context: int | None, config: RunConfig, prompts: Sequence[Prompt]) -> None:
     """A teacher, `named` by its setting and value, has a template, tokens and words of its own around a prompt: it has
     to take every prompt, and they too have to leave room for an answer in its `context`. Raises ValueError where one is

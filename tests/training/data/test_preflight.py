@@ -13,7 +13,7 @@ from configs.prompts import Format
 from configs.schema import DataConfig, RunConfig, SamplingConfig, SFTConfig, StudentConfig, TeacherConfig
 from inference.attention.packing import Group
 from tests.support.tiny_tokenizers import build_tokenizer, save_tiny
-from training.data.preflight import check_context, check_room, check_served_room, check_vocabulary
+from training.data.preflight import check_context, check_output, check_room, check_served_room, check_vocabulary
 from training.experience import Prompt
 from training.supervised import cloned, read_text
 from training.teacher.mixing import check_cache
@@ -151,3 +151,22 @@ def test_a_text_is_looked_through_only_where_the_tokenizer_has_more_than_the_mod
     with pytest.raises(ValueError, match=r"^teachers\[0\]\.path = .*: its tokenizer gives token 400, and the model has"):
         check_vocabulary("teachers[0].path", model, asked, prompts)
     check_vocabulary("teachers[0].path", model, asked, (asked.prompt("the sea"),))
+
+
+def test_an_output_that_would_be_lost_is_refused(tmp_path: Path) -> None:
+    """The export takes the place of the whole folder."""
+
+    def check(output: Path, student: Path = tmp_path / "none") -> None:
+        check_output(RunConfig(sft=SFTConfig(output=str(output)), student=StudentConfig(path=str(student))))
+
+    models = tmp_path / "models"
+    (models / "mine").mkdir(parents=True)
+    check(tmp_path / "new")
+    check(models / "mine")
+    (models / "mine" / "config.json").write_text("{}")
+    check(models / "mine")
+    for output in (models, models / "mine" / "config.json"):
+        with pytest.raises(ValueError, match=r"^sft\.output = .*: what is there is no model"):
+            check(output)
+    with pytest.raises(ValueError, match=r"^sft\.output = .*: is student\.path itself"):
+        check(models / "mine", models / "mine")
