@@ -91,6 +91,8 @@ def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path
         ("steps: 5\nteachers:\n", "teachers: nothing stands below it"),
         ("rewards:\n  judge:\n", "rewards.judge: nothing stands below it"),
         ("student: {chat_template_kwargs: }\n", "student.chat_template_kwargs: nothing stands below it"),
+        ("name: 2024-13-45\n", "my.yaml: month must be in 1..12"),
+        ("name: " + "[" * 5_000, "my.yaml: maximum recursion depth exceeded"),
     ],
 )
 def test_no_section_of_yaml_is_lost_or_empty(
