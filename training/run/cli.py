@@ -46,7 +46,7 @@ UNKNOWN = re.compile(
 def fail(message: str) -> NoReturn:
     """End with exit code 2 and one readable message, from one rank only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -65,6 +65,7 @@ def read_models(config: RunConfig) -> tuple[RunConfig, ModelFacts, list[str]]:
             raise ValueError(f"{key}.path = {path!r}: {' '.join(str(error).split())}") from None
 
     student = text_config("student", config.student.path)
+    _check_causal("student", config.student.path, student)
     asked = {"teacher": config.teacher, **{f"teachers[{i}]": one for i, one in enumerate(teachers)}}
     (_, _, teacher), *others = [(key, one, _served(key, one, text_config(key, one.path))) for key, one in asked.items()]
     same, how = _same_tokenizer(config, student.vocab_size == teacher.vocab_size)
@@ -83,7 +84,16 @@ def _served(key: str, teacher: TeacherConfig, described: Any) -> Architecture | 
     except ValueError as error:
         if teacher.backend == "megatron":
             raise ValueError(f"{key}.path = {teacher.path!r}: {error}; set {key}.backend to auto") from None
+    _check_causal(key, teacher.path, described)
     return described
+
+
+def _check_causal(key: str, path: str, described: Any) -> None:
+    """Raises ValueError where transformers makes no causal language model of a configuration."""
+    from transformers import AutoModelForCausalLM
+
+    if type(described) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{key}.path = {path!r}: model_type = {described.model_type!r} is no causal language model")
 
 
 def _same_tokenizer(config: RunConfig, same_size: bool) -> tuple[bool, str]:
