@@ -170,6 +170,10 @@ def test_a_run_that_is_older_than_a_setting_goes_on_where_the_setting_has_its_de
     check_settings(folder, replace(RunConfig(), teachers=(second,)))
     with pytest.raises(ValueError, match=r"teachers\[0\]\.logit_chunk: 1024 then, 7 now"):
         check_settings(folder, replace(RunConfig(), teachers=(replace(second, logit_chunk=7),)))
+    moved = replace(RunConfig().teacher, url="http://b:8000/v1", devices="2")
+    settings = as_dict(replace(RunConfig(), teacher=replace(moved, url="http://a:8000/v1", devices=None)))
+    (folder.path / "config.yaml").write_text(dump_config(settings))
+    check_settings(folder, replace(RunConfig(), teacher=moved))  # served elsewhere since
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ CHUNK = 1 << 24
 """Bytes of a file read at a time while it is checked."""
 FREE_SETTINGS = re.compile(
     r"steps|report_to|export\..*|sft\.(steps|output)|(actor|critic)\.zero_stage|actor\.micro_batch_tokens|threads|runs_dir|cache_dir|name"
-    r"|checkpoint\..*|(teacher|teachers\[\d+\])\.(address|interface|port|threads|timeout_s)"
+    r"|checkpoint\..*|(teacher|teachers\[\d+\])\.(address|url|devices|interface|port|threads|timeout_s)"
     r"|time_limit_s|stuck_timeout_s"
 )
 """Settings that may differ when a run is resumed."""
