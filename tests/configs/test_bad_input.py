@@ -48,6 +48,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--sampling.teacher_mix", "1.5"], ["sampling.teacher_mix", "1.5", "below 1"]),
         (["--data.template", "Svar:"], ["data.template", "{question}"]),
         (["--data.template", "{context}\n{question}"], ["data.template", "leave {context} out"]),
+        (["--data.template", r"{question}\nSvar:"], ["data.template", "a backslash and an n there"]),
         (["--rewards.format_pattern", "a{99999999999}"], ["rewards.format_pattern", "no regular expression"]),
         (["--loss.pt_coef", "1", "--data.text", "null"], ["loss.pt_coef", "data.text"]),
         (["--student.path", "/no/such/model"], ["student.path", "/no/such/model", "no such directory"]),
