@@ -84,8 +84,8 @@ def _run_rules(config: RunConfig) -> Rules:
         "must be a plain folder name, in one line; choose the parent with runs_dir",
     )
     for key in ("runs_dir", "cache_dir", "sft.output"):
-        at_home = str(attrgetter(key)(config)).startswith("~")
-        yield key, not at_home, "write the whole path: `~` would be a folder of that name"
+        unread = re.match(r"~|.*\$[A-Za-z{]", str(attrgetter(key)(config)))
+        yield key, unread is None, "write the whole path: `~` or `$NAME` would be a folder of that name"
     updates = config.actor.updates_per_rollout
     yield (
         "prompts_per_step",
@@ -124,7 +124,8 @@ def _data_rules(config: RunConfig) -> Rules:
             before = "a row's context stands before it in a line of its own, so leave {context} out"
             yield key, "{context}" not in attrgetter(key)(config), before
     broken = "\\n is a backslash and an n there; for a line break write it between double quotes in YAML, as $'...' in bash"
-    for key in ("data.template", "rewards.bilingual.template", "student.system_prompt", "teacher.system_prompt"):
+    templates = ("data.template", "rewards.bilingual.template", "rewards.bilingual.instruction")
+    for key in (*templates, "student.system_prompt", "teacher.system_prompt"):
         yield key, "\\n" not in (attrgetter(key)(config) or ""), broken
 
 

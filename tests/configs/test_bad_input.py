@@ -58,6 +58,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.prompts", "/no/such.jsonl"], ["data.prompts", "/no/such.jsonl", "no such file"]),
         (["--name", "a/b"], ["name", "a/b", "runs_dir"]),
         (["--runs_dir", "~/runs"], ["runs_dir = '~/runs'", "write the whole path"]),
+        (["--runs_dir", "${SCRATCH}/runs"], ["runs_dir = '${SCRATCH}/runs'", "write the whole path"]),
     ],
 )
 def test_one_message(
