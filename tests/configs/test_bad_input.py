@@ -79,7 +79,8 @@ def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "actor" in message
     assert "lr" in message
     assert "did you mean" not in message
-    for wrong, right in (("sampling: {max_tokens: 5}", "sampling.max_new_tokens"), ("learning_rate: 1", "actor.learning_rate or")):
+    near = {"sampling: {max_tokens: 5}": "sampling.max_new_tokens", "learning_rate: 1": "actor.learning_rate or"}
+    for wrong, right in near.items():
         top.write_text(wrong)
         assert f"did you mean {right}" in refused(capsys, "--config", str(top))
 
