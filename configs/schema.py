@@ -34,7 +34,7 @@ from configs.models import (
     StudentConfig,
     TeacherConfig,
 )
-from configs.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from configs.ranges import AtLeastTwo, NonNegativeInt, PositiveFinite, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class SFTConfig:
     """Optimizer steps."""
     batch: PositiveInt = 32
     """Examples a step, over all ranks."""
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: PositiveFinite = 1e-5
     """Peak learning rate; the rest of the optimizer is the actor's."""
     answers: Literal["data", "teacher"] = "data"
     """Train on the answers in data.warmup, or on the teacher's to data.prompts (asked through its server, cached)."""

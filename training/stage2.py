@@ -33,6 +33,8 @@ from training.data.preflight import (
     Inputs,
     check_files,
     check_room,
+    check_served_room,
+    check_vocabulary,
     check_world,
     context_length,
     load_inputs,
@@ -125,7 +127,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     config = with_model_directories(config)
     check_extra_rewards(config)
     check_files(config)
-    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world(config, distributed.environment_world_size())
     set_threads(config)
     config = resolve_demo(config, stage=2)
     facts = teacher_facts(config, config.teacher)
@@ -139,10 +141,12 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     every = {"teacher.path": facts, **{f"teachers[{i}].path": one for i, one in enumerate(others)}}
     for key, one in every.items():
         check_tokenizers(config, key, one)
-    inputs = load_inputs(config, facts.student, {key: one.teacher for key, one in every.items()})
-    check_cache(config, facts.teacher, inputs.corpus.prompts)
+    inputs = load_inputs(config, facts.student)
     for key, one in every.items():
         check_room(f"{key} = {str(one.path)!r}", one.teacher, context_length(one.path), config, inputs.prompts)
+        asks = (one.teacher.prompt(prompt.asked) for prompt in inputs.prompts)
+        check_vocabulary(key, one.path, one.teacher, asks)
+    check_cache(config, facts.teacher, inputs.corpus.prompts)
     return config, facts, inputs
 
 
@@ -325,12 +329,6 @@ def check_served_model(key: str, teacher: TeacherConfig, link: TeacherLink) -> N
     require(NONE in (mine, info.output_layer) or mine == info.output_layer, f"{key}.path", str(link.facts.path), said)
     if info.dtype != teacher.dtype and distributed.is_main():
         log.warning("%s.dtype = %r: %s computes in %s", key, teacher.dtype, teacher.address, info.dtype)
-
-
-def check_served_room(key: str, link: TeacherLink, config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """A server may have been started with less context than the model has. Raises ValueError."""
-    served = link.client.info().max_positions
-    check_room(f"{key} = {str(link.facts.path)!r}, as it is served,", link.facts.teacher, served, config, prompts)
 
 
 def _check_answers(config: RunConfig, link: TeacherLink) -> None:

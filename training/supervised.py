@@ -34,7 +34,9 @@ from training.data.overlap import data_warnings
 from training.data.preflight import (
     check_context,
     check_files,
+    check_output,
     check_room,
+    check_served_room,
     check_vocabulary,
     context_length,
     room_for_prompt,
@@ -53,19 +55,12 @@ from training.run.resuming import OpenRun, check_settings, open_run
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest, watch_launcher
 from training.run.supervisor import Supervisor, lowered
-from training.stage2 import (
-    check_served_model,
-    check_served_room,
-    connect,
-    find_teacher,
-    quiet_logging,
-    set_threads,
-)
+from training.stage2 import check_served_model, connect, find_teacher, quiet_logging, set_threads
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.export import export
 from training.student.passes import each_token
-from training.teacher.facts import TeacherFacts, teacher_facts
+from training.teacher.facts import TeacherFacts, check_tokenizers, teacher_facts
 from training.teacher.link import TeacherLink
 from training.teacher.token_bytes import TokenBytes
 
@@ -138,6 +133,7 @@ def run_stage(
         distributed.check_port()
         boards = board_names(config.report_to)
         config = with_model_directories(config)
+        check_output(config)
         check_files(config)
         set_threads(config)
         config = resolve_demo(config, stage=number)
@@ -244,7 +240,7 @@ def read_text(config: RunConfig, asked: Format) -> tuple[TextBlocks, TextBlocks]
     """(blocks to learn from, every twentieth, which is held out). Raises ValueError where there are too few."""
     check_context(config, text=True)
     blocks = text_blocks(config.data, asked, config.cache_dir)
-    check_vocabulary(config, [(blocks.highest,)])
+    check_vocabulary("student.path", config.student.path, asked, (), blocks)
     every = np.arange(1, len(blocks) + 1) % HELD_OUT_EVERY == 0
     text, held = blocks.picked(~every), blocks.picked(every)
     least = f"gives {len(blocks)} blocks; {HELD_OUT_EVERY} are needed at least"
@@ -318,6 +314,7 @@ def read_questions(config: RunConfig, asked: Format) -> tuple[list[Prompt], list
     if data.open is not None:
         heldout += load_prompts("data.open", data, asked, room=room, need_answers=False)
     require(config.sft.batch <= len(prompts), "sft.batch", config.sft.batch, f"is more than {len(prompts)} examples")
+    check_vocabulary("student.path", config.student.path, asked, [prompt.tokens for prompt in (*prompts, *heldout)])
     if distributed.environment_rank() == 0:
         for line in data_warnings(config, heldout, stage=1):
             log.warning("%s", line)
@@ -331,8 +328,12 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
     every = [*prompts, *heldout]
     facts = teacher_facts(config, config.teacher) if config.sft.answers == "teacher" else None
     if facts is not None:
+        check_tokenizers(config, "teacher.path", facts)
         check_room(f"teacher.path = {str(facts.path)!r}", facts.teacher, context_length(facts.path), config, every)
+        asks = (facts.teacher.prompt(prompt.asked) for prompt in every)
+        check_vocabulary("teacher.path", facts.path, facts.teacher, asks)
     with ExitStack() as stack:
+        actor = None if facts is None else stage.new_actor(facts)  # what it refuses is known before the teacher is asked
         link = None if facts is None else ask_teacher(stage, facts, stack, every)
         if link is None:
             answers_N = [[(prompt.answers[0], True)] for prompt in prompts]
@@ -341,8 +342,9 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
         examples = cloned(prompts, answers_N, asked, None if link is None else config.sampling.max_new_tokens)
         if link is None:
             check_context(config, text=False, examples=examples)
-        check_vocabulary(config, [sequence for one in examples for sequence in (one.prompt, *one.responses)])
-        actor = stage.new_actor(facts)
+        answers = [response for one in examples for response in one.responses]
+        check_vocabulary("student.path", config.student.path, asked, answers)
+        actor = actor or stage.new_actor()
         seconds = train(stage, actor, examples, lambda mine: UpdateInput(None, [], mine, SUPERVISED), "bc")
         after = evaluate(actor, link, heldout, config, str(stage.run.folder.export))
     if distributed.is_main():

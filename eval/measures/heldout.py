@@ -120,4 +120,5 @@ def answers(
     with tqdm(total=len(prompts), desc=label, unit="answer", dynamic_ncols=True) as bar:
         found = generate(model.network, prompts, decoding, progress=bar.update)
     tokens = [one.tokens[:-1] if one.tokens[-1] in ends else one.tokens for one in found]
-    return [model.tokenizer.decode(one, skip_special_tokens=True).strip() for one in tokens]
+    said = settings.asked(model.tokenizer, ends).said
+    return [said(one) for one in tokens]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.io.files import fingerprint, read_json
-from configs.io.hub import find_model
+from configs.io.hub import find_model, read_tokenizer
 from configs.schema import RunConfig
 from eval.measures.model_dirs import output_folder
 
@@ -76,8 +76,10 @@ def load_model(model_dir: str | Path, dtype: str = "float32") -> tuple[Any, Any]
     try:
         if (Path(model_dir) / "adapter_config.json").is_file():
             return _load_adapter(str(model_dir), dtype)
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype), use_safetensors=True)
+        tokenizer = read_tokenizer(AutoTokenizer, model_dir)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        )
     except Exception as error:  # half-written files raise nearly anything
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{model_dir}: the model cannot be loaded ({type(error).__name__}: {reason})") from error
@@ -91,7 +93,7 @@ def _load_adapter(model_dir: str, dtype: str) -> tuple[Any, Any]:
     base = str(PeftConfig.from_pretrained(model_dir).base_model_name_or_path)
     model, tokenizer = load_model(find_model("base_model_name_or_path", base), dtype)
     if (Path(model_dir) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = read_tokenizer(AutoTokenizer, model_dir)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # tokens that were added, as peft finds them
             model.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(model, model_dir).merge_and_unload().eval(), tokenizer

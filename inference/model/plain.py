@@ -116,7 +116,9 @@ class PlainTeacher:
 
     def _backbone(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """States after the final norm, [B, L, Hidden]."""
-        return self._model.base_model(**self._inputs(tokens, mask)).last_hidden_state
+        base = self._model.base_model
+        base = self._model.model if base is self._model else base  # Llama 4's text model names it wrong
+        return base(**self._inputs(tokens, mask)).last_hidden_state
 
     def _inputs(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
         inputs = {"input_ids": tokens.to(self._device), "use_cache": False}

@@ -39,7 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--actor.lerning_rate", "1e-3"], ["--actor.lerning_rate"]),
+        (["--actor.lerning_rate", "1e-3"], ["--actor.lerning_rate", "did you mean actor.learning_rate?"]),
         (["--steps", "many"], ["steps", "many"]),
         (["--steps", "0"], ["steps", "0", "at least 1"]),
         (["--algo", "dpo"], ["algo", "dpo", "grpo"]),
@@ -47,6 +47,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--sampling.group_size", "1"], ["sampling.group_size", "1", "at least 2"]),
         (["--sampling.teacher_mix", "1.5"], ["sampling.teacher_mix", "1.5", "below 1"]),
         (["--data.template", "Svar:"], ["data.template", "{question}"]),
+        (["--data.template", "{context}\n{question}"], ["data.template", "leave {context} out"]),
+        (["--data.template", r"{question}\nSvar:"], ["data.template", "a backslash and an n there"]),
+        (["--rewards.format_pattern", "a{99999999999}"], ["rewards.format_pattern", "no regular expression"]),
         (["--loss.pt_coef", "1", "--data.text", "null"], ["loss.pt_coef", "data.text"]),
         (["--student.path", "/no/such/model"], ["student.path", "/no/such/model", "no such directory"]),
         (["--teacher.path", "/no/such/model"], ["teacher.path", "/no/such/model", "no such directory"]),
@@ -55,6 +58,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.prompts", "/no/such.jsonl"], ["data.prompts", "/no/such.jsonl", "no such file"]),
         (["--name", "a/b"], ["name", "a/b", "runs_dir"]),
         (["--runs_dir", "~/runs"], ["runs_dir = '~/runs'", "write the whole path"]),
+        (["--runs_dir", "${SCRATCH}/runs"], ["runs_dir = '${SCRATCH}/runs'", "write the whole path"]),
     ],
 )
 def test_one_message(
@@ -70,10 +74,15 @@ def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path
     top, nested = tmp_path / "top.yaml", tmp_path / "nested.yaml"
     top.write_text("stepz: 3\n")
     nested.write_text("actor:\n  lr: 1\n")
-    assert "stepz" in refused(capsys, "--config", str(top))
+    assert "stepz' is not accepted; did you mean steps? (" in refused(capsys, "--config", str(top))
     message = refused(capsys, "--config", str(nested))
     assert "actor" in message
     assert "lr" in message
+    assert "did you mean" not in message
+    near = {"sampling: {max_tokens: 5}": "sampling.max_new_tokens", "learning_rate: 1": "actor.learning_rate or"}
+    for wrong, right in near.items():
+        top.write_text(wrong)
+        assert f"did you mean {right}" in refused(capsys, "--config", str(top))
 
 
 @pytest.mark.parametrize(
@@ -85,6 +94,8 @@ def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path
         ("steps: 5\nteachers:\n", "teachers: nothing stands below it"),
         ("rewards:\n  judge:\n", "rewards.judge: nothing stands below it"),
         ("student: {chat_template_kwargs: }\n", "student.chat_template_kwargs: nothing stands below it"),
+        ("name: 2024-13-45\n", "my.yaml: month must be in 1..12"),
+        ("name: " + "[" * 5_000, "my.yaml: maximum recursion depth exceeded"),
     ],
 )
 def test_no_section_of_yaml_is_lost_or_empty(
@@ -102,7 +113,8 @@ def test_numbers_that_would_mean_something_else() -> None:
         "eval.questions 0", "eval.questions -3", "threads 0", "actor.warmup_steps -5", "actor.max_skipped 0",
         "rewards.length_alpha .nan", "rewards.gamma 1.5", "rewards.custom_weight .nan", "grpo.epsilon 0",
         "ppo.gamma -1", "ppo.gae_lambda 2", "ppo.kl_penalty -0.1", "ppo.kl_target 0", "ppo.value_clip -1",
-        "teacher.max_cache_tokens -1", "seed 4294967296",
+        "teacher.max_cache_tokens -1", "seed 4294967296", "actor.learning_rate .inf", "sft.learning_rate .inf",
+        "critic.learning_rate .inf", "sampling.temperature .inf", "loss.kl_coef .inf", "ppo.kl_penalty .inf",
     ):  # fmt: skip
         key, value = setting.split()
         with pytest.raises(ValueError, match=rf"^{key} = {value.removeprefix('.')}.*: must "):

@@ -126,6 +126,9 @@ def test_mistakes_in_the_settings_are_named(model: Path, tmp_path: Path) -> None
     with ServedModel(model, names=("a", "b")) as served:
         assert "it serves a, b; name one" in refused(url=served.url)
         assert "it serves a, b" in refused(url=served.url, served_name="c")
+    with ServedModel(model, names=()) as served:
+        assert "it serves nothing; name one" in refused(url=served.url)
+    with ServedModel(model, names=("a", "b")) as served:
         other = save_tiny(tmp_path / "other", "byte_level")
         (other / "tokenizer.json").write_text((model / "tokenizer.json").read_text().replace("ø", "o"))
         served.fault = lambda route, body: (404, "{}") if route == "/tokenize" else (401, "no key")

@@ -63,6 +63,11 @@ class Actor:
         policy = load_policy(
             path, student.dtype, gradient_checkpointing=student.gradient_checkpointing, adapter=student.adapter
         )
+        if student.adapter.rank == 0 and getattr(policy.model, "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"student.path = {str(path)!r}: its weights are quantised, and only an adapter beside them can be trained; "
+                "set student.adapter.rank, or give the unquantised checkpoint"
+            )
         self.end_tokens = end_tokens(policy, self.asked)
         """Whatever ends a response."""
         if config.actor.zero_stage == 3:
@@ -112,9 +117,7 @@ class Actor:
 
     def texts(self, responses: Sequence[tuple[int, ...]]) -> list[str]:
         """Response texts, special symbols removed, stripped."""
-        return [
-            text.strip() for text in self.tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
-        ]
+        return [self.asked.said(response) for response in responses]
 
     def logprobs(
         self, rollout: Rollout, *, start_of_run: bool = False, temperature: float | None = None

@@ -13,6 +13,7 @@ import torch
 
 from configs.checks import require
 from configs.schema import RunConfig
+from inference.model.files import safetensors_files
 from rewards.base import RewardInput
 from rewards.parts import PARTS, part_weights
 from rewards.parts.dictionary import dictionary
@@ -104,6 +105,8 @@ def check_extra_rewards(config: RunConfig) -> None:
     if "bilingual" in weights:
         path = Path(str(rewards.bilingual.path))
         require((path / "config.json").is_file(), "rewards.bilingual.path", str(path), "no model directory")
+        files = "no model.safetensors in it, nor an index of its shards; save it with save_pretrained"
+        require(bool(safetensors_files(path)), "rewards.bilingual.path", str(path), files)
     if "judge" in weights:
         from training.teacher.api_teacher import check_access
 
