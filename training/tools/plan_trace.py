@@ -181,8 +181,8 @@ def forward_peak(module: nn.Module, forward: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def sampling_peak(policy: Policy, sampling: SamplingConfig, prompts: int, prompt_tokens: int) -> tuple[int, int]:
-    """Of one prefill and the longest decoding step of training/student/sampling.py, all responses active: (peak, what the
-    step makes of it), bytes above the parameters."""
+    """Of one prefill and the longest decoding step of training/student/sampling.py, all responses active: (peak, what
+    the step makes of it), bytes above the parameters."""
     policy.eval()
     batch = prompts * sampling.group_size
     tracker = LiveBytes()
