@@ -387,11 +387,11 @@ def _evaluation_once(run: Run, name: str, evaluate: Callable[[], Result | None])
     """Evaluate, or read what an earlier start of this run wrote. Collective; scores count on rank 0."""
     file = run.folder.evaluation(name)
     saved = find_result(file)
-    distributed.barrier()
-    found = saved or evaluate()
+    missing = distributed.any_rank(distributed.is_main() and saved is None)  # others may not see it yet, over NFS
+    found = evaluate() if missing else saved
     if found is None:
         return {}
-    if saved is None and distributed.is_main():
+    if missing and distributed.is_main():
         found.write(file)
     return found.numbers
 
@@ -399,9 +399,7 @@ def _evaluation_once(run: Run, name: str, evaluate: Callable[[], Result | None])
 def _check_teacher(run: Run, heldout: Sequence[Prompt]) -> None:
     """Minimal pairs, once a run, where the configuration asks for them. Collective."""
     file = run.folder.evaluation("minimal_pairs")
-    saved = file.is_file()
-    distributed.barrier()
-    if run.config.eval.minimal_pairs == 0 or saved:
+    if run.config.eval.minimal_pairs == 0 or not distributed.any_rank(distributed.is_main() and not file.is_file()):
         return
     found = teacher_check(run.models.actor, run.models.teacher, run.config, heldout)
     if distributed.is_main():

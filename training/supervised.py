@@ -254,8 +254,8 @@ def learn_text(stage: Stage, inputs: tuple[TextBlocks, TextBlocks]) -> str:
     (text, held), file = inputs, stage.run.folder.evaluation("before")
     actor = stage.new_actor()
     saved = find_result(file)
-    distributed.barrier()
-    measured = saved or Result(
+    missing = distributed.any_rank(saved is None)
+    measured = saved if saved is not None and not missing else Result(
         measure="bits_per_byte",
         model=stage.config.student.path,
         data={"path": stage.config.data.text, "rows": len(held)},
@@ -263,7 +263,7 @@ def learn_text(stage: Stage, inputs: tuple[TextBlocks, TextBlocks]) -> str:
         versions=versions("torch", "transformers"),
         values={"bits_per_byte": Value(bits_per_byte(actor, held))},
     )
-    if saved is None and distributed.is_main():
+    if missing and distributed.is_main():
         measured.write(file)
     before = measured.values["bits_per_byte"].value
     seconds = train(stage, actor, text, lambda mine: UpdateInput(None, flat(mine), [], LossWeights(pt=1.0)), "pt")

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from configs.io.results import Result, Value
 from configs.schema import TeacherConfig
 from inference.model.output_layer import output_layer_hash
 from tests.support.teacher_models import build
-from training.stage2 import check_served_model
+from training import distributed
+from training.run.run_folder import RunFolder
+from training.stage2 import _evaluation_once, check_served_model
 
 
 def test_a_server_started_again_with_another_model_is_refused(
@@ -36,3 +39,20 @@ def test_a_server_started_again_with_another_model_is_refused(
         check(tmp_path / "teacher-1")
     check(tmp_path / "teacher-0", "bfloat16")
     assert caplog.messages == ["teacher.dtype = 'float32': host:1 computes in bfloat16"]
+
+
+def test_rank_0_says_whether_an_evaluation_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS another rank may not see the file yet. Alone it would wait for ever, and measure a student that has
+    learnt for the one before."""
+    asked: list[str] = []
+
+    def evaluate() -> Result:
+        asked.append("again")
+        return Result("heldout", "m", {}, {}, {}, {"f1": Value(1.0)})
+
+    run: Any = SimpleNamespace(folder=RunFolder(tmp_path))
+    for _ in range(2):
+        assert _evaluation_once(run, "before", evaluate) == {"f1": 1.0}
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    assert _evaluation_once(SimpleNamespace(folder=RunFolder(tmp_path / "lags")), "before", evaluate) == {}  # type: ignore[arg-type]
+    assert asked == ["again"]
