@@ -99,9 +99,15 @@ class VarlenLayout:
         }
 
     def attend(
-        self, kernel: Kernel, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, *,
-        scale: float, window: int | None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        kernel: Kernel,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
         """Attention output [T, H, D] in the row's order. flash-attn's window counts the tokens before the query."""
         out = kernel(
             query_THD[self.query],
