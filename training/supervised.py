@@ -149,7 +149,8 @@ def run_stage(
         summary = folder.read_json("summary.json") or {}
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
-    if summary.get("status") == "finished" and summary["steps"] >= config.sft.steps and exported(config, folder).is_dir():
+    done = summary.get("status") == "finished" and summary["steps"] >= config.sft.steps
+    if done and exported(config, folder).is_dir():
         if distributed.environment_rank() == 0:
             print(f"stage {number} was finished already; choose another --name to run it anew", flush=True)
         return 0
@@ -185,8 +186,8 @@ def train(
     stage: Stage, actor: Actor, items: Sequence[Item], learnt: Callable[[list[Item]], UpdateInput], term: str
 ) -> dict[str, float]:
     """sft.steps optimizer steps on this rank's share of `items`, from the newest checkpoint on, logged by step, and the
-    export; the steps' seconds. Raises Ended behind a last checkpoint where that is asked for, or where too many updates in a
-    row were skipped. Collective.
+    export; the steps' seconds. Raises Ended behind a last checkpoint where that is asked for, or where too many updates
+    in a row were skipped. Collective.
 
     `learnt` makes the update of a step's items; `term` is the loss that the bar shows.
     """

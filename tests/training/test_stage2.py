@@ -54,5 +54,6 @@ def test_rank_0_says_whether_an_evaluation_is_there(tmp_path: Path, monkeypatch:
     for _ in range(2):
         assert _evaluation_once(run, "before", evaluate) == {"f1": 1.0}
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    assert _evaluation_once(SimpleNamespace(folder=RunFolder(tmp_path / "lags")), "before", evaluate) == {}  # type: ignore[arg-type]
+    lags: Any = SimpleNamespace(folder=RunFolder(tmp_path / "lags"))
+    assert _evaluation_once(lags, "before", evaluate) == {}
     assert asked == ["again"]
