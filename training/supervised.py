@@ -260,13 +260,17 @@ def learn_text(stage: Stage, inputs: tuple[TextBlocks, TextBlocks]) -> str:
     actor = stage.new_actor()
     saved = find_result(file)
     missing = distributed.any_rank(saved is None)
-    measured = saved if saved is not None and not missing else Result(
-        measure="bits_per_byte",
-        model=stage.config.student.path,
-        data={"path": stage.config.data.text, "rows": len(held)},
-        settings={"text_block_tokens": stage.config.data.text_block_tokens},
-        versions=versions("torch", "transformers"),
-        values={"bits_per_byte": Value(bits_per_byte(actor, held))},
+    measured = (
+        saved
+        if saved is not None and not missing
+        else Result(
+            measure="bits_per_byte",
+            model=stage.config.student.path,
+            data={"path": stage.config.data.text, "rows": len(held)},
+            settings={"text_block_tokens": stage.config.data.text_block_tokens},
+            versions=versions("torch", "transformers"),
+            values={"bits_per_byte": Value(bits_per_byte(actor, held))},
+        )
     )
     if missing and distributed.is_main():
         measured.write(file)

@@ -247,7 +247,7 @@ def test_a_run_that_has_stopped_needs_no_room_for_its_summary(
 
 
 def test_a_log_on_a_full_disk_ends_nothing() -> None:
-    full = Path("/dev/full").open("w", buffering=1)
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         list(tqdm(range(3), file=full, mininterval=0))
     stream: Any = Unfailing(full)
