@@ -68,7 +68,7 @@ def train(run: Run, progress: Progress) -> str:
             models.reference.follow(models.actor, step.number)
 
         metrics |= describe(batch, dropped)
-        if metrics["groups/dropped"] > 0 and "loss/total" not in metrics:  # no score was finite: nothing was learnt from
+        if metrics["groups/dropped"] > 0 and "loss/total" not in metrics:  # no score was finite
             metrics["skipped"] = 1.0
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
         metrics |= step.clock.finish()

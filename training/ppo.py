@@ -59,8 +59,8 @@ def penalised_rewards(
 
 def next_kl_coefficient(coef: float, kl: float, config: PPOConfig, responses: int) -> float:
     """The adaptive controller (arXiv 1909.08593, section 2.2): towards `kl_target` nats a token, by at most 20 % of
-    responses / horizon, or of 1 where a step has more. Fixed where no target is set, and as it was behind a step whose KL
-    is not a number."""
+    responses / horizon, or of 1 where a step has more. Fixed where no target is set; a step whose KL is not a number
+    leaves it as it was."""
     if config.kl_target is None or math.isnan(kl):
         return coef
     error = min(max(kl / config.kl_target - 1.0, -0.2), 0.2)

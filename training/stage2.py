@@ -409,8 +409,8 @@ def _check_teacher(run: Run, heldout: Sequence[Prompt]) -> None:
 
 
 def _write_summary(run: Run, progress: Progress, outcome: Mapping[str, Any]) -> None:
-    """summary.json: how far the run came, and its `outcome`. Rank 0 writes. Where the last checkpoint has taken the last
-    of the room, a run that has stopped goes without: its exit code says to start it again."""
+    """summary.json: how far the run came, and its `outcome`. Rank 0 writes. Where its checkpoint has taken the last of
+    the room, a run that has stopped goes without: its exit code says to start it again."""
     if not distributed.is_main():
         return
     summary = {

@@ -145,7 +145,8 @@ def run_stage(
         summary = folder.read_json("summary.json") or {}
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
-    if summary.get("status") == "finished" and summary["steps"] >= config.sft.steps and exported(config, folder).is_dir():
+    done = summary.get("status") == "finished" and summary["steps"] >= config.sft.steps
+    if done and exported(config, folder).is_dir():
         if distributed.environment_rank() == 0:
             print(f"stage {number} was finished already; choose another --name to run it anew", flush=True)
         return 0
@@ -181,8 +182,8 @@ def train(
     stage: Stage, actor: Actor, items: Sequence[Item], learnt: Callable[[list[Item]], UpdateInput], term: str
 ) -> dict[str, float]:
     """sft.steps optimizer steps on this rank's share of `items`, from the newest checkpoint on, logged by step, and the
-    export; the steps' seconds. Raises Ended behind a last checkpoint where that is asked for, or where too many updates in a
-    row were skipped. Collective.
+    export; the steps' seconds. Raises Ended behind a last checkpoint where that is asked for, or where too many updates
+    in a row were skipped. Collective.
 
     `learnt` makes the update of a step's items; `term` is the loss that the bar shows.
     """
@@ -255,13 +256,17 @@ def learn_text(stage: Stage, inputs: tuple[TextBlocks, TextBlocks]) -> str:
     actor = stage.new_actor()
     saved = find_result(file)
     missing = distributed.any_rank(saved is None)
-    measured = saved if saved is not None and not missing else Result(
-        measure="bits_per_byte",
-        model=stage.config.student.path,
-        data={"path": stage.config.data.text, "rows": len(held)},
-        settings={"text_block_tokens": stage.config.data.text_block_tokens},
-        versions=versions("torch", "transformers"),
-        values={"bits_per_byte": Value(bits_per_byte(actor, held))},
+    measured = (
+        saved
+        if saved is not None and not missing
+        else Result(
+            measure="bits_per_byte",
+            model=stage.config.student.path,
+            data={"path": stage.config.data.text, "rows": len(held)},
+            settings={"text_block_tokens": stage.config.data.text_block_tokens},
+            versions=versions("torch", "transformers"),
+            values={"bits_per_byte": Value(bits_per_byte(actor, held))},
+        )
     )
     if missing and distributed.is_main():
         measured.write(file)

@@ -17,9 +17,7 @@ from training.run.run_folder import RunFolder
 from training.stage2 import _evaluation_once, check_served_model
 
 
-def test_a_server_started_again_with_another_model_is_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_started_again_with_another_model_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its hidden states with the output layer of teacher.path would be no model's distribution."""
     for seed in range(2):
         build("llama", tmp_path / f"teacher-{seed}", seed)
@@ -48,11 +46,13 @@ def test_rank_0_says_whether_an_evaluation_is_there(tmp_path: Path, monkeypatch:
 
     def evaluate() -> Result:
         asked.append("again")
-        return Result("heldout", "m", {}, {}, {}, {"f1": Value(1.0)})
+        named: dict[str, Any] = {"data": {}, "settings": {}, "versions": {}}
+        return Result(measure="heldout", model="m", **named, values={"f1": Value(1.0)})
 
     run: Any = SimpleNamespace(folder=RunFolder(tmp_path))
     for _ in range(2):
         assert _evaluation_once(run, "before", evaluate) == {"f1": 1.0}
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    assert _evaluation_once(SimpleNamespace(folder=RunFolder(tmp_path / "lags")), "before", evaluate) == {}  # type: ignore[arg-type]
+    lags: Any = SimpleNamespace(folder=RunFolder(tmp_path / "lags"))
+    assert _evaluation_once(lags, "before", evaluate) == {}
     assert asked == ["again"]

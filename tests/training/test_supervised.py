@@ -23,8 +23,8 @@ from training.supervised import teacher_answers
 
 def line(runs: Path, cache: Path, *arguments: str) -> list[str]:
     """Stage 1 on the tiny demo."""
-    start = [sys.executable, str(ROOT / "training" / "sft.py"), *TINY, "--runs_dir", str(runs), "--cache_dir", str(cache)]
-    return [*start, "--sft.answers", "data", *arguments]
+    folders = ["--runs_dir", str(runs), "--cache_dir", str(cache)]
+    return [sys.executable, str(ROOT / "training" / "sft.py"), *TINY, *folders, "--sft.answers", "data", *arguments]
 
 
 def end_of(run: Path) -> tuple[int, str]:
@@ -77,7 +77,7 @@ def test_a_finished_one_is_not_done_again(tmp_path: Path, demo_cache: Path) -> N
 
 
 def test_no_rank_waits_for_all_of_the_teachers_answers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a large teacher take hours, and a collective gives up after half an hour: there is one for each batch."""
+    """Those of a large teacher take hours, and a collective gives up after half of one: each batch has its own."""
     met: list[bool] = []
     model = tmp_path / "teacher"
     model.mkdir()

@@ -197,8 +197,8 @@ class Checkpoints:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def mark_best(self, step: int) -> None:
-        """`best` names the checkpoint of this step from now on, and it is kept at any age; where it could not be written
-        (checkpoint.on_error) the best one before it stays."""
+        """`best` names the checkpoint of this step from now on, and it is kept at any age. Where it could not be
+        written (checkpoint.on_error) the best one before it stays."""
         self.wait()
         if distributed.is_main() and (self.directory / step_tag(step)).is_dir():
             write_atomically(self.directory / "best", step_tag(step))

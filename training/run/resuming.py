@@ -40,7 +40,8 @@ CHUNK = 1 << 24
 PLACES, PLACE = 64, 1 << 16
 """Of a file of weights, so many places of so many bytes are looked at; all of one that is not larger than that."""
 FREE_SETTINGS = re.compile(
-    r"steps|report_to|export\..*|sft\.(steps|output)|(actor|critic)\.zero_stage|actor\.micro_batch_tokens|threads|runs_dir|cache_dir|name"
+    r"steps|report_to|export\..*|sft\.(steps|output)|(actor|critic)\.zero_stage|actor\.micro_batch_tokens|threads"
+    r"|runs_dir|cache_dir|name"
     r"|checkpoint\..*|(teacher|teachers\[\d+\])\.(address|interface|port|threads|timeout_s|devices|tensor_parallel)"
     r"|(teacher|teachers\[\d+\])\.(url|max_batch_tokens|max_cache_tokens|logit_chunk)|time_limit_s|stuck_timeout_s"
     r"|eval\.batch|sampling\.prompts_at_once|student\.gradient_checkpointing"
@@ -105,8 +106,8 @@ class OpenRun:
 def open_run(folder: RunFolder, config: RunConfig, stages: Mapping[str, int], number: int = 2) -> OpenRun:
     """Claim the folder, find the checkpoint to go on from, and make the folder agree with it. Collective.
 
-    `stages` are the ZeRO stages of the engines by name, `number` is the run's own stage. Raises ValueError where another
-    program writes there, and where there are checkpoints and the run cannot go on from any of them.
+    `stages` are the ZeRO stages of the engines by name, `number` is the run's own stage. Raises ValueError where
+    another program writes there, and where there are checkpoints and the run cannot go on from any of them.
     """
     distributed.together(lambda: claim(folder.path) if distributed.is_main() else None, ValueError)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
@@ -303,8 +304,8 @@ def start_afresh(folder: RunFolder, config: RunConfig, number: int = 2) -> None:
 
 
 def _inputs(config: RunConfig) -> dict[str, tuple[str, str]]:
-    """Path of each model and each file, folder or data set, by the key that names it, and what is in it; "" for nothing,
-    and for the demo."""
+    """Path of each model and each file, folder or data set, by the key that names it, and what is in it; "" for
+    nothing, and for the demo."""
     models = {"student.path": config.student.path, "teacher.path": config.teacher.path}
     models |= {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(config.teachers)}
     names = ("prompts", "warmup", "heldout", "open", "validation", "text")

@@ -51,8 +51,8 @@ ADVICE = {
 }
 """What to lower, by the phase that ran out; elsewhere GENERAL."""
 GENERAL = (
-    "lower actor.micro_batch_tokens, set student.gradient_checkpointing, raise actor.zero_stage, or take more ranks; in a "
-    "new run set actor.offload, or lower sampling.group_size or sampling.max_new_tokens (a group is never cut); "
+    "lower actor.micro_batch_tokens, set student.gradient_checkpointing, raise actor.zero_stage, or take more ranks; "
+    "in a new run set actor.offload, or lower sampling.group_size or sampling.max_new_tokens (a group is never cut); "
     "`python training/main.py --plan` says what a run needs"
 )
 

@@ -48,8 +48,8 @@ Job = Callable[[], dict[str, torch.Tensor]]
 
 
 def start_distributed(stuck_timeout_s: float = 900.0) -> None:
-    """Join the trainer's process group: gloo on CPU, NCCL on CUDA. No collective gives up before the watchdog does, which
-    says who is missing."""
+    """Join the trainer's process group: gloo on CPU, NCCL on CUDA. No collective gives up before the watchdog does,
+    which says who is missing."""
     distributed.ensure_launcher_environment()
     deepspeed_logger.setLevel(logging.ERROR)
     # On CPU, DeepSpeed would compile a shared-memory collective (a minute, and a compiler on every node) that gloo

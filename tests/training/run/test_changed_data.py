@@ -101,7 +101,8 @@ def test_a_copy_elsewhere_is_another_setting(started: tuple[RunFolder, RunConfig
         {"eval": EvalConfig(batch=1)},
         {"sampling": SamplingConfig(prompts_at_once=1)},
         {"student": StudentConfig(gradient_checkpointing=True)},
-        {"teacher": TeacherConfig(tensor_parallel=4, max_batch_tokens=1, max_cache_tokens=1, logit_chunk=1, devices="0")},
+        {"teacher": TeacherConfig(tensor_parallel=4, max_batch_tokens=1, max_cache_tokens=1, logit_chunk=1)},
+        {"teacher": TeacherConfig(devices="0")},
         {"teacher": TeacherConfig(url="http://another-node:8000/v1")},
     ],
 )
@@ -130,16 +131,19 @@ def test_models_that_were_trained_on_are_refused(
     folder, config = started
     for path in ("student", "teacher", "teachers"):
         (tmp_path / path).mkdir()
-        save_file({"a": torch.zeros(10), "middle": torch.zeros(900_000), "z": torch.zeros(9)}, tmp_path / path / "model.safetensors")
+        tensors = {"a": torch.zeros(10), "middle": torch.zeros(900_000), "z": torch.zeros(9)}
+        save_file(tensors, tmp_path / path / "model.safetensors")
     config = replace(
-        config, student=StudentConfig(path=str(tmp_path / "student")), teacher=TeacherConfig(path=str(tmp_path / "teacher")),
+        config,
+        student=StudentConfig(path=str(tmp_path / "student")),
+        teacher=TeacherConfig(path=str(tmp_path / "teacher")),
         teachers=(ExtraTeacherConfig(name="b", path=str(tmp_path / "teachers")),),
-    )  # fmt: skip
+    )
     start_afresh(folder, config)
     (tmp_path / "student" / "README.md").write_text("a card")
     check_settings(folder, config)
     retrained(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"^{name}(\[0\])?\.path = .*put the old model back, or choose another --name$"):
+    with pytest.raises(ValueError, match=rf"^{name}(\[0\])?\.path = .*put the old model back, or choose another"):
         check_settings(folder, config)
 
 

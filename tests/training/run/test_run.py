@@ -95,7 +95,9 @@ def test_the_same_command_again_on_a_finished_run_says_so_quickly(finished_run: 
     assert (finished_run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_start_that_finds_a_summary_has_nothing_left_to_do(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+def test_a_start_that_finds_a_summary_has_nothing_left_to_do(
+    finished_run: Path, tmp_path: Path, demo_cache: Path
+) -> None:
     """What a run gives back is there before summary.json; only the report reads that, and is made if it is missing."""
     summary = (finished_run / "summary.json").stat().st_mtime_ns
     assert (finished_run / "export" / "README.md").stat().st_mtime_ns < summary
@@ -107,7 +109,7 @@ def test_a_start_that_finds_a_summary_has_nothing_left_to_do(finished_run: Path,
 
 
 def test_steps_without_a_signal_are_no_failure(tmp_path: Path, train: Callable[..., Any]) -> None:
-    """Every response is worth the same and such groups are left out: nothing to learn, and no loss that is not finite."""
+    """Every response is worth the same and such groups are left out: nothing is learnt, and every loss is finite."""
     (tmp_path / "alike.py").write_text("def alike(inputs):\n    return [0.0] * len(inputs.lengths_B)\n")
     options = ["--reward", "teacher_logprob", "--rewards.teacher_weight", "0", "--grpo.no_signal", "skip"]
     options += ["--rewards.custom", f"{tmp_path / 'alike.py'}:alike", "--actor.max_skipped", "1", "--steps", "2"]

@@ -202,7 +202,8 @@ def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("rests", [False, True])
 def test_who_is_left_alone_is_not_stuck(rests: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the last collective rank 0 writes a report, or uploads a model, longer than stuck_timeout_s."""
-    port, said = distributed.free_port(), []
+    said: list[str] = []
+    port = distributed.free_port()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     PrefixStore("watchdog", store).set("1", json.dumps(asdict(Place())))
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
@@ -246,7 +247,7 @@ def test_a_run_that_has_stopped_needs_no_room_for_its_summary(
 
 
 def test_a_log_on_a_full_disk_ends_nothing() -> None:
-    full = Path("/dev/full").open("w", buffering=1)
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         list(tqdm(range(3), file=full, mininterval=0))
     stream: Any = Unfailing(full)
