@@ -56,8 +56,8 @@ def penalised_rewards(
 
 
 def next_kl_coefficient(coef: float, kl: float, config: PPOConfig, responses: int) -> float:
-    """The adaptive controller (arXiv 1909.08593, section 2.2): towards `kl_target` nats a token, by at most 20 %, and the
-    less the fewer responses of a horizon a step has. Fixed where no target is set."""
+    """The adaptive controller (arXiv 1909.08593, section 2.2): towards `kl_target` nats a token, by at most 20 %, and
+    by less where a step has fewer responses than the horizon. Fixed where no target is set."""
     if config.kl_target is None:
         return coef
     error = min(max(kl / config.kl_target - 1.0, -0.2), 0.2)
