@@ -179,9 +179,7 @@ def run_all(options: argparse.Namespace, more: Sequence[str]) -> int:
     if options.jobs < 1:
         raise ValueError(f"--jobs = {options.jobs}: must be at least 1")
     pending = [
-        task
-        for task in tasks
-        if not is_finished(options.runs_dir / task.name, plan.steps(task.variant, options.steps))
+        task for task in tasks if not is_finished(options.runs_dir / task.name, plan.steps(task.variant, options.steps))
     ]
     commands = {task.name: command(plan, task, options, more) for task in pending}
     given = values_of(options)

@@ -160,7 +160,7 @@ def continue_texts(
     longest, room = max(map(len, prompts)) + new_tokens, context_length(network)
     if room is not None and longest > room:
         raise ValueError(
-            f"--text: half of a text with its continuation takes up to {longest} tokens, the model has room for {room}; "
+            f"--text: half a text with its continuation takes up to {longest} tokens, the model has room for {room}; "
             "give shorter texts"
         )
     decoding = Decoding(max_new_tokens=new_tokens, batch=64, ends=ends, sampled=True)

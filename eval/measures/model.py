@@ -119,7 +119,7 @@ def forbid_unknown_tokens(network: Any, tokenizer: Any) -> None:
 
 def not_numbers(network: Any) -> ValueError:
     """For logits that are NaN: the likeliest of them would be taken for an answer."""
-    reason = "its logits are not numbers (NaN): the weights are broken, or too large for this type; give another --dtype"
+    reason = "its logits are not numbers (NaN): the weights are broken, or too large for the type; give another --dtype"
     return ValueError(f"{network.name_or_path}: {reason}")
 
 

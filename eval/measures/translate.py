@@ -64,8 +64,13 @@ def translate(model: Model, settings: TranslateSettings) -> Result:
     if kind == "auto":
         kind = "instruct" if model.tokenizer.chat_template else "base"
     settings = replace(settings, kind=kind, few_shot=settings.few_shot if kind == "base" else 0)
-    asked = {"kind": kind, "few_shot": settings.few_shot, "max_new_tokens": settings.max_new_tokens,
-             "dtype": model.dtype, **_signatures()}  # fmt: skip
+    asked: dict[str, Any] = {
+        "kind": kind,
+        "few_shot": settings.few_shot,
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": model.dtype,
+        **_signatures(),
+    }
     if kind == "instruct":
         asked["chat_template_kwargs"] = settings.chat_template_kwargs
     made = {**versions("sacrebleu", "torch", "transformers"), "weights": model.weights}

@@ -239,7 +239,7 @@ def read_euroeval(result: Result, folder: Path) -> Scores:
 
 
 def _questions(folder: Path, task: Mapping[str, Any], metric: str) -> Examples | None:
-    """FoQA's F1 or exact match by question, as the harness scores them, over the iterations that drew it; None for other
+    """FoQA's F1 or exact match by question, as the harness scores it, over the iterations that drew it; None for other
     tasks, or where the generations are not there."""
     file = folder / str(task.get("generations"))
     name = {"f1": "f1", "em": "exact"}.get(metric)

@@ -13,10 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from configs.schema import LossConfig, RunConfig, ScheduleConfig
+from configs.schema import LossConfig, RunConfig, SamplingConfig, ScheduleConfig
 from tests.support.runs import metrics, timeless
 from training.objective import LossWeights
-from training.recipes import RECIPES
+from training.recipes import RECIPES, check_recipe
 
 FEW = ["--eval.questions", "8", "--name", "run"]
 Run = Callable[..., Path]
@@ -149,8 +149,6 @@ def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, train: Call
 
 
 def test_a_recipe_or_a_mixture_that_needs_one_tokenizer_says_so_before_anything_is_built() -> None:
-    from configs.schema import RunConfig, SamplingConfig
-    from training.recipes import check_recipe
     from training.teacher.mixing import check_mixing
 
     for recipe in ("gkd", "sampled_ce"):
@@ -163,15 +161,14 @@ def test_a_recipe_or_a_mixture_that_needs_one_tokenizer_says_so_before_anything_
 
 
 def test_the_course_of_a_weight_holds_for_the_recipes_own_terms() -> None:
-    """seqkd's imitation and gkd's divergence are the loss without being asked for; their weights fall as any other's."""
+    """seqkd's imitation and gkd's divergence are the loss without being asked for; they fall as any other term."""
     course = ScheduleConfig(kind="linear", final=0.0, steps=4)
 
     def at(recipe: str, **loss: Any) -> LossWeights:
-        config = RunConfig(recipe=recipe, loss=LossConfig(bc_schedule=course, single_step_schedule=course, **loss))  # type: ignore[arg-type]
-        return RECIPES[recipe].weights(config, 1, same_tokenizer=True)
+        terms = LossConfig(pt_coef=0.0, bc_schedule=course, single_step_schedule=course, **loss)
+        return RECIPES[recipe].weights(RunConfig(recipe=recipe, loss=terms), 1, same_tokenizer=True)
 
     assert at("seqkd") == LossWeights(bc=0.75)
     assert at("seqkd", bc_coef=2.0) == LossWeights(bc=1.5)
     assert at("gkd") == LossWeights(single_step=0.75)
     assert at("gkd", single_step_coef=2.0) == LossWeights(single_step=1.5)
-    assert RECIPES["gkd"].weights(RunConfig(recipe="gkd"), 1, same_tokenizer=True) == LossWeights(single_step=1.0)

@@ -185,7 +185,8 @@ def plan(tmp_path: Path) -> Plan:
         {"name": "seqkd", "group": "baselines", "what": "supervised", "settings": {}},
     ]
     values = {"seeds": [0, 1], "columns": columns, "variants": variants, "whole": "grpo-minillm",
-              "groups": {"parts": "Parts", "baselines": "Baselines"}, "measures": {"perplexity": {"text": "text.jsonl"}}}  # fmt: skip
+              "groups": {"parts": "Parts", "baselines": "Baselines"},
+              "measures": {"perplexity": {"text": "t"}}}  # fmt: skip
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return read_plan(path)
 

@@ -87,7 +87,7 @@ def test_words_are_those_of_the_rows_in_every_layout(tmp_path: Path) -> None:
     ]
     file = tmp_path / "words.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert vocabulary([file]) == frozenset("hvar í havn sig eina søgu hvør anna setningur".split())
+    assert vocabulary([file]) == {"hvar", "í", "havn", "sig", "eina", "søgu", "hvør", "anna", "setningur"}
 
 
 def test_the_measure_tells_faroese_from_its_neighbours_and_from_noise(tmp_path: Path) -> None:
