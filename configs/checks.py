@@ -123,7 +123,9 @@ def _data_rules(config: RunConfig) -> Rules:
         if slot == "{question}":
             before = "a row's context stands before it in a line of its own, so leave {context} out"
             yield key, "{context}" not in attrgetter(key)(config), before
-    broken = "\\n is a backslash and an n there; for a line break write it between double quotes in YAML, as $'...' in bash"
+    broken = (
+        "\\n is a backslash and an n there; for a line break write it between double quotes in YAML, as $'...' in bash"
+    )
     templates = ("data.template", "rewards.bilingual.template", "rewards.bilingual.instruction")
     for key in (*templates, "student.system_prompt", "teacher.system_prompt"):
         yield key, "\\n" not in (attrgetter(key)(config) or ""), broken
