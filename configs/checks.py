@@ -40,7 +40,9 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for place, item in enumerate(value):
                 check_ranges(item, f"{key}[{place}].")
-        elif value is not None:
+        elif value is None:
+            require(hint is Any or type(None) in get_args(hint), key, None, "give it a value, or leave it out")
+        else:
             for part in (hint, *get_args(hint)):  # the type itself, or one of `type | None`
                 for metadata in getattr(part, "__metadata__", ()):
                     if isinstance(metadata, Range):
