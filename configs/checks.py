@@ -40,7 +40,9 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for place, item in enumerate(value):
                 check_ranges(item, f"{key}[{place}].")
-        elif value is not None:
+        elif value is None:
+            require(hint is Any or type(None) in get_args(hint), key, None, "give it a value, or leave it out")
+        else:
             for part in (hint, *get_args(hint)):  # the type itself, or one of `type | None`
                 for metadata in getattr(part, "__metadata__", ()):
                     if isinstance(metadata, Range):
@@ -123,7 +125,9 @@ def _data_rules(config: RunConfig) -> Rules:
         if slot == "{question}":
             before = "a row's context stands before it in a line of its own, so leave {context} out"
             yield key, "{context}" not in attrgetter(key)(config), before
-    broken = "\\n is a backslash and an n there; for a line break write it between double quotes in YAML, as $'...' in bash"
+    broken = (
+        "\\n is a backslash and an n there; for a line break write it between double quotes in YAML, as $'...' in bash"
+    )
     templates = ("data.template", "rewards.bilingual.template", "rewards.bilingual.instruction")
     for key in (*templates, "student.system_prompt", "teacher.system_prompt"):
         yield key, "\\n" not in (attrgetter(key)(config) or ""), broken

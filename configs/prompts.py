@@ -142,7 +142,9 @@ class Format:
         said = self._applied([*system, *guarded], answering=True)
         for turn in (*system, *guarded[:1]):
             if turn["role"] == "system" and turn["content"].strip() not in said:
-                raise ValueError("its chat template leaves the system message out; put it into the user's first message")
+                raise ValueError(
+                    "its chat template leaves the system message out; put it into the user's first message"
+                )
         return said
 
     def _applied(self, messages: list[dict[str, str]], *, answering: bool) -> str:

@@ -338,7 +338,7 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
         asks = (facts.teacher.prompt(prompt.asked) for prompt in every)
         check_vocabulary("teacher.path", facts.path, facts.teacher, asks)
     with ExitStack() as stack:
-        actor = None if facts is None else stage.new_actor(facts)  # what it refuses is known before the teacher is asked
+        actor = None if facts is None else stage.new_actor(facts)  # before much is asked: it may be refused
         link = None if facts is None else ask_teacher(stage, facts, stack, every)
         if link is None:
             answers_N = [[(prompt.answers[0], True)] for prompt in prompts]

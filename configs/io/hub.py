@@ -70,9 +70,9 @@ def tokenizer_home(directory: str | Path) -> Path:
 def read_tokenizer(auto: Any, directory: str | Path) -> Any:
     """The tokenizer of a model, read by `auto`, transformers' AutoTokenizer. No code in the directory is run.
 
-    Where Mistral's own format (tekken.json) lies beside transformers', the latter is read: with mistral_common installed
-    transformers would take the other, which has no chat template. One in chat_template.json, which transformers gives to
-    processors of images alone, is the tokenizer's where it has none.
+    Where Mistral's own format (tekken.json) lies beside transformers', the latter is read: with mistral_common
+    installed transformers would take the other, which has no chat template. One in chat_template.json, which
+    transformers gives to processors of images alone, is the tokenizer's where it has none.
     """
     home = tokenizer_home(directory)
     both = all((home / name).is_file() for name in ("tekken.json", "tokenizer.json"))

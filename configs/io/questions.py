@@ -26,7 +26,9 @@ def as_question(row: Row, *, answers: bool) -> Row:
     """
     kind = next((key for key in ANSWER if row.get(key) is not None), "question")
     if kind in ("messages", "prompt") and row.get("tools"):
-        raise ValueError("key 'tools': the model is told of none; leave the row out, or its tools where they do not matter")
+        raise ValueError(
+            "key 'tools': the model is told of none; leave the row out, or its tools where they do not matter"
+        )
     found = {key: value for key, value in row.items() if key not in ("messages", "prompt")}
     said: Any = None
     if kind == "instruction":

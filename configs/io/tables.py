@@ -122,8 +122,8 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _raw_lines(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Lines that are not blank, with their places. Binary: a line that is not UTF-8 still has a number, and U+2028 inside a
-    string ends none."""
+    """Lines that are not blank, with their places. Binary: a line that is not UTF-8 still has a number, and U+2028
+    inside a string ends none."""
     with _opened(file) as lines:
         for number, raw in enumerate(iter(lambda: lines.readline(LONGEST + 1), b""), start=1):
             if len(raw) > LONGEST:
@@ -186,7 +186,9 @@ def _read_csv(file: Path) -> Iterator[Placed]:
         try:
             header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             if len(header) == 1 and ";" in header[0]:
-                raise ValueError(f"{file}:1: one column, {header[0]!r}; part columns with commas, or with tabs in a .tsv")
+                raise ValueError(
+                    f"{file}:1: one column, {header[0]!r}; part columns with commas, or with tabs in a .tsv"
+                )
             if twice := [name for n, name in enumerate(header) if name in header[:n]]:
                 raise ValueError(f"{file}:1: column {twice[0]!r} is there twice; write a JSON list in one")
             for row in reader:

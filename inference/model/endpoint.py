@@ -216,9 +216,8 @@ class Endpoint:
             ) from None
         name = self._config.served_name or next(iter(names), "")
         if name not in names or (self._config.served_name is None and len(names) > 1):
-            raise ValueError(
-                f"teacher.served_name = {self._config.served_name!r}: it serves {', '.join(names) or 'nothing'}; name one"
-            )
+            serves = ", ".join(names) or "nothing"
+            raise ValueError(f"teacher.served_name = {self._config.served_name!r}: it serves {serves}; name one")
         return {"owned_by": "", **listed[names.index(name)]}
 
     def _tokens(self, text: str) -> list[int]:

@@ -126,7 +126,7 @@ def _named(key: str) -> Iterator[None]:
 
 def model_directory(key: str, path: str, *, weights: bool = True) -> Path:
     """The directory of a Hugging Face model whose files can be read, or all but its weights, where those are served
-    elsewhere; or of an adapter of such a model. A hub id is downloaded into the hub's cache first. Raises ValueError."""
+    elsewhere; or of an adapter of one. A hub id is downloaded into the hub's cache first. Raises ValueError."""
     directory = find_model(key, path, weights=weights)
     try:
         base = base_of(directory)
@@ -279,8 +279,8 @@ def check_vocabulary(
     tokens: Iterable[Sequence[int]],
     text: TextBlocks | tuple[()] = (),
 ) -> None:
-    """Every token has a row in the embedding of the model `path` of setting `key`: a tokenizer may have grown without its
-    model. Only where it has are the `tokens` and the whole of the raw `text` looked through. Raises ValueError."""
+    """Every token has a row in the embedding of the model `path` of setting `key`: a tokenizer may have grown without
+    its model. Only where it has are the `tokens` and all of the raw `text` looked through. Raises ValueError."""
     rows = AutoConfig.from_pretrained(base_of(path)).get_text_config().vocab_size
     if max([asked.end, *asked.tokenizer.get_vocab().values()]) < rows:
         return

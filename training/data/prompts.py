@@ -36,7 +36,9 @@ def format_of(key: str, model: StudentConfig | TeacherConfig, data: DataConfig) 
     )  # fmt: skip
     for name in ("system_prompt", "chat_template_kwargs"):
         value = getattr(model, name)
-        mend = f"is for a chat template, and the model is asked in plain text; leave it out, or set {key}.prompt to chat"
+        mend = (
+            f"is for a chat template, and the model is asked in plain text; leave it out, or set {key}.prompt to chat"
+        )
         require(found.chat or not value, f"{key}.{name}", value, mend)
     try:
         found.rendered("Hvat?")

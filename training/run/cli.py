@@ -73,15 +73,18 @@ class _Parser(jsonargparse.ArgumentParser):
 
 
 def alike(message: str, known: Sequence[str]) -> list[str]:
-    """Settings that may be meant by the unknown one of jsonargparse's message: those of that name in other sections, or
-    the one that is written most like it."""
+    """Settings that may be meant by the unknown one of jsonargparse's message: the one of its section that is written
+    most like it, or those of that name in other sections."""
     found = UNKNOWN.search(message)
     if found is None:
         return []
     key = ".".join(part for part in found.groups() if part)
-    name = key.rpartition(".")[2]
+    section, _, name = key.rpartition(".")
+    beside = [one for one in known if one.rpartition(".")[0] == section]
     elsewhere = [one for one in known if one.rpartition(".")[2] == name]
-    return elsewhere[:3] or difflib.get_close_matches(key, known, 1, 0.8)
+    return (
+        difflib.get_close_matches(key, beside, 1, 0.8) or elsewhere[:3] or difflib.get_close_matches(key, known, 1, 0.8)
+    )
 
 
 def make_parser(description: str) -> _Parser:
@@ -133,7 +136,10 @@ def instantiate(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -
     files = [word for flag, word in itertools.pairwise(arguments) if flag == "--config"]
     for file in files + [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]:
         try:
-            check_sections(read_yaml(Path(file)), as_dict(RunConfig()))
+            content = read_yaml(Path(file))
+            if not isinstance(content, Mapping):
+                raise ValueError(f"{file}: no settings in it; write a line KEY: VALUE for each")
+            check_sections(content, as_dict(RunConfig()))
         except ValueError as error:
             fail(str(error))
     values = parser.instantiate_classes(parser.parse_args(list(arguments)))

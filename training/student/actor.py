@@ -65,8 +65,8 @@ class Actor:
         )
         if student.adapter.rank == 0 and getattr(policy.model, "hf_quantizer", None) is not None:
             raise ValueError(
-                f"student.path = {str(path)!r}: its weights are quantised, and only an adapter beside them can be trained; "
-                "set student.adapter.rank, or give the unquantised checkpoint"
+                f"student.path = {str(path)!r}: its weights are quantised, and only an adapter beside them can be "
+                "trained; set student.adapter.rank, or give the unquantised checkpoint"
             )
         self.end_tokens = end_tokens(policy, self.asked)
         """Whatever ends a response."""

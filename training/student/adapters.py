@@ -73,7 +73,7 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
     for target in targets if isinstance(targets, list) else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):  # peft asks for one of them alone
             raise ValueError(
-                f"student.adapter.targets = {config.targets!r}: no matrix of the model is called {target!r}; mend the name"
+                f"student.adapter.targets = {config.targets!r}: no matrix in it is called {target!r}; mend the name"
             )
     embedding = model.get_input_embeddings().weight
     for name, layer in _layers(model):

@@ -56,7 +56,9 @@ def load_policy(
         config = AutoConfig.from_pretrained(path)
         without_dropout(config)
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, config=config, output_loading_info=True, **options
+            )
         except (ImportError, OSError, ValueError) as error:  # quantised in a way whose library is not here
             said = " ".join(str(error).split())[:300]
             raise ValueError(f"student.path = {str(path)!r}: transformers does not load it ({said})") from None

@@ -247,7 +247,9 @@ def check_access() -> None:
 
 def answer_questions(config: ApiConfig, questions: Path, output: Path, system: str, cache: Path) -> int:
     """Ask every question of a JSONL file, write those answered; returns how many were not."""
-    require(questions.resolve() != output.resolve(), "--output", str(output), "is --questions itself; name another file")
+    require(
+        questions.resolve() != output.resolve(), "--output", str(output), "is --questions itself; name another file"
+    )
     rows = read_questions(questions, answers=False)
     teacher = ApiTeacher(config, cache)
     replies = teacher.ask([_question(row, system) for row in rows])

@@ -41,7 +41,9 @@ def test_a_prompt_that_a_teacher_has_no_room_for_is_named(tmp_path: Path) -> Non
     check_served_room("teacher.path", link, config, [prompt])  # type: ignore[arg-type]  # looked through once
 
 
-REFUSES = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}ok"
+REFUSES = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}ok"
+)
 
 
 def test_a_teachers_template_takes_every_prompt_before_the_first_step() -> None:
@@ -148,7 +150,9 @@ def test_a_text_is_looked_through_only_where_the_tokenizer_has_more_than_the_mod
     tokenizer.add_tokens(["Streymoy"])
     asked = Format(tokenizer)
     prompts = (asked.prompt(text) for text in ("the sea", "Streymoy"))
-    with pytest.raises(ValueError, match=r"^teachers\[0\]\.path = .*: its tokenizer gives token 400, and the model has"):
+    with pytest.raises(
+        ValueError, match=r"^teachers\[0\]\.path = .*: its tokenizer gives token 400, and the model has"
+    ):
         check_vocabulary("teachers[0].path", model, asked, prompts)
     check_vocabulary("teachers[0].path", model, asked, (asked.prompt("the sea"),))
 

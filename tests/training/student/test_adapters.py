@@ -118,7 +118,7 @@ def test_a_target_that_no_module_has_is_named(tmp_path: Path) -> None:
     save("llama", tmp_path)
     with pytest.raises(ValueError, match=r"student.adapter.targets = 'wq'"):
         load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=4, targets="wq"))
-    with pytest.raises(ValueError, match=r"student.adapter.targets = .*no matrix of the model is called 'v_prj'"):
+    with pytest.raises(ValueError, match=r"student.adapter.targets = .*no matrix in it is called 'v_prj'"):
         load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=4, targets="q_proj,v_prj"))
     policy = load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=4, targets="q_proj, v_proj"))
     adapted = {name.split(".")[-4] for name, p in policy.named_parameters() if p.requires_grad}

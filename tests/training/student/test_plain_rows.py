@@ -71,8 +71,8 @@ def test_a_window_that_only_a_mask_says_is_seen_however_long_it_is(tmp_path: Pat
     torch.manual_seed(0)
     config = transformers.PhimoeConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64, sliding_window=16, initializer_range=0.3,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64, sliding_window=16,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path)
