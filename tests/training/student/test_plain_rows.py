@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,4 +107,13 @@ def test_weights_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"its weights lack 1 tensors .model\.layers\.1\.mlp\.up_proj"):
+        load_policy(tmp_path, "float32")
+
+
+def test_quantised_weights_whose_library_is_not_here_are_named(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    file = tmp_path / "config.json"
+    how = {"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": how}))
+    with pytest.raises(ValueError, match=r"^student\.path = .*: transformers does not load it \("):
         load_policy(tmp_path, "float32")
