@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.runs import ROOT, finish_ranks
+from tests.support.forked import finish_ranks
+from tests.support.runs import ROOT
 from tests.support.student_models import save
 from tests.support.teacher_models import save_tokenizer
 
