@@ -122,39 +122,6 @@ def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> N
     assert second["from_step"] >= 2
 
 
-def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
-    """USR1 in the middle of a step: it is left, and the next start takes it as an unbroken run does; that start has a
-    limited time, and ends by itself before it is over."""
-    passes = ["--actor.micro_batch_tokens", "64"]  # many places to leave at
-    begun = time.monotonic()
-    with running(tmp_path, demo_cache, *FOREVER, *passes) as process:
-        wait_for(lambda: steps_done(tmp_path) >= 1, tmp_path, process)
-        started_s = time.monotonic() - begun
-        time.sleep(metrics(tmp_path / NAME)[0]["seconds/total"] / 3)
-        os.kill(process.pid, signal.SIGUSR1)
-        assert process.wait(400) == 75
-        assert all_gone(tmp_path)
-    (first,) = starts(tmp_path)
-    assert (first["reason"], first["exit_code"], first["from_step"]) == ("SIGUSR1", 75, 0)
-    assert f"left step {first['step'] + 1} before it changed anything (SIGUSR1)" in said(tmp_path)
-    assert (tmp_path / NAME / "checkpoints" / "latest").read_text() == f"step-{first['step']:06d}"
-
-    limit_s = 2 * started_s + 20
-    end = time.time() + limit_s
-    slurm = {"SLURM_JOB_END_TIME": str(int(end)), "SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "17"}
-    with running(tmp_path, demo_cache, *FOREVER, *passes, **slurm) as process:
-        assert process.wait(limit_s) == 75
-        assert time.time() < end
-    second = starts(tmp_path)[1]
-    assert (second["reason"], second["exit_code"], second["from_step"]) == ("time limit", 75, first["step"])
-    assert (second["slurm_job"], second["slurm_restart_count"]) == ("17", 1)
-    rows = timeless(metrics(tmp_path / NAME))
-    assert [row["step"] for row in rows] == list(range(1, second["step"] + 1))
-    for one, two in zip(timeless(metrics(finished_run)), rows[:3], strict=True):
-        for key in one:
-            assert two[key] == pytest.approx(one[key], abs=1e-3), key
-
-
 def test_a_lost_teacher(tmp_path: Path, demo_cache: Path) -> None:
     """Its server is killed: the ranks wait as long as they may, leave the step, write a checkpoint and ask to be
     started again."""
@@ -224,3 +191,36 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, demo_cache: Path) -> None
     assert {name: (kept / name).stat().st_size for name in manifest["files"]} == {
         name: entry["size"] for name, entry in manifest["files"].items()
     }
+
+
+def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    """USR1 in the middle of a step: it is left, and the next start takes it as an unbroken run does; that start has a
+    limited time, and ends by itself before it is over. Last here, when the other files of `make test` are through."""
+    passes = ["--actor.micro_batch_tokens", "64"]  # many places to leave at
+    begun = time.monotonic()
+    with running(tmp_path, demo_cache, *FOREVER, *passes) as process:
+        wait_for(lambda: steps_done(tmp_path) >= 1, tmp_path, process)
+        started_s = time.monotonic() - begun
+        time.sleep(metrics(tmp_path / NAME)[0]["seconds/total"] / 3)
+        os.kill(process.pid, signal.SIGUSR1)
+        assert process.wait(400) == 75
+        assert all_gone(tmp_path)
+    (first,) = starts(tmp_path)
+    assert (first["reason"], first["exit_code"], first["from_step"]) == ("SIGUSR1", 75, 0)
+    assert f"left step {first['step'] + 1} before it changed anything (SIGUSR1)" in said(tmp_path)
+    assert (tmp_path / NAME / "checkpoints" / "latest").read_text() == f"step-{first['step']:06d}"
+
+    limit_s = 2 * started_s + 20
+    end = time.time() + limit_s
+    slurm = {"SLURM_JOB_END_TIME": str(int(end)), "SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "17"}
+    with running(tmp_path, demo_cache, *FOREVER, *passes, **slurm) as process:
+        assert process.wait(limit_s) == 75
+        assert time.time() < end
+    second = starts(tmp_path)[1]
+    assert (second["reason"], second["exit_code"], second["from_step"]) == ("time limit", 75, first["step"])
+    assert (second["slurm_job"], second["slurm_restart_count"]) == ("17", 1)
+    rows = timeless(metrics(tmp_path / NAME))
+    assert [row["step"] for row in rows] == list(range(1, second["step"] + 1))
+    for one, two in zip(timeless(metrics(finished_run)), rows[:3], strict=True):
+        for key in one:
+            assert two[key] == pytest.approx(one[key], abs=1e-3), key
