@@ -210,7 +210,7 @@ def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_p
     assert f"left step {first['step'] + 1} before it changed anything (SIGUSR1)" in said(tmp_path)
     assert (tmp_path / NAME / "checkpoints" / "latest").read_text() == f"step-{first['step']:06d}"
 
-    limit_s = 2 * started_s + 20
+    limit_s = 3 * started_s + 30
     end = time.time() + limit_s
     slurm = {"SLURM_JOB_END_TIME": str(int(end)), "SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "17"}
     with running(tmp_path, demo_cache, *FOREVER, *passes, **slurm) as process:
