@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from configs.checks import names_setting
 from configs.io.results import read_result
 from configs.schema import RunConfig, validate
 from tests.support.forked import finish_forked
-from tests.support.runs import ROOT, command, environment, metrics
+from tests.support.runs import command, metrics
 from tests.support.student_models import save
 from tests.support.teacher_models import save_tokenizer
+from tests.support.teacher_servers import SECRET, served
 from tests.support.tiny_tokenizers import save_tiny
 from training.main import main
 from training.run.cli import instantiate, make_parser
@@ -205,7 +205,9 @@ def test_a_text_of_few_blocks_is_used_as_it_is(tmp_path: Path) -> None:
     paths |= {"data.prompts": "rows.jsonl", "data.heldout": "rows.jsonl"}
     small = ["--data.text_block_tokens", "64", "--sampling.max_new_tokens", "4", "--steps", "2"]
     settings = [word for key, name in paths.items() for word in (f"--{key}", str(tmp_path / name))]
-    done = finish_forked(command(tmp_path / "runs", tmp_path / "cache", *settings, *small))
+    with served(tmp_path / "teacher", tmp_path) as there:
+        line = command(tmp_path / "runs", tmp_path / "cache", *settings, *small, *there)
+        done = finish_forked(line, GRPO_KD_TEACHER_SECRET=SECRET)
     assert f"loss.pt_batch = 8: data.text = '{text}' has " in done.stderr
     assert "blocks of data.text_block_tokens; each step takes all" in done.stderr
     steps = metrics(tmp_path / "runs" / "grpo-minillm")
@@ -214,12 +216,7 @@ def test_a_text_of_few_blocks_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_an_uneven_share_of_prompts_is_refused(demo_cache: Path, tmp_path: Path) -> None:
-    env = environment() | {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}
-    done = subprocess.run(
-        command(tmp_path, demo_cache),
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 2
+    done = finish_forked(command(tmp_path, demo_cache), code=2, WORLD_SIZE="3", RANK="0", LOCAL_RANK="0")
     assert "prompts_per_step = 8: must be a multiple of the 3 ranks" in done.stderr
 
 

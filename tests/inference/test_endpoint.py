@@ -19,7 +19,7 @@ from inference.model.backend import Unavailable, check_teacher
 from inference.model.endpoint import Endpoint
 from inference.protocol.wire import Request, WireError
 from tests.support.forked import finish_forked
-from tests.support.runs import command, finish, metrics
+from tests.support.runs import command, metrics
 from tests.support.served_model import ServedModel
 from tests.support.tiny_tokenizers import save_tiny
 from training.data.demo.models import ensure_demo
@@ -185,7 +185,8 @@ def test_what_needs_no_whole_distribution_runs_and_the_rest_is_refused(
         finish_forked(command(tmp_path / "seqkd", demo_cache, *common, "--recipe", "seqkd"))
         done = finish_forked(command(tmp_path / "exact", demo_cache, *common), code=2)
         assert "so its whole distribution cannot be had; set loss.single_step_entries to 16" in done.stderr
-        done = finish(command(tmp_path / "doctor", demo_cache, *common, "--loss.single_step_entries", "8", "--doctor"))
+        asked = [*common, "--loss.single_step_entries", "8", "--doctor"]
+        done = finish_forked(command(tmp_path / "doctor", demo_cache, *asked))
         assert "not checked: the teacher's backend gives no hidden states" in done.stdout
         assert re.search(r"^KL reference +skipped: ", done.stdout, re.MULTILINE), done.stdout
         assert not (tmp_path / "doctor").exists(), "nothing is written"

@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from configs.io.results import read_result
-from tests.support.forked import finish_forked
-from tests.support.runs import ROOT, command, finish, metrics, timeless
+from tests.support.forked import finish_forked, finish_ranks
+from tests.support.runs import ROOT, command, metrics, timeless
 from tests.support.teacher_servers import SECRET
 
 PYTHON = sys.executable
@@ -75,7 +75,8 @@ def test_two_ranks_under_zero_3_sample_and_learn_what_one_rank_does(
 ) -> None:
     """The other stages: tests/training/student/test_ranks.py."""
     options = ("--steps", "3", "--actor.zero_stage", "3", "--sampling.prompts_at_once", "3")
-    finish(command(tmp_path, demo_cache, *demo_teacher, *options, ranks=2), GRPO_KD_TEACHER_SECRET=SECRET)
+    line = command(tmp_path, demo_cache, *demo_teacher, *options)
+    finish_ranks(line, 2, tmp_path, 600, GRPO_KD_TEACHER_SECRET=SECRET)
     run = tmp_path / "grpo-minillm"
 
     def first_samples(path: Path) -> list[dict[str, object]]:
@@ -127,7 +128,7 @@ def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo
 
 
 def test_the_export_is_scored_as_the_trainer_did(finished_run: Path) -> None:
-    done = finish([PYTHON, str(ROOT / "eval" / "heldout.py"), "--runs_dir", str(finished_run.parent)])
+    done = finish_forked([PYTHON, str(ROOT / "eval" / "heldout.py"), "--runs_dir", str(finished_run.parent)])
     assert "f1" in done.stdout
     ours = read_result(finished_run / "eval" / "after.json")
     judged = read_result(finished_run / "eval" / "heldout.json")
@@ -140,7 +141,8 @@ def test_the_export_is_scored_as_the_trainer_did(finished_run: Path) -> None:
 def test_stage_1_with_the_teachers_answers_asks_no_question_twice(tmp_path: Path, demo_cache: Path) -> None:
     start = [PYTHON, str(ROOT / "training" / "sft.py"), "--demo_size", "tiny"]
     rest = ["--runs_dir", str(tmp_path), "--cache_dir", str(demo_cache), "--sft.samples", "2", "--sft.steps", "5"]
-    finish_forked([*start, *rest, "--threads", "1"])
+    rest += ["--threads", "1", "--eval.questions", "24"]
+    finish_forked([*start, *rest])
     newest = max(demo_cache.glob("teacher-answers-*.json"), key=lambda file: file.stat().st_mtime_ns)
     known, written = json.loads(newest.read_text()), newest.stat().st_mtime_ns
     assert len(known) > 1000
@@ -149,6 +151,6 @@ def test_stage_1_with_the_teachers_answers_asks_no_question_twice(tmp_path: Path
     assert set(scores) == {"f1", "exact_match", "reverse_kl", "open_right", "open_different", "open_kl"}
     assert scores["reverse_kl"] > 0
     # A second time the file is read, and not written again.
-    finish_forked([*start, *rest, "--threads", "1", "--name", "again"])
+    finish_forked([*start, *rest, "--name", "again"])
     assert newest.stat().st_mtime_ns == written
     assert (tmp_path / "again" / "export" / "model.safetensors").is_file()

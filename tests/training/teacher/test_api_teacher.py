@@ -19,7 +19,8 @@ from configs.learning import ApiConfig, RewardConfig
 from configs.schema import RunConfig
 from rewards.base import RewardInput
 from tests.support.api_endpoint import FAULTS, Endpoint
-from tests.support.runs import ROOT, environment, finish, metrics
+from tests.support.forked import finish_forked
+from tests.support.runs import ROOT, environment, metrics
 from training import distributed
 from training.teacher.api_cache import ReplyCache, StoredReply
 from training.teacher.api_teacher import KEY, ApiRefused, ApiTeacher, Judge, Messages, parse_mark
@@ -156,7 +157,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
         assert not output.exists()
         time.sleep(0.4)  # what was under way at the endpoint is through
         before = Counter(json.loads(line) for line in log.read_text().splitlines())
-        done = finish(ask)
+        done = finish_forked(ask)
         after = Counter(json.loads(line) for line in log.read_text().splitlines())
     finally:
         assert server.stdin is not None
@@ -176,7 +177,7 @@ def test_the_program_reports_what_stays_open_and_says_again(tmp_path: Path) -> N
         ask = [sys.executable, str(ROOT / "training" / "teacher" / "api_teacher.py"), "--questions", str(questions),
                "--output", str(tmp_path / "out.jsonl"), "--cache_dir", str(tmp_path), "--api.model", "m",
                "--api.base_url", endpoint.url, "--api.attempts", "2"]  # fmt: skip
-        done = finish(ask, code=75)
+        done = finish_forked(ask, code=75)
     assert "1 of 2 answered" in done.stdout
     assert "no answer after 2 attempts (status 500)" in done.stderr
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {
