@@ -479,7 +479,7 @@ def set_threads(config: RunConfig) -> None:
 
 def quiet_logging() -> None:
     """Our own messages in one line each; libraries only when something is wrong. No message ends a run."""
-    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("training").setLevel(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)  # libraries about each other
