@@ -33,7 +33,7 @@ def merged_model(path: str | Path, dtype: torch.dtype) -> Any:
     for module in model.modules():  # peft reads the model's configuration itself, dropout and all (trap 19)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model
+    return model.requires_grad_(True)  # peft has frozen it
 
 
 def quantization(dtype: torch.dtype) -> Any:
