@@ -17,7 +17,10 @@ from configs.schema import LossConfig, RunConfig, SamplingConfig, ScheduleConfig
 from tests.support.runs import metrics, timeless
 from training.objective import LossWeights
 from training.recipes import RECIPES, check_recipe
+from training.run.cli import DEMO_CONFIGS, load_config
 
+PT = load_config(DEMO_CONFIGS / "grpo_minillm.yaml").loss.pt_coef or 0.0
+"""What the demo weighs L_PT by."""
 FEW = ["--eval.questions", "8", "--name", "run"]
 Run = Callable[..., Path]
 
@@ -54,7 +57,7 @@ def test_sampled_cross_entropy_falls_on_the_teachers_answers(tmp_path: Path, run
     rows = metrics(run(tmp_path, *options, "64"))
     assert rows[-1]["loss/single_step"] < rows[0]["loss/single_step"]
     assert rows[-1]["loss/total"] == pytest.approx(
-        rows[-1]["loss/single_step"] + 0.1 * rows[-1]["loss/pt"], rel=1e-4
+        rows[-1]["loss/single_step"] + PT * rows[-1]["loss/pt"], rel=1e-4
     )  # no policy gradient
 
 
@@ -64,7 +67,7 @@ def test_gkd_is_a_divergence_on_the_students_own_answers(tmp_path: Path, run: Ru
     # beta 1 is the reverse KL, whose estimate from the same samples is kl/teacher.
     assert rows[0]["loss/single_step"] == pytest.approx(rows[0]["kl/teacher"], rel=0.5)
     assert rows[-1]["loss/single_step"] < rows[0]["loss/single_step"]
-    assert rows[-1]["loss/total"] == pytest.approx(rows[-1]["loss/single_step"] + 0.1 * rows[-1]["loss/pt"], rel=1e-4)
+    assert rows[-1]["loss/total"] == pytest.approx(rows[-1]["loss/single_step"] + PT * rows[-1]["loss/pt"], rel=1e-4)
 
 
 def test_bond_imitates_the_best_and_climbs_the_quantile(tmp_path: Path, run: Run) -> None:
@@ -102,9 +105,9 @@ def test_everything_around_the_loop_at_once(tmp_path: Path, run: Run) -> None:
     assert sum(shares) == pytest.approx(1.0)
     assert [("loss/supervised_phase" in row) for row in rows] == [False, True, False]
     assert all(0.5 < row["importance/mean"] < 1.5 for row in rows)
-    for step, row in enumerate(rows):  # lambda_PT falls from 0.1 to 0 over three steps
+    for step, row in enumerate(rows):  # lambda_PT falls to 0 over three steps
         terms = row["loss/policy"] + 0.1 * row["loss/kl"] + row["loss/single_step"]
-        assert row["loss/total"] == pytest.approx(terms + 0.1 * (1 - step / 3) * row["loss/pt"], rel=1e-4)
+        assert row["loss/total"] == pytest.approx(terms + PT * (1 - step / 3) * row["loss/pt"], rel=1e-4)
     # A moving reference is part of the checkpoint: from that of step 3 the run goes on as if it had not stopped.
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "step-000004")

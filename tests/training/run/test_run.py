@@ -42,7 +42,7 @@ def test_the_run_folder_holds_what_the_documentation_says(finished_run: Path) ->
     assert (finished_run / "report.html").stat().st_size > 10_000
     assert yaml.safe_load((finished_run / "config.yaml").read_text())["student"]["path"] != "demo"
     samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
-    assert len(samples[0]["responses"]) == 8
+    assert len(samples[0]["responses"]) == 4
     assert list((finished_run / "tensorboard").glob("events.*"))
     assert (finished_run / "checkpoints" / "latest").read_text() == "step-000003"
 
