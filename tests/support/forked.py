@@ -7,6 +7,7 @@ launcher) it shows with `runs.finish` and `teacher_servers.serve`.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -31,6 +32,7 @@ class Forked:
         """The environment is runs.environment() with `variables`; outputs are appended to the files."""
         _, script, *arguments = command
         given = (Path(script), arguments, environment() | variables, (stdout, stderr))
+        self._stderr = stderr
         self._process = _FORKING.Process(target=_run, args=given, daemon=True)
         self._process.start()
         assert self._process.pid is not None
@@ -43,7 +45,10 @@ class Forked:
         self._process.join(timeout)
         code = self._process.exitcode
         if code is None:
-            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
+            self.send_signal(signal.SIGABRT)  # where each of its threads is (faulthandler)
+            self._process.join(10)
+            said = self._stderr.read_text(encoding="utf-8", errors="replace")[-6000:]
+            raise AssertionError(f"not ended after {timeout} s; it said:\n{said}")
         return code
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -100,6 +105,7 @@ def _run(script: Path, arguments: list[str], variables: dict[str, str], outputs:
     multiprocessing.set_start_method("fork", force=True)  # as it is by default
     for descriptor, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    faulthandler.enable(2)
     sys.argv = [str(script), *arguments]
     from eval import report
     from training import stage2
