@@ -5,12 +5,13 @@ ENV := export GRPO_KD_NEEDS=dev; source slurm/env.sh
 
 .PHONY: test test-slow test-slurm lint format demo clean
 
-# Files side by side, a process for each core; then, one after the other, what is held to seconds. Both use one demo.
+# Files side by side, a process more than cores as one often waits; then what is held to seconds, two at a time. Both use one demo.
 test: lint
 	@$(ENV) && export GRPO_KD_TESTS_SHARED=$$(mktemp -d) && trap 'rm -rf $$GRPO_KD_TESTS_SHARED' EXIT && \
-	python -m pytest -m "not slow and not gpu and not alone" -n "$$(nproc)" --dist loadfile \
+	python -m pytest -m "not slow and not gpu and not alone" -n "$$(($$(nproc) + 1))" --dist loadfile \
 		--no-loadscope-reorder --durations 30 --durations-min 10 && \
-	python -m pytest -m "alone and not slow and not gpu" --durations 10 $$(grep -rl --include="*.py" "mark[.]alone" tests)
+	python -m pytest -m "alone and not slow and not gpu" -n 2 --dist loadfile --durations 10 \
+		$$(grep -rl --include="*.py" "mark[.]alone" tests)
 
 test-slow:
 	@$(ENV) && python -m pytest -m "slow and not gpu" --timeout 3600

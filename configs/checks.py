@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from configs.models import DEMO
 from configs.ranges import Range
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for place, item in enumerate(value):
                 check_ranges(item, f"{key}[{place}].")
-        elif value is not None:
+        elif value is None:
+            require(hint is Any or type(None) in get_args(hint), key, None, "give it a value, or leave it out")
+        else:
             for part in (hint, *get_args(hint)):  # the type itself, or one of `type | None`
                 for metadata in getattr(part, "__metadata__", ()):
                     if isinstance(metadata, Range):
@@ -55,12 +58,15 @@ def validate(config: RunConfig) -> None:
             require(holds, key, attrgetter(key)(config), mend)
     try:
         re.compile(config.rewards.format_pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         require(False, "rewards.format_pattern", config.rewards.format_pattern, f"is no regular expression: {error}")
     names = [teacher.name for teacher in config.teachers]
     for i, name in enumerate(names):
         named = bool(re.fullmatch(r"[\w.-]+", name)) and name not in names[:i]
         require(named, f"teachers[{i}].name", name, "give each its own name of letters, digits, `.`, `_` and `-`")
+        path = config.teachers[i].path
+        mend = "name its model: the demo's teacher goes with the demo alone"
+        require(path != DEMO or config.teacher.path == DEMO, f"teachers[{i}].path", path, mend)
 
 
 def is_folder_name(name: str) -> bool:
@@ -80,8 +86,8 @@ def _run_rules(config: RunConfig) -> Rules:
         "must be a plain folder name, in one line; choose the parent with runs_dir",
     )
     for key in ("runs_dir", "cache_dir", "sft.output"):
-        at_home = str(attrgetter(key)(config)).startswith("~")
-        yield key, not at_home, "write the whole path: `~` would be a folder of that name"
+        unread = re.match(r"~|.*\$[A-Za-z{]", str(attrgetter(key)(config)))
+        yield key, unread is None, "write the whole path: `~` or `$NAME` would be a folder of that name"
     updates = config.actor.updates_per_rollout
     yield (
         "prompts_per_step",
@@ -116,6 +122,15 @@ def _data_rules(config: RunConfig) -> Rules:
         ("rewards.bilingual.template", "{question}"),
     ):
         yield key, slot in attrgetter(key)(config), f"must contain {slot}"
+        if slot == "{question}":
+            before = "a row's context stands before it in a line of its own, so leave {context} out"
+            yield key, "{context}" not in attrgetter(key)(config), before
+    broken = (
+        "\\n is a backslash and an n there; for a line break write it between double quotes in YAML, as $'...' in bash"
+    )
+    templates = ("data.template", "rewards.bilingual.template", "rewards.bilingual.instruction")
+    for key in (*templates, "student.system_prompt", "teacher.system_prompt"):
+        yield key, "\\n" not in (attrgetter(key)(config) or ""), broken
 
 
 def _sampling_rules(config: RunConfig) -> Rules:

@@ -12,6 +12,7 @@ from configs.ranges import (
     NonNegativeFloat,
     NonNegativeInt,
     OpenUnitInterval,
+    PositiveFinite,
     PositiveFloat,
     PositiveInt,
     ZeroToBelowOne,
@@ -26,7 +27,7 @@ class SamplingConfig:
     """G: responses to each prompt. GRPO needs at least 2."""
     max_new_tokens: PositiveInt = 64
     """Longest response, in tokens."""
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveFinite = 1.0
     """Softmax temperature of sampling and of every policy log-probability."""
     prompts_at_once: NonNegativeInt = 0
     """Prompts that a rank samples at a time: the cache is that much smaller, and the teacher scores them while the next
@@ -44,7 +45,7 @@ class SamplingConfig:
 class ActorConfig:
     """Optimisation of the student with DeepSpeed."""
 
-    learning_rate: PositiveFloat = 1e-6
+    learning_rate: PositiveFinite = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of the learning rate from the end of warm-up to the last step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configs.ranges import Finite, NonNegativeInt, PositiveFloat, PositiveInt
+from configs.ranges import Finite, NonNegativeInt, PositiveFinite, PositiveFloat, PositiveInt
 
 DEMO = "demo"
 """A path with this value means: the embedded Faroese demo, built on first use."""
@@ -124,7 +124,7 @@ class ExtraTeacherConfig(TeacherConfig):
 class CriticConfig:
     """The value model (PPO): a second DeepSpeed engine, on a copy of the student's backbone."""
 
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: PositiveFinite = 1e-5
     """Peak learning rate of AdamW; schedule and warm-up are the actor's."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""

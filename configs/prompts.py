@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 PromptKind = Literal["auto", "plain", "chat"]
@@ -111,6 +112,15 @@ class Format:
         """Token ids of a text that is only text: the names of special symbols in it are spelt out."""
         return self._pieces(self._guarded(text, ""))
 
+    def said(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, without special symbols and stripped."""
+        stretches = groupby(tokens, self._garbled.get)
+        parts = (
+            self.tokenizer.decode(list(run), skip_special_tokens=True) if word is None else word * len(list(run))
+            for word, run in stretches
+        )
+        return "".join(parts).strip()
+
     def placed(self, text: str) -> list[tuple[int, int]]:
         """The same, each with the character of the text where it begins; by a fast tokenizer only."""
         found: list[tuple[int, int]] = []
@@ -129,7 +139,13 @@ class Format:
         own = self.system is not None and turns[0]["role"] != "system"
         system = [{"role": "system", "content": str(self.system)}] if own else []
         guarded = [{**turn, "content": self._guarded(turn["content"], self.parsed)} for turn in turns]
-        return self._applied([*system, *guarded], answering=True)
+        said = self._applied([*system, *guarded], answering=True)
+        for turn in (*system, *guarded[:1]):
+            if turn["role"] == "system" and turn["content"].strip() not in said:
+                raise ValueError(
+                    "its chat template leaves the system message out; put it into the user's first message"
+                )
+        return said
 
     def _applied(self, messages: list[dict[str, str]], *, answering: bool) -> str:
         try:
@@ -158,6 +174,13 @@ class Format:
             return text
         either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
         return re.sub(either, lambda found: f"{_MARK}{found[0]}{_MARK}", text)
+
+    @cached_property
+    def _garbled(self) -> dict[int, str]:
+        """Added words, by id, that the tokenizer would write wrong: a byte-level one takes their letters for bytes."""
+        added = {i: str(token.content) for i, token in self.tokenizer.added_tokens_decoder.items() if not token.special}
+        odd = {i: word for i, word in added.items() if not word.isascii()}
+        return {i: word for i, word in odd.items() if self.tokenizer.decode([i]).strip() != word.strip()}
 
     @cached_property
     def _symbols(self) -> set[str]:

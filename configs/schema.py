@@ -34,7 +34,7 @@ from configs.models import (
     StudentConfig,
     TeacherConfig,
 )
-from configs.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from configs.ranges import AtLeastTwo, NonNegativeInt, PositiveFinite, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class SFTConfig:
     """Optimizer steps."""
     batch: PositiveInt = 32
     """Examples a step, over all ranks."""
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: PositiveFinite = 1e-5
     """Peak learning rate; the rest of the optimizer is the actor's."""
     answers: Literal["data", "teacher"] = "data"
     """Train on the answers in data.warmup, or on the teacher's to data.prompts (asked through its server, cached)."""
@@ -228,11 +228,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_sections(values: Any, known: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises ValueError where settings, as a YAML file has them, have a section with nothing below it. `known`: the
-    sections that there are, as `as_dict` has them."""
+    """Raises ValueError where settings, as a YAML file has them, have a section with nothing below it, or no settings.
+    `known`: the sections that there are, as `as_dict` has them."""
     for key, value in values.items() if isinstance(values, Mapping) else ():
         below = known.get(key)
         if isinstance(below, Mapping | list) and value is None:
             raise ValueError(f"{prefix}{key}: nothing stands below it; give it a setting, or leave it out")
+        if isinstance(below, Mapping) and not isinstance(value, Mapping | str):
+            raise ValueError(f"{prefix}{key} = {value!r}: write its settings below it, each as KEY: VALUE")
         if isinstance(below, Mapping):
             check_sections(value, below, f"{prefix}{key}.")

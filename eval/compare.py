@@ -21,21 +21,22 @@ if not __package__:  # started as a script: our folders first, and no file of th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.io.files import write_atomically
-from configs.schema import RunConfig
+from eval.cli import exit_code, parser_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line that says what to mend."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--run", type=Path, nargs="+", help="folders of runs (default: the newest one)")
     parser.add_argument("--model", nargs="+", default=[], help="other models that were evaluated: directories, hub ids")
-    parser.add_argument("--runs_dir", type=Path, default=Path(RunConfig().runs_dir), help="folder of all runs")
     parser.add_argument("--out", type=Path, help="folder of the output (default: the first run's)")
     parser.add_argument("--no_published", action="store_true", help="without the figures of eval/pages/published.yaml")
     options = parser.parse_args(arguments)
+    return exit_code(lambda: write_all(options))
 
+
+def write_all(options: argparse.Namespace) -> None:
+    """Tables, pages and plots. Raises ValueError where something is to be mended."""
     # Imported late: a mistake in the arguments is answered at once, not after seconds of importing matplotlib.
     from eval.measures.model_dirs import newest_run
     from eval.pages.compare_models import entrants_of, published, with_own_names
@@ -47,23 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from eval.pages.report_plots import draw_curves
     from eval.pages.run_files import read_run
 
-    try:
-        runs = options.run or [newest_run(options.runs_dir)]
-        runs = [_run(run, options.runs_dir) for run in runs]
-        entrants = entrants_of(runs, options.model, options.runs_dir)
-        known = {key for one in entrants for key in one.scores}
-        if not options.no_published:  # a published figure says something beside one of ours only
-            entrants = with_own_names([*entrants, *(one for one in published() if known & one.scores.keys())])
-        comparison = compare(entrants)
-        files = [read_run(run) for run in runs]
-        names = [file.name for file in files]
-        twice = {name for name in names if names.count(name) > 1}
-        for place, run in enumerate(runs):
-            if names[place] in twice:
-                files[place] = replace(files[place], name=f"{run.resolve().parent.name}/{names[place]}")
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    runs = [_run(run, options.runs_dir) for run in options.run or [newest_run(options.runs_dir)]]
+    entrants = entrants_of(runs, options.model, options.runs_dir)
+    known = {key for one in entrants for key in one.scores}
+    if not options.no_published:  # a published figure says something beside one of ours only
+        entrants = with_own_names([*entrants, *(one for one in published() if known & one.scores.keys())])
+    comparison = compare(entrants)
+    files = [read_run(run) for run in runs]
+    names = [file.name for file in files]
+    for place, run in enumerate(runs):
+        if names.count(names[place]) > 1:
+            files[place] = replace(files[place], name=f"{run.resolve().parent.name}/{names[place]}")
     out = options.out or runs[0]
     title = f"Comparison: {', '.join(run.resolve().name for run in runs)}"
     table = visible(markdown(comparison, title))
@@ -80,7 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table)
     charts = sum(map(len, plots.values())) + len(curves)
     print(f"written: {out / 'compare.html'}, curves.html, compare.md, compare.tex and {charts} PNG in plots/")
-    return 0
 
 
 def _run(given: Path, runs_dir: Path) -> Path:

@@ -15,7 +15,6 @@ RUNS_DIR/models/NAME-HASH/eval/heldout.json.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ if not __package__:  # started as a script: the repository first, and no file of
 
 from configs.io.jsonl import read_questions
 from configs.schema import DEMO, RunConfig
+from eval.cli import exit_code, parser_of
 from eval.measure import run
 from eval.measures.model_dirs import check_model, newest_export, run_config, run_of
 
@@ -40,35 +40,33 @@ ASKED = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line that says what to mend."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", nargs="+", help="directories or hub ids (default: the newest run's export)")
     parser.add_argument("--data", type=Path, help="questions with answers, in any layout of docs/data.md")
-    parser.add_argument("--runs_dir", type=Path, default=Path(RunConfig().runs_dir), help="folder of all runs")
     args = parser.parse_args(arguments)
-    try:
-        models = args.model or [str(newest_export(args.runs_dir))]
-        for model in models:
-            check_model(model)
-        settings, dtype, source, opened = _settings(models, args.data, args.runs_dir)
-        print(f"{len(read_questions(settings['data']))} questions of {settings['data']}, greedy; {source}")
-        # Imported late: a mistake in the arguments is answered at once, not after seconds of importing torch.
-        from eval.measures.heldout import HeldoutSettings
-        from eval.measures.open_questions import OpenSettings
+    return exit_code(lambda: ask(args.model, args.data, args.runs_dir))
 
-        results = run("heldout", models, HeldoutSettings(**settings), dtype, args.runs_dir)
-        if opened and args.data is None:
-            print(f"open questions of {opened}, answers sampled")
-            run("open_questions", models, OpenSettings(**settings | {"data": Path(opened)}), dtype, args.runs_dir)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+def ask(models: list[str] | None, data: Path | None, runs_dir: Path) -> None:
+    """Ask each model the held-out questions, and the run's open ones. Raises ValueError where something is to be
+    mended."""
+    models = models or [str(newest_export(runs_dir))]
+    for model in models:
+        check_model(model)
+    settings, dtype, source, opened = _settings(models, data, runs_dir)
+    print(f"{len(read_questions(settings['data']))} questions of {settings['data']}, greedy; {source}")
+    # Imported late: a mistake in the arguments is answered at once, not after seconds of importing torch.
+    from eval.measures.heldout import HeldoutSettings
+    from eval.measures.open_questions import OpenSettings
+
+    results = run("heldout", models, HeldoutSettings(**settings), dtype, runs_dir)
+    if opened and data is None:
+        print(f"open questions of {opened}, answers sampled")
+        run("open_questions", models, OpenSettings(**settings | {"data": Path(opened)}), dtype, runs_dir)
     for result in results:
         if skipped := result.data["skipped_too_long"]:
             print(f"{result.model}: {skipped} questions skipped: prompt too long")
     print("SQuAD metrics on the held-out split; for EuroEval: python eval/run_euroeval.py")
-    return 0
 
 
 def _settings(models: list[str], data: Path | None, runs_dir: Path) -> tuple[dict[str, Any], str, str, str | None]:

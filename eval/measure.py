@@ -27,6 +27,7 @@ if not __package__:  # started as a script: the repository first, and no file of
 from configs.checks import check_ranges
 from configs.io.results import Result, Value
 from configs.schema import RunConfig
+from eval.cli import exit_code, parser_of
 from eval.measures.model_dirs import check_model
 
 FILES = {"minimal_pairs": "pairs.json"}
@@ -37,9 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line that says what to mend."""
     from eval.measures import MEASURES
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__, runs_dir=False)
     commands = parser.add_subparsers(dest="measure", required=True, metavar="NAME", title="measures")
     for name, measure in MEASURES.items():
         text = sys.modules[measure.__module__].__doc__ or ""
@@ -58,12 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = settings_of(MEASURES[options.measure])
     given = {one.name: getattr(options, one.name) for one in fields(settings)}
     asked = settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
-    try:
-        run(options.measure, options.model, asked, options.dtype, options.runs_dir)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options.measure, options.model, asked, options.dtype, options.runs_dir))
 
 
 def settings_of(measure: Callable[..., Result]) -> type[Any]:

@@ -8,7 +8,6 @@ plot as plots/NAME.png. An unfinished run gives a page of what there is so far.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ if not __package__:  # started as a script: our folders first, and no file of th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.io.files import write_atomically
+from eval.cli import exit_code, parser_of
 from eval.pages.report_page import render_page
 from eval.pages.report_plots import draw_plots
 from eval.pages.run_files import read_run
@@ -24,22 +24,20 @@ from eval.pages.run_files import read_run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line that says what to mend."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__, runs_dir=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, such as runs/grpo-minillm")
-    run_dir = parser.parse_args(arguments).run
-    try:
-        run = read_run(run_dir)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = parser.parse_args(arguments).run
+    return exit_code(lambda: write_report(folder))
+
+
+def write_report(run_dir: Path) -> None:
+    """The page and its plots. Raises ValueError where it is not the folder of a run."""
+    run = read_run(run_dir)
     plots = draw_plots(run.steps, run.metrics)
     for plot in plots:
         write_atomically(run_dir / "plots" / f"{plot.slug}.png", plot.png)
     write_atomically(run_dir / "report.html", render_page(run, plots))
     print(f"report: {run_dir / 'report.html'} ({len(plots)} plots)")
-    return 0
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ if not __package__:  # started as a script: the repository first, and no file of
 from configs.io.results import Result
 from configs.schema import RunConfig
 from eval import heldout
+from eval.cli import exit_code, parser_of
 from eval.euroeval.data import OFFICIAL, TASKS, Source, check_splits, probe_hub
 from eval.euroeval.run import LEADERBOARD_ITERATIONS, RESULT, Settings, evaluate
 from eval.measures.model_dirs import check_model, newest_export, output_folder, run_config, run_of
@@ -40,38 +41,7 @@ DEMO_SPLITS = "euroeval"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line that says what to mend."""
-    args = _parse(arguments)
-    try:
-        plan = _plan(args)
-        if args.heldout and (status := _ask_heldout(args, plan)) != 0:
-            return status
-        if importlib.util.find_spec("euroeval") is None:
-            raise ValueError(INSTALL)
-        if plan.problem:
-            raise ValueError(plan.problem)
-        results = [_evaluate(model, name, plan.settings, args) for name, model in plan.models]
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    _print_table(results)
-    for _, model in plan.models:
-        print(f"written: {os.path.relpath(output_folder(model, args.runs_dir))}/{RESULT}")
-    return 0
-
-
-def _evaluate(model: Path, name: str, settings: Settings, args: argparse.Namespace) -> Result:
-    import torch  # late, as a mistake in the arguments is told without it
-
-    from eval.measures.model import Model
-
-    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    return evaluate(Model(path=str(model), dtype=dtype, runs_dir=args.runs_dir), name, settings)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", nargs="+", help="directories or hub ids (default: the newest run's export)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(OFFICIAL), help="default: the official ones")
     parser.add_argument("--iterations", type=int, default=LEADERBOARD_ITERATIONS, help="bootstrap samples (10)")
@@ -83,21 +53,45 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="float32, or bfloat16 on CUDA")
     parser.add_argument("--batch", type=int, default=16, help="rows generated at a time (16)")
     parser.add_argument("--no_heldout", dest="heldout", action="store_false", help="leave the run's questions out")
-    parser.add_argument("--runs_dir", type=Path, default=Path(RunConfig().runs_dir), help="folder of all runs")
     parser.add_argument("--cache_dir", default=f"{RunConfig().cache_dir}/euroeval", help="for the hub's data")
     args = parser.parse_args(arguments)
     for key in ("iterations", "batch"):
         if getattr(args, key) < 1:
             parser.error(f"--{key} = {getattr(args, key)}: must be at least 1")
-    return args
+    return exit_code(lambda: ask(args))
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Every model the tasks, and the run's own held-out questions first. Raises ValueError where something is to be
+    mended."""
+    plan = _plan(args)
+    if args.heldout and (own := [model for model in plan.models if run_of(model)]):
+        heldout.ask(own, None, args.runs_dir)
+    if importlib.util.find_spec("euroeval") is None:
+        raise ValueError(INSTALL)
+    if plan.problem:
+        raise ValueError(plan.problem)
+    results = [_evaluate(model, plan.settings, args) for model in plan.models]
+    _print_table(results)
+    for model in plan.models:
+        print(f"written: {os.path.relpath(output_folder(model, args.runs_dir))}/{RESULT}")
+
+
+def _evaluate(model: str, settings: Settings, args: argparse.Namespace) -> Result:
+    import torch  # late, as a mistake in the arguments is told without it
+
+    from eval.measures.model import Model
+
+    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    return evaluate(Model(path=model, dtype=dtype, runs_dir=args.runs_dir), settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What will be asked of whom, checked as far as that goes without importing anything heavy."""
 
-    models: list[tuple[str, Path]]
-    """Name as the user gave it, and directory."""
+    models: list[str]
+    """As the user calls them, which says where results go: those of a hub id not by its place in the hub's cache."""
     settings: Settings
     problem: str | None
     """Why EuroEval cannot run; the held-out questions can be asked all the same."""
@@ -105,10 +99,11 @@ class Plan:
 
 def _plan(args: argparse.Namespace) -> Plan:
     """Check models, data and output; ValueError names what to mend."""
-    models = [(str(name), check_model(name)) for name in args.model or [newest_export(args.runs_dir)]]
-    for name, model in models:
-        _check_writable(output_folder(model, args.runs_dir), name)
-    source, folder, problem = _data_source(args, [model for _, model in models])
+    models = [str(model) for model in args.model or [newest_export(args.runs_dir)]]
+    for model in models:
+        check_model(model)
+        _check_writable(output_folder(model, args.runs_dir), model)
+    source, folder, problem = _data_source(args, models)
     if folder is not None:
         check_splits(folder, args.tasks)
     settings = Settings(
@@ -135,7 +130,7 @@ def _check_writable(output: Path, name: str) -> None:
         )
 
 
-def _data_source(args: argparse.Namespace, models: Sequence[Path]) -> tuple[Source, Path | None, str | None]:
+def _data_source(args: argparse.Namespace, models: Sequence[str]) -> tuple[Source, Path | None, str | None]:
     """Where the data come from, their folder where that is not the hub, and why there are none."""
     if args.data is not None:
         return "local", args.data, None
@@ -147,7 +142,7 @@ def _data_source(args: argparse.Namespace, models: Sequence[Path]) -> tuple[Sour
     return "hub", None, problem
 
 
-def _demo_splits(model: Path) -> Path | None:
+def _demo_splits(model: str) -> Path | None:
     """The splits of the demo that a run was trained on, or None for any other model."""
     run = run_of(model)
     if run is None:
@@ -158,12 +153,6 @@ def _demo_splits(model: Path) -> Path | None:
         return None
     # The demo is built into a folder of this name (training/data/demo/models.py).
     return folder if folder.parent.name.startswith("demo-") and folder.is_dir() else None
-
-
-def _ask_heldout(args: argparse.Namespace, plan: Plan) -> int:
-    """The held-out questions of the runs among the models, as the trainer asks them (eval/heldout.py)."""
-    own = [str(model) for _, model in plan.models if run_of(model)]
-    return heldout.main(["--model", *own, "--runs_dir", str(args.runs_dir)]) if own else 0
 
 
 def _print_table(results: Sequence[Result]) -> None:

@@ -30,8 +30,9 @@ if not __package__:  # started as a script: our folders first, and no file of th
 
 import yaml
 
-from configs.io.files import locked, write_atomically
-from configs.schema import flat
+from configs.io.files import locked, read_json, write_atomically
+from configs.schema import RunConfig, as_dict, flat
+from eval.cli import exit_code, parser_of
 from eval.experiments.plan import Plan, Task, filled, flags, models_of, read_plan, summary_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,9 +101,7 @@ class Runner:
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Ours, and those for the runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__, runs_dir=False)
     parser.add_argument("plan", type=Path, help="the experiment's YAML file")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="default: all of the plan")
@@ -168,33 +167,36 @@ def command(plan: Plan, task: Task, options: argparse.Namespace, words: Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the exit codes above."""
     options, more = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    return exit_code(lambda: run_all(options, more))
+
+
+def run_all(options: argparse.Namespace, more: Sequence[str]) -> int:
+    """All of the plan that is chosen and not finished. Raises ValueError where something is to be mended."""
     index = os.environ.get("SLURM_ARRAY_TASK_ID")
-    try:
-        plan = read_plan(options.plan)
-        seeds = plan.seeds if options.seeds is None else options.seeds
-        tasks = array_task([Task(variant, seed) for seed in seeds for variant in plan.chosen(options.only)], index)
-        if options.jobs < 1:
-            raise ValueError(f"--jobs = {options.jobs}: must be at least 1")
-        pending = [
-            task
-            for task in tasks
-            if not is_finished(options.runs_dir / task.name, plan.steps(task.variant, options.steps))
-        ]
-        commands = {task.name: command(plan, task, options, more) for task in pending}
-        given = values_of(options)
-        made = {Path(*filled([file], given)): filled(words, given) for file, words in plan.prepare.items()}
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    plan = read_plan(options.plan)
+    seeds = plan.seeds if options.seeds is None else options.seeds
+    tasks = array_task([Task(variant, seed) for seed in seeds for variant in plan.chosen(options.only)], index)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs = {options.jobs}: must be at least 1")
+    pending = [
+        task for task in tasks if not is_finished(options.runs_dir / task.name, plan.steps(task.variant, options.steps))
+    ]
+    commands = {task.name: command(plan, task, options, more) for task in pending}
+    given = values_of(options)
+    made = {Path(*filled([file], given)): filled(words, given) for file, words in plan.prepare.items()}
+    for asked in plan.measures.values():  # settings of the runs may stand in these too
+        filled(flags(asked, lists=True), {**flat(as_dict(RunConfig())), **given})
     print(f"{options.plan.stem}: {len(tasks)} runs, {len(tasks) - len(pending)} finished already", flush=True)
     runner = Runner(options.runs_dir / "logs", options.jobs)
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     with locked(options.runs_dir / ".prepare.lock"):  # the tasks of an array may all come here at once
-        done = runner.run({f"prepare-{f.parent.name}-{f.stem}": words for f, words in made.items() if not f.exists()})
+        done = runner.run({f"prepare-{f.parent.name}-{f.name}": words for f, words in made.items() if not f.exists()})
     done = done and runner.run(commands)
-    if index is None and not runner.stopped:
-        done = make_results(plan, options, runner) and done
-    runner.report()
+    try:
+        if index is None and not runner.stopped:
+            done = make_results(plan, options, runner) and done
+    finally:
+        runner.report()
     if runner.stopped:
         print("stopped; the same command goes on where the runs were", file=sys.stderr)
         return STOPPED
@@ -226,7 +228,7 @@ def measure(plan: Plan, runs: Sequence[Path], options: argparse.Namespace, runne
     """Every measure of the plan on the start, the export and the teacher of each run, where the model, the files or the
     options have changed since the last time."""
     known_file: Path = options.runs_dir / "measured.json"
-    known = json.loads(known_file.read_text(encoding="utf-8")) if known_file.is_file() else {}
+    known = read_json(known_file) if known_file.is_file() else {}
     settings = yaml.safe_load((runs[0] / "config.yaml").read_text(encoding="utf-8"))
     given = {**flat(settings), **values_of(options)}
     models = list(dict.fromkeys(model for run in runs for model in models_of(run).values()))

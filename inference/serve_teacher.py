@@ -29,7 +29,8 @@ os.environ.setdefault(
     "TORCH_CPP_LOG_LEVEL", "ERROR"
 )  # a trace of C++ for each peer that leaves in the middle of a word
 
-from configs.io.files import write_atomically
+from configs.checks import check_ranges
+from configs.io.files import read_yaml, write_atomically
 from configs.io.hub import find_model
 from configs.io.loading import loading
 from configs.schema import DEMO, TeacherConfig
@@ -75,13 +76,11 @@ def parse(argv: Sequence[str]) -> tuple[TeacherConfig, Any]:
 
 def _section(file: Path) -> list[str]:
     """The `teacher` section of a run's YAML as flags."""
-    import yaml
-
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file)
         section = (content or {}).get("teacher") or {}
         return [f"--{key}={'null' if value is None else value}" for key, value in section.items()]
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         fail(f"--config {file}: {' '.join(str(error).split())}")
 
 
@@ -91,6 +90,7 @@ def check(config: TeacherConfig, secret: str, *, doctor: bool) -> TeacherConfig:
         raise ValueError("teacher.path = 'demo': the trainer builds the demo teacher; name its directory here")
     if config.interface in ("0.0.0.0", "::", ""):
         raise ValueError(f"teacher.interface = {config.interface!r}: name one address of this machine")
+    check_ranges(config, "teacher.")
     config = dataclasses.replace(config, path=str(find_model("teacher.path", config.path, weights=config.url is None)))
     backend, why = check_teacher(config)
     asked, config = config.backend, dataclasses.replace(config, backend=backend)

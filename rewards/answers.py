@@ -15,6 +15,11 @@ from typing import Any
 ENGLISH_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
+def composed(text: str) -> str:
+    """The text with composed letters: `á`, and `a` with U+0301 behind it, are one to who reads them (Unicode's NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
 def normalise(text: str) -> str:
     """Lower-case, without punctuation and English articles, words parted by single spaces (SQuAD, arXiv 1606.05250).
 
@@ -25,7 +30,7 @@ def normalise(text: str) -> str:
     of category P or S (so that “quotes” and – dashes go as well), and composed and decomposed letters
     (`á` and `a` + U+0301) are one.
     """
-    text = unicodedata.normalize("NFC", text).lower()
+    text = composed(text).lower()
     text = "".join(char for char in text if unicodedata.category(char)[0] not in "PS")
     return " ".join(ENGLISH_ARTICLES.sub(" ", text).split())
 
@@ -72,8 +77,9 @@ def open_scores(patterns: Sequence[str], texts: Sequence[str]) -> dict[str, floa
 
 
 def right_answers(patterns: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
-    """(pattern, text) of the answers that match the pattern of their question whole."""
-    return [(pattern, text) for pattern, text in zip(patterns, texts, strict=True) if re.fullmatch(pattern, text)]
+    """(pattern, text, composed) of the answers that match the pattern of their question whole."""
+    pairs = zip(patterns, map(composed, texts), strict=True)
+    return [(pattern, text) for pattern, text in pairs if re.fullmatch(composed(pattern), text)]
 
 
 def _accepted(answers: Sequence[str]) -> Sequence[str]:

@@ -19,6 +19,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from rewards.answers import composed
+
 ENDINGS: tuple[tuple[str, ...], ...] = (
     # The noun with its article: masculine, feminine and neuter, singular and plural, by case.
     ("urin", "in", "num", "arnir", "inum", "sins", "anna", "unum"),
@@ -69,7 +71,8 @@ def make_pairs(sentences: Sequence[str], count: int, seed: int = 0) -> list[Pair
     A sentence to which the kind whose turn it is does not apply gets the next kind that does. Sentences of fewer than
     4 or more than 40 words are left out, and so are repeated ones.
     """
-    chosen = [s for s in dict.fromkeys(" ".join(s.split()) for s in sentences) if 4 <= len(s.split()) <= 40]
+    clean = dict.fromkeys(" ".join(composed(s).split()) for s in sentences)  # ENDINGS and FORMS are composed too
+    chosen = [s for s in clean if 4 <= len(s.split()) <= 40]
     rng = random.Random(seed)
     rng.shuffle(chosen)
     pairs: list[Pair] = []

@@ -2,7 +2,7 @@
 # The ablation (configs/ablation.yaml): every variant with every seed on the embedded demo, then the table and the plot.
 #
 #   bash slurm/run_ablation.sh [--jobs 2] [--seeds 0 1 2] [--only grpo-minillm reverse-kl] [--steps 100] [--runs_dir DIR]
-#   sbatch --array=0-99 slurm/run_ablation.sh          one run a task; afterwards the line above makes the table
+#   sbatch --array=0-109 slurm/run_ablation.sh         one run a task; afterwards the line above makes the table
 #
 # Finished runs are not started again. Other arguments go to each run (--demo_size tiny).
 #SBATCH --job-name=grpo-kd-ablation

@@ -76,6 +76,12 @@ _read_settings() { # SCRIPT [ARGUMENT ...]
     mkdir -p "$job_folder" && rm -f "$job_folder"/*.address "$job_folder"/failed-* "$job_folder"/*.log
 }
 
+# What comes goes on, and into a file. Where neither has room any more tee ends, and srun would kill its tasks for it.
+_keep() { # FILE
+    tee "$1"
+    exec cat >/dev/null
+}
+
 # Start a step in the background: its process id is in $!, its output in our own and in RUN/job/NAME.log.
 _start_step() { # NAME KIND NODES(comma) TASKS-PER-NODE ADDRESS PORT [SRUN-FLAG ...] -- SCRIPT [ARGUMENT ...]
     local name="$1" kind="$2" nodes="$3" each="$4" count flags=()
@@ -90,7 +96,7 @@ _start_step() { # NAME KIND NODES(comma) TASKS-PER-NODE ADDRESS PORT [SRUN-FLAG 
         srun --job-name="$name" --nodes="$count" --nodelist="$nodes" --ntasks="$((count * each))" \
         --ntasks-per-node="$each" --input=none --unbuffered "${flags[@]}" ${GRPO_KD_SRUN:-} \
         ${GRPO_KD_CONTAINER:-} bash "$GRPO_KD_ROOT/slurm/task.sh" "$kind" "$@" \
-        > >(trap '' TERM USR1 && exec tee "$job_folder/$name.log") 2>&1 &
+        > >(trap '' TERM USR1 && _keep "$job_folder/$name.log") 2>&1 &
 }
 
 _cpus() { # GROUP-SUFFIX

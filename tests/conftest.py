@@ -21,14 +21,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in the background deaf to it, and all that tests start and interrupt would be so too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONG = {"demo_cache", "measured", "three_ranks", "worked"}
-"""Fixtures that start whole runs, or many ranks."""
+LONG = ("measured", "worked", "three_ranks", "demo_cache")
+"""Fixtures that start whole runs, or many ranks; the last one's builder is waited for by whoever comes second."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with whole runs go first, so that no process is left with a long one while the others have none."""
-    long = {item.path for item in items if LONG & {*getattr(item, "fixturenames", ())}}
-    items.sort(key=lambda item: item.path not in long)
+    place: dict[Path, int] = {}
+    for item in items:
+        needed = [i for i, name in enumerate(LONG) if name in getattr(item, "fixturenames", ())]
+        place[item.path] = min([*needed, place.get(item.path, len(LONG))])
+    items.sort(key=lambda item: place[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -66,14 +69,12 @@ def finished_run(shared_folder: Path, demo_cache: Path) -> Path:
 def demo_teacher(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
     """Options of a run that asks the demo's teacher at one server, as all such runs of a test process do. Its secret
     is tests.support.teacher_servers.SECRET."""
-    from tests.support.teacher_servers import serve
+    from tests.support.teacher_servers import served
     from training.data.demo.models import ensure_demo
 
-    folder = tmp_path_factory.mktemp("teacher")
-    server = serve(ensure_demo(demo_cache, size="tiny").teacher, folder / "address", folder / "log")
-    yield ("--teacher.address", str(folder / "address"))
-    server.kill()
-    server.wait()
+    teacher = ensure_demo(demo_cache, size="tiny").teacher
+    with served(teacher, tmp_path_factory.mktemp("teacher")) as options:
+        yield options
 
 
 @pytest.fixture(scope="session")

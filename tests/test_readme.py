@@ -198,6 +198,7 @@ def test_stage_2_from_the_command_line(
 def test_stages_1_and_3_from_the_command_line(tmp_path: Path, demo_cache: Path) -> None:
     where = ["--runs_dir", str(tmp_path)]
     tiny = ["--demo_size", "tiny", "--cache_dir", str(demo_cache), "--threads", "1", "--sft.steps", "3"]
+    tiny += ["--sft.samples", "2", "--eval.questions", "24"]  # the answers that test_run.py asks for, kept in the cache
     done = finish(["bash", "slurm/run_stage1_sft.sh", *tiny, *where])
     assert "stage 1: held-out F1" in done.stdout
     judged = importlib.util.find_spec("euroeval") is not None

@@ -279,3 +279,10 @@ def test_both_containers_are_made_by_the_same_steps() -> None:
         assert part in made
     checked = run(["bash", "-n"], ROOT, active(), input="\n".join(steps))
     assert checked.returncode == 0, checked.stderr
+
+
+def test_logs_without_room_do_not_end_who_writes_them() -> None:
+    """tee ends where nothing takes what it reads, and the signal of the broken pipe makes srun kill the trainer."""
+    lines = "for i in {1..20000}; do echo a line of the log; done; echo got through >&2"
+    done = run(["bash", "-c", f"source slurm/steps.sh; ({lines}) > >(_keep /dev/full >/dev/full 2>&1)"], ROOT, active())
+    assert (done.returncode, done.stderr) == (0, "got through\n")

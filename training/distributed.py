@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -30,6 +31,11 @@ def beats() -> int:
 def environment_rank() -> int:
     """Rank that the launcher gave this process; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+def environment_world_size() -> int:
+    """Ranks that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def free_port() -> int:
@@ -147,8 +153,9 @@ def sum_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def side_group() -> dist.ProcessGroup | None:
-    """All ranks once more, over gloo, for a thread beside the one that trains; None for one rank. Collective."""
-    return dist.new_group(backend="gloo") if world_size() > 1 else None
+    """All ranks once more, over gloo, for a thread beside the one that trains, however long the slowest rank writes;
+    None for one rank. Collective."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
 
 
 def gather_strings(texts: Sequence[str], group: dist.ProcessGroup | None = None) -> list[str]:

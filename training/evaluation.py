@@ -20,6 +20,7 @@ from typing import Any
 from configs.io.jsonl import read_questions
 from configs.io.results import Result, Value, about_file, versions
 from configs.schema import RunConfig
+from inference.client import TeacherLost
 from rewards.answers import answer_row, open_scores
 from training import distributed
 from training.collect import Run
@@ -92,7 +93,8 @@ def sampled_answers(
         if link is None:
             texts += rollout.texts_B[: count * config.eval.kl_samples]
             continue
-        view = link.ask(rollout, whole_distribution=link.facts.same_tokenizer)()
+        wait = link.ask(rollout, whole_distribution=link.facts.same_tokenizer)
+        view = distributed.together(wait, TeacherLost)
         if view.hidden_SD is not None:
             kl_S = actor.teacher_kl(rollout, view.hidden_SD)
         else:

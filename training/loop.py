@@ -67,8 +67,10 @@ def train(run: Run, progress: Progress) -> str:
         if models.reference is not None:
             models.reference.follow(models.actor, step.number)
 
-        skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
         metrics |= describe(batch, dropped)
+        if metrics["groups/dropped"] > 0 and "loss/total" not in metrics:  # no score was finite
+            metrics["skipped"] = 1.0
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
         metrics |= step.clock.finish()
         _advance(progress, metrics, config)
         if progress.validation_due(config.eval.every):
@@ -76,7 +78,7 @@ def train(run: Run, progress: Progress) -> str:
             metrics |= validate(run, progress)
         if distributed.is_main():
             _record(run, progress, batch, metrics, bar)
-        stopping = points.after_step(metrics["seconds/total"])
+        stopping = points.after_step()
         gave_up = skipped_in_a_row >= config.actor.max_skipped
         due = progress.step % config.checkpoint.every == 0 or progress.step == config.steps
         if due or progress.is_best or stopping or gave_up or progress.ends_early:
@@ -85,7 +87,7 @@ def train(run: Run, progress: Progress) -> str:
             status = "failed"
             log.error("%d updates in a row had a non-finite loss or score; stopped with a checkpoint", skipped_in_a_row)
             break
-        if stopping and progress.step < config.steps:
+        if stopping:
             status = "stopped"
             break
     with run.checkpoints.tolerated():

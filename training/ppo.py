@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from configs.schema import PPOConfig, RunConfig
@@ -57,8 +59,9 @@ def penalised_rewards(
 
 def next_kl_coefficient(coef: float, kl: float, config: PPOConfig, responses: int) -> float:
     """The adaptive controller (arXiv 1909.08593, section 2.2): towards `kl_target` nats a token, by at most 20 % of
-    responses / horizon. Fixed where no target is set."""
-    if config.kl_target is None:
+    responses / horizon, or of 1 where a step has more. Fixed where no target is set; a step whose KL is not a number
+    leaves it as it was."""
+    if config.kl_target is None or math.isnan(kl):
         return coef
     error = min(max(kl / config.kl_target - 1.0, -0.2), 0.2)
-    return coef * (1.0 + error * responses / KL_HORIZON)
+    return coef * (1.0 + error * min(responses / KL_HORIZON, 1.0))

@@ -90,16 +90,17 @@ class Recipe:
 
     def weights(self, config: RunConfig, step: int, same_tokenizer: bool) -> LossWeights:
         """The weights of step `step` as this recipe uses them."""
-        weights = loss_weights(config, step, same_tokenizer)
+        loss = config.loss
+        if self.always_divergence and loss.single_step_coef is None:
+            loss = replace(loss, single_step_coef=1.0)
+        if self.imitated is not None and self.teacher_answers:
+            loss = replace(loss, bc_coef=loss.bc_coef or 1.0)
+        weights = loss_weights(replace(config, loss=loss), step, same_tokenizer)
         if not self.policy_gradient:
             weights = replace(weights, policy=0.0, kl=0.0)
             if not self.always_divergence:
                 weights = replace(weights, single_step=0.0)
-        if self.always_divergence and config.loss.single_step_coef is None:
-            weights = replace(weights, single_step=1.0)
-        if self.imitated is not None and self.teacher_answers:
-            weights = replace(weights, bc=config.loss.bc_coef or 1.0)
-        elif self.imitated is not None:
+        if self.imitated is not None and not self.teacher_answers:
             share = config.distill.bond_forward
             weights = replace(weights, bc=share, policy=weights.policy * (1.0 - share), single_step=0.0)
         return weights

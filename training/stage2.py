@@ -20,7 +20,9 @@ from transformers.utils import logging as transformers_logging
 from configs.io.results import Result, find_result
 from configs.schema import RunConfig, TeacherConfig, require
 from inference.client import TeacherClient, TeacherLost
+from inference.model.output_layer import output_layer_hash
 from inference.protocol.fingerprint import tokenizer_fingerprint
+from inference.protocol.replies import NONE
 from inference.server.launch import SECRET, start_local_teacher
 from training import distributed
 from training.algorithms import ALGORITHMS, check_choices
@@ -31,6 +33,8 @@ from training.data.preflight import (
     Inputs,
     check_files,
     check_room,
+    check_served_room,
+    check_vocabulary,
     check_world,
     context_length,
     load_inputs,
@@ -49,7 +53,7 @@ from training.run.cli import ROOT, fail
 from training.run.resuming import NoWholeCheckpoint, check_settings, load_best, open_run
 from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import SafePoints, TimeLimit
-from training.run.stopping import StopRequest, watch_launcher
+from training.run.stopping import StopRequest, Unfailing, watch_launcher
 from training.run.supervisor import Supervisor, lowered
 from training.student.actor import Actor
 from training.student.critic import Critic
@@ -123,7 +127,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     config = with_model_directories(config)
     check_extra_rewards(config)
     check_files(config)
-    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world(config, distributed.environment_world_size())
     set_threads(config)
     config = resolve_demo(config, stage=2)
     facts = teacher_facts(config, config.teacher)
@@ -137,10 +141,12 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     every = {"teacher.path": facts, **{f"teachers[{i}].path": one for i, one in enumerate(others)}}
     for key, one in every.items():
         check_tokenizers(config, key, one)
-    inputs = load_inputs(config, facts.student, {key: one.teacher for key, one in every.items()})
-    check_cache(config, facts.teacher, inputs.corpus.prompts)
+    inputs = load_inputs(config, facts.student)
     for key, one in every.items():
         check_room(f"{key} = {str(one.path)!r}", one.teacher, context_length(one.path), config, inputs.prompts)
+        asks = (one.teacher.prompt(prompt.asked) for prompt in inputs.prompts)
+        check_vocabulary(key, one.path, one.teacher, asks)
+    check_cache(config, facts.teacher, inputs.corpus.prompts)
     return config, facts, inputs
 
 
@@ -172,7 +178,7 @@ def without_loop(setup: Setup, stack: ExitStack) -> Run:
 def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     """Start everything, run the loop, evaluate, write the summary."""
     config, folder = setup.config, setup.folder
-    start_distributed()
+    start_distributed(config.stuck_timeout_s)
     try:
         opened = open_run(folder, config, {"student": config.actor.zero_stage, "critic": config.critic.zero_stage})
     except ValueError as error:
@@ -194,11 +200,11 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
         with run.checkpoints.tolerated():
             run.checkpoints.wait()
         raise
-    setup.stop.undefer()
     if status != "finished":
         code = supervisor.stopped(progress.step) if status == "stopped" else supervisor.failed(progress.step)
         _write_summary(run, progress, {"status": status, "starts": supervisor.starts.listed(), "eval_before": before})
         return code
+    setup.stop.undefer()
     run.points.enter("evaluation")
     exported = _restore_best(run, progress)
     if RECIPES[config.recipe].interpolate:
@@ -218,7 +224,14 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     if (other := config.eval.beside) is not None:
         interpolate(models.actor, other, 0.0)
         evaluations["eval_beside"] = _evaluation_once(run, "beside", lambda: evaluate_student(run, heldout, other))
-    supervisor.starts.end(status, 0, progress.step)
+    supervisor.finished(progress.step)
+    if distributed.is_main():  # before summary.json: a start that finds it has nothing left to do
+        how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
+        scores = {name: evaluations[key] for name, key in ROWS.items()}
+        data = [config.data.prompts, config.data.text]
+        write_card(folder.export, config, f"{how} from a teacher, {progress.step} steps", scores, data)
+        if config.export.push_to_hub is not None:
+            push(folder.export, config.export.push_to_hub)
     outcome = {"status": status, "starts": supervisor.starts.listed(), **evaluations}
     _write_summary(run, progress, outcome | validation_summary(config, progress, exported))
     if distributed.is_main():
@@ -226,12 +239,6 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
         folder.boards.close()
         _report(folder)
         _print_table(folder, evaluations)
-        how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
-        scores = {name: evaluations[key] for name, key in ROWS.items()}
-        data = [config.data.prompts, config.data.text]
-        write_card(folder.export, config, f"{how} from a teacher, {progress.step} steps", scores, data)
-        if config.export.push_to_hub is not None:
-            push(folder.export, config.export.push_to_hub)
     return 0
 
 
@@ -279,7 +286,9 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
         connect(extra, where, teacher_facts(config, extra), stack)
         for extra, where in zip(config.teachers, beside, strict=True)
     ]
-    for key, one in zip(("teacher", *(f"teachers[{i}]" for i in range(len(others)))), (link, *others), strict=True):
+    keys = ("teacher", *(f"teachers[{i}]" for i in range(len(others))))
+    for key, teacher, one in zip(keys, (config.teacher, *config.teachers), (link, *others), strict=True):
+        check_served_model(key, teacher, one)
         check_served_room(f"{key}.path", one, config, setup.inputs.prompts)
     bilingual = None
     if config.rewards.bilingual_weight != 0:
@@ -306,10 +315,20 @@ def connect(
     return TeacherLink(stack.enter_context(client), facts, head)
 
 
-def check_served_room(key: str, link: TeacherLink, config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """A server may have been started with less context than the model has. Raises ValueError."""
-    served = link.client.info().max_positions
-    check_room(f"{key} = {str(link.facts.path)!r}, as it is served,", link.facts.teacher, served, config, prompts)
+def check_served_model(key: str, teacher: TeacherConfig, link: TeacherLink) -> None:
+    """A server that somebody started, perhaps anew since the run's last start, may serve another model than the setting
+    `key` names. Raises ValueError; another type than the run's is a warning."""
+    if teacher.address is None:
+        return
+    info = link.client.info()
+    try:
+        mine = output_layer_hash(link.facts.path)
+    except ValueError:  # its weights are not here
+        mine = NONE
+    said = f"{teacher.address} serves another model, {info.model!r}: start that server with this one, or name its own"
+    require(NONE in (mine, info.output_layer) or mine == info.output_layer, f"{key}.path", str(link.facts.path), said)
+    if info.dtype != teacher.dtype and distributed.is_main():
+        log.warning("%s.dtype = %r: %s computes in %s", key, teacher.dtype, teacher.address, info.dtype)
 
 
 def _check_answers(config: RunConfig, link: TeacherLink) -> None:
@@ -368,11 +387,11 @@ def _evaluation_once(run: Run, name: str, evaluate: Callable[[], Result | None])
     """Evaluate, or read what an earlier start of this run wrote. Collective; scores count on rank 0."""
     file = run.folder.evaluation(name)
     saved = find_result(file)
-    distributed.barrier()
-    found = saved or evaluate()
+    missing = distributed.any_rank(distributed.is_main() and saved is None)  # others may not see it yet, over NFS
+    found = evaluate() if missing else saved
     if found is None:
         return {}
-    if saved is None and distributed.is_main():
+    if missing and distributed.is_main():
         found.write(file)
     return found.numbers
 
@@ -380,9 +399,7 @@ def _evaluation_once(run: Run, name: str, evaluate: Callable[[], Result | None])
 def _check_teacher(run: Run, heldout: Sequence[Prompt]) -> None:
     """Minimal pairs, once a run, where the configuration asks for them. Collective."""
     file = run.folder.evaluation("minimal_pairs")
-    saved = file.is_file()
-    distributed.barrier()
-    if run.config.eval.minimal_pairs == 0 or saved:
+    if run.config.eval.minimal_pairs == 0 or not distributed.any_rank(distributed.is_main() and not file.is_file()):
         return
     found = teacher_check(run.models.actor, run.models.teacher, run.config, heldout)
     if distributed.is_main():
@@ -392,7 +409,8 @@ def _check_teacher(run: Run, heldout: Sequence[Prompt]) -> None:
 
 
 def _write_summary(run: Run, progress: Progress, outcome: Mapping[str, Any]) -> None:
-    """summary.json: how far the run came, and its `outcome`. Rank 0 writes."""
+    """summary.json: how far the run came, and its `outcome`. Rank 0 writes. Where its checkpoint has taken the last of
+    the room, a run that has stopped goes without: its exit code says to start it again."""
     if not distributed.is_main():
         return
     summary = {
@@ -405,7 +423,12 @@ def _write_summary(run: Run, progress: Progress, outcome: Mapping[str, Any]) -> 
         "kl_limit_reached": progress.kl_limit_reached,
         **outcome,
     }
-    run.folder.write_json("summary.json", summary)
+    try:
+        run.folder.write_json("summary.json", summary)
+    except OSError as error:
+        if outcome["status"] == "finished":
+            raise
+        log.warning("summary.json cannot be written (%s)", error.strerror)
 
 
 def already_finished(folder: RunFolder, config: RunConfig) -> bool:
@@ -417,6 +440,8 @@ def already_finished(folder: RunFolder, config: RunConfig) -> bool:
     if summary["steps"] < config.steps and not over:
         return False
     if distributed.environment_rank() == 0:
+        if not (folder.path / "report.html").is_file():  # killed before it was made
+            _report(folder)
         _print_table(folder, summary)
         print("The run was finished already; choose another --name to run it anew.", flush=True)
     return True
@@ -451,7 +476,8 @@ def set_threads(config: RunConfig) -> None:
 
 
 def quiet_logging() -> None:
-    """Our own messages in one line each; libraries only when something is wrong."""
+    """Our own messages in one line each; libraries only when something is wrong. No message ends a run."""
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("training").setLevel(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)  # libraries about each other

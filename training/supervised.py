@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +22,6 @@ import torch
 from tqdm import tqdm
 
 from configs.checks import names_setting
-from configs.io.claims import release
 from configs.io.files import fingerprint, locked, read_json, write_atomically
 from configs.io.results import Result, Value, find_result, versions
 from configs.prompts import Format
@@ -36,7 +34,9 @@ from training.data.overlap import data_warnings
 from training.data.preflight import (
     check_context,
     check_files,
+    check_output,
     check_room,
+    check_served_room,
     check_vocabulary,
     context_length,
     room_for_prompt,
@@ -49,18 +49,18 @@ from training.experience import Prompt
 from training.objective import SUPERVISED, LossWeights, UpdateInput
 from training.run.boards import board_names
 from training.run.card import Scores, push, write_card
-from training.run.checkpoints import CheckpointFailed
 from training.run.cli import fail
 from training.run.clock import Clock
 from training.run.resuming import OpenRun, check_settings, open_run
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest, watch_launcher
-from training.stage2 import check_served_room, connect, find_teacher, quiet_logging, set_threads
+from training.run.supervisor import Supervisor, lowered
+from training.stage2 import check_served_model, connect, find_teacher, quiet_logging, set_threads
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.export import export
 from training.student.passes import each_token
-from training.teacher.facts import TeacherFacts, teacher_facts
+from training.teacher.facts import TeacherFacts, check_tokenizers, teacher_facts
 from training.teacher.link import TeacherLink
 from training.teacher.token_bytes import TokenBytes
 
@@ -73,8 +73,13 @@ KEEP_S = 30.0
 """Seconds between two writings of the teacher's answers: all of them are one file."""
 
 
-class Stopped(Exception):
-    """A signal has ended the stage, with a checkpoint."""
+class Ended(Exception):
+    """The stage has ended before its last step, with a checkpoint."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+        """Exit code."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Stage:
     asked: Format
     run: OpenRun
     stop: StopRequest
+    supervisor: Supervisor
 
     def new_actor(self, teacher: TeacherFacts | None = None) -> Actor:
         """The student as the stage begins; with a teacher it can be compared with its whole distribution."""
@@ -96,16 +102,17 @@ class Stage:
         return Actor(self.config, path, total_steps=sft.steps, learning_rate=sft.learning_rate, teacher_head=head)
 
     def finish(self, results: Mapping[str, Any], how: str, scores: Scores, data: str | None) -> None:
-        """Write summary.json and the export's card, and upload it where that is asked for."""
+        """Write the export's card, upload it where that is asked for, and write summary.json. Collective."""
+        self.supervisor.finished(self.config.sft.steps)
         if distributed.is_main():
+            export = exported(self.config, self.run.folder)
+            write_card(export, self.config, f"{how}, {self.config.sft.steps} steps", scores, [data])
+            if self.config.export.push_to_hub is not None:
+                push(export, self.config.export.push_to_hub)
             self.run.folder.write_json(
                 "summary.json", {"status": "finished", "steps": self.config.sft.steps, **results}
             )
             self.run.folder.boards.close()
-            export = Path(self.config.sft.output) if self.config.sft.output else self.run.folder.export
-            write_card(export, self.config, f"{how}, {self.config.sft.steps} steps", scores, [data])
-            if self.config.export.push_to_hub is not None:
-                push(export, self.config.export.push_to_hub)
 
 
 def run_stage(
@@ -126,43 +133,57 @@ def run_stage(
         distributed.check_port()
         boards = board_names(config.report_to)
         config = with_model_directories(config)
+        check_output(config)
         check_files(config)
         set_threads(config)
         config = resolve_demo(config, stage=number)
         asked = format_of("student", config.student, config.data)
         inputs = read(config, asked)
         folder = RunFolder(Path(config.runs_dir) / config.run_name, boards)
-        check_settings(folder, config)
+        check_settings(folder, config, number)
+        config = lowered(config, folder.path)
+        summary = folder.read_json("summary.json") or {}
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
-    start_distributed()
-    try:
+    done = summary.get("status") == "finished" and summary["steps"] >= config.sft.steps
+    if done and exported(config, folder).is_dir():
+        if distributed.environment_rank() == 0:
+            print(f"stage {number} was finished already; choose another --name to run it anew", flush=True)
+        return 0
+    supervisor = Supervisor(config, folder.path, stop)
+
+    def work() -> int:
+        start_distributed(config.stuck_timeout_s)
         try:
-            run = open_run(folder, config, {"student": config.actor.zero_stage})
+            run = open_run(folder, config, {"student": config.actor.zero_stage}, number)
         except ValueError as error:
             fail(str(error))
-        line = learn(Stage(number, config, asked, run, stop), inputs)
-    except Stopped:
-        return stop.exit_code
-    except ValueError as error:
-        if not names_setting(config, error):
-            raise
-        fail(" ".join(str(error).split()))
-    except CheckpointFailed as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        release(folder.path)
-    if distributed.is_main():
-        print(f"stage {number}: {line}", flush=True)
-    return 0
+        try:
+            line = learn(Stage(number, config, asked, run, stop, supervisor), inputs)
+        except Ended as ended:
+            return ended.code
+        except ValueError as error:
+            if not names_setting(config, error):
+                raise
+            fail(" ".join(str(error).split()))
+        if distributed.is_main():
+            print(f"stage {number}: {line}", flush=True)
+        return 0
+
+    return supervisor.run(work)
+
+
+def exported(config: RunConfig, folder: RunFolder) -> Path:
+    """Directory of the trained model."""
+    return Path(config.sft.output) if config.sft.output else folder.export
 
 
 def train(
     stage: Stage, actor: Actor, items: Sequence[Item], learnt: Callable[[list[Item]], UpdateInput], term: str
 ) -> dict[str, float]:
     """sft.steps optimizer steps on this rank's share of `items`, from the newest checkpoint on, logged by step, and the
-    export; the steps' seconds. Raises Stopped behind a last checkpoint where that is asked for. Collective.
+    export; the steps' seconds. Raises Ended behind a last checkpoint where that is asked for, or where too many updates
+    in a row were skipped. Collective.
 
     `learnt` makes the update of a step's items; `term` is the loss that the bar shows.
     """
@@ -176,9 +197,12 @@ def train(
         unit="step",
         disable=not distributed.is_main(),
     )
+    points = stage.supervisor.watch(progress.step)
     stage.stop.defer()
-    stopping = False
+    skipped_in_a_row, stopping, gave_up = 0, False, False
     for step in bar:
+        points.begin(step)
+        points.enter("update")
         mine = items_of_step(items, config.sft.batch, step, config.seed)
         clock = Clock()
         metrics = actor.update([learnt(mine)], step) | clock.finish()
@@ -187,19 +211,26 @@ def train(
         if distributed.is_main():
             run.folder.append_metrics({"step": progress.step, **metrics})
             bar.set_postfix(loss=f"{metrics[f'loss/{term}']:.3f}", refresh=False)
-        ended, stopping = progress.step == config.sft.steps, distributed.any_rank(stage.stop.requested)
-        if progress.step % config.checkpoint.every == 0 or ended or stopping:
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
+        gave_up, stopping = skipped_in_a_row >= config.actor.max_skipped, points.after_step()
+        if progress.step % config.checkpoint.every == 0 or progress.step == config.sft.steps or stopping or gave_up:
+            points.enter("checkpoint")
             with run.checkpoints.tolerated():
                 distributed.together(run.folder.finish_lines, OSError)
                 run.checkpoints.save(parts, progress)
-        if stopping:
+            points.limit.took_checkpoint(run.checkpoints.seconds)
+        if stopping or gave_up:
             break
     with run.checkpoints.tolerated():
         run.checkpoints.wait()
+    if gave_up:
+        log.error("%d updates in a row had a non-finite loss; stopped with a checkpoint", skipped_in_a_row)
+        raise Ended(stage.supervisor.failed(progress.step))
+    if stopping:
+        raise Ended(stage.supervisor.stopped(progress.step))
     stage.stop.undefer()
-    if progress.step < config.sft.steps:
-        raise Stopped
-    export(actor, Path(config.sft.output) if config.sft.output else run.folder.export)
+    points.enter("evaluation")
+    export(actor, exported(config, run.folder))
     return progress.seconds
 
 
@@ -210,7 +241,7 @@ def read_text(config: RunConfig, asked: Format) -> tuple[TextBlocks, TextBlocks]
     """(blocks to learn from, every twentieth, which is held out). Raises ValueError where there are too few."""
     check_context(config, text=True)
     blocks = text_blocks(config.data, asked, config.cache_dir)
-    check_vocabulary(config, [(blocks.highest,)])
+    check_vocabulary("student.path", config.student.path, asked, (), blocks)
     every = np.arange(1, len(blocks) + 1) % HELD_OUT_EVERY == 0
     text, held = blocks.picked(~every), blocks.picked(every)
     least = f"gives {len(blocks)} blocks; {HELD_OUT_EVERY} are needed at least"
@@ -224,16 +255,20 @@ def learn_text(stage: Stage, inputs: tuple[TextBlocks, TextBlocks]) -> str:
     (text, held), file = inputs, stage.run.folder.evaluation("before")
     actor = stage.new_actor()
     saved = find_result(file)
-    distributed.barrier()
-    measured = saved or Result(
-        measure="bits_per_byte",
-        model=stage.config.student.path,
-        data={"path": stage.config.data.text, "rows": len(held)},
-        settings={"text_block_tokens": stage.config.data.text_block_tokens},
-        versions=versions("torch", "transformers"),
-        values={"bits_per_byte": Value(bits_per_byte(actor, held))},
+    missing = distributed.any_rank(saved is None)
+    measured = (
+        saved
+        if saved is not None and not missing
+        else Result(
+            measure="bits_per_byte",
+            model=stage.config.student.path,
+            data={"path": stage.config.data.text, "rows": len(held)},
+            settings={"text_block_tokens": stage.config.data.text_block_tokens},
+            versions=versions("torch", "transformers"),
+            values={"bits_per_byte": Value(bits_per_byte(actor, held))},
+        )
     )
-    if saved is None and distributed.is_main():
+    if missing and distributed.is_main():
         measured.write(file)
     before = measured.values["bits_per_byte"].value
     seconds = train(stage, actor, text, lambda mine: UpdateInput(None, flat(mine), [], LossWeights(pt=1.0)), "pt")
@@ -284,6 +319,7 @@ def read_questions(config: RunConfig, asked: Format) -> tuple[list[Prompt], list
     if data.open is not None:
         heldout += load_prompts("data.open", data, asked, room=room, need_answers=False)
     require(config.sft.batch <= len(prompts), "sft.batch", config.sft.batch, f"is more than {len(prompts)} examples")
+    check_vocabulary("student.path", config.student.path, asked, [prompt.tokens for prompt in (*prompts, *heldout)])
     if distributed.environment_rank() == 0:
         for line in data_warnings(config, heldout, stage=1):
             log.warning("%s", line)
@@ -297,8 +333,12 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
     every = [*prompts, *heldout]
     facts = teacher_facts(config, config.teacher) if config.sft.answers == "teacher" else None
     if facts is not None:
+        check_tokenizers(config, "teacher.path", facts)
         check_room(f"teacher.path = {str(facts.path)!r}", facts.teacher, context_length(facts.path), config, every)
+        asks = (facts.teacher.prompt(prompt.asked) for prompt in every)
+        check_vocabulary("teacher.path", facts.path, facts.teacher, asks)
     with ExitStack() as stack:
+        actor = None if facts is None else stage.new_actor(facts)  # before much is asked: it may be refused
         link = None if facts is None else ask_teacher(stage, facts, stack, every)
         if link is None:
             answers_N = [[(prompt.answers[0], True)] for prompt in prompts]
@@ -307,8 +347,9 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
         examples = cloned(prompts, answers_N, asked, None if link is None else config.sampling.max_new_tokens)
         if link is None:
             check_context(config, text=False, examples=examples)
-        check_vocabulary(config, [sequence for one in examples for sequence in (one.prompt, *one.responses)])
-        actor = stage.new_actor(facts)
+        answers = [response for one in examples for response in one.responses]
+        check_vocabulary("student.path", config.student.path, asked, answers)
+        actor = actor or stage.new_actor()
         seconds = train(stage, actor, examples, lambda mine: UpdateInput(None, [], mine, SUPERVISED), "bc")
         after = evaluate(actor, link, heldout, config, str(stage.run.folder.export))
     if distributed.is_main():
@@ -345,6 +386,7 @@ def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack, prompts: Se
     """This rank's session with the running server, or with one that starts here and ends with `stack`. Collective."""
     teacher = stage.config.teacher
     link = connect(teacher, find_teacher(teacher, stage.run.folder.path / "teacher", stack), facts, stack)
+    check_served_model("teacher", teacher, link)
     check_served_room("teacher.path", link, stage.config, prompts)
     if "hidden" not in link.client.info().kinds:
         link.head = None
@@ -355,6 +397,8 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
     """The teacher's answers to each prompt, and whether each has ended; asked once and kept in the cache folder.
     Collective."""
     if not distributed.is_main():
+        while distributed.any_rank(False):  # for each batch: a collective that waits for all of them gives up
+            pass
         return [json.loads(one) for one in distributed.gather_strings([])]
     teacher, folder, samples = Path(config.teacher.path), Path(config.cache_dir), config.sft.samples
     asked, temperature = format_of("teacher", config.teacher, config.data), config.distill.answer_temperature
@@ -370,6 +414,7 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
         bar = tqdm(range(0, len(missing), config.eval.batch), "the teacher's answers", disable=not missing)
         try:
             for start in bar:
+                distributed.any_rank(True)
                 batch = missing[start : start + config.eval.batch]
                 repeated = [prompt for prompt in batch for _ in range(samples)]
                 seed = config.seed * len(missing) + start
@@ -381,4 +426,5 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
         finally:  # a start that is stopped here asks for the rest next time
             if missing:
                 write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
+    distributed.any_rank(False)
     return [json.loads(one) for one in distributed.gather_strings([json.dumps(known[p.text]) for p in prompts])]

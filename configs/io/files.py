@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds, or a ValueError that names the file."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # a date that is none is a ValueError
         raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
 

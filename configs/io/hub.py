@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from configs.io.files import read_json
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 UNWANTED = ["consolidated*", "original/*"]
 """What is fetched of a hub repository: not the same weights in their authors' own layout."""
+TOKENIZER_FILES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
+"""What a tokenizer may be made of, besides any *.model (tokenizer.model, spiece.model, sentencepiece.bpe.model)."""
 
 
 def find_model(key: str, path: str | Path, *, weights: bool = True) -> Path:
@@ -37,3 +42,42 @@ def find_model(key: str, path: str | Path, *, weights: bool = True) -> Path:
             f"(`hf download {name}`), or give a local model directory"
         )
     raise ValueError(f"{key} = {name!r}: {mend}")
+
+
+def base_of(directory: str | Path) -> Path:
+    """The directory itself, or that of the model which an adapter there (peft's) stands on: config.json is in that one.
+    Raises ValueError where the adapter does not say which, and as `find_model`."""
+    file = Path(directory) / "adapter_config.json"
+    if not file.is_file() or (Path(directory) / "config.json").is_file():
+        return Path(directory)
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{file}: no base_model_name_or_path; say which model the adapter belongs to")
+    return find_model(f"{file}: base_model_name_or_path", base)
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a tokenizer is in a directory: where none is, transformers makes an empty one up."""
+    names = {file.name for file in Path(directory).glob("*")}
+    return not names.isdisjoint(TOKENIZER_FILES) or any(name.endswith(".model") for name in names)
+
+
+def tokenizer_home(directory: str | Path) -> Path:
+    """Where the tokenizer of a model is: an adapter may bring none of its own."""
+    return Path(directory) if has_tokenizer(directory) else base_of(directory)
+
+
+def read_tokenizer(auto: Any, directory: str | Path) -> Any:
+    """The tokenizer of a model, read by `auto`, transformers' AutoTokenizer. No code in the directory is run.
+
+    Where Mistral's own format (tekken.json) lies beside transformers', the latter is read: with mistral_common
+    installed transformers would take the other, which has no chat template. One in chat_template.json, which
+    transformers gives to processors of images alone, is the tokenizer's where it has none.
+    """
+    home = tokenizer_home(directory)
+    both = all((home / name).is_file() for name in ("tekken.json", "tokenizer.json"))
+    tokenizer = auto.from_pretrained(home, trust_remote_code=False, **({"mistral_format": False} if both else {}))
+    file = home / "chat_template.json"
+    if not getattr(tokenizer, "chat_template", None) and file.is_file():
+        tokenizer.chat_template = read_json(file).get("chat_template")
+    return tokenizer

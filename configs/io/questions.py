@@ -25,6 +25,10 @@ def as_question(row: Row, *, answers: bool) -> Row:
     Raises ValueError with the mend; `answers`: also where there is none.
     """
     kind = next((key for key in ANSWER if row.get(key) is not None), "question")
+    if kind in ("messages", "prompt") and row.get("tools"):
+        raise ValueError(
+            "key 'tools': the model is told of none; leave the row out, or its tools where they do not matter"
+        )
     found = {key: value for key, value in row.items() if key not in ("messages", "prompt")}
     said: Any = None
     if kind == "instruction":
@@ -87,6 +91,8 @@ def _turns(key: str, value: Any) -> list[Turn]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"key {key!r} is a {type(value).__name__}; write a list of {{role, content}}")
     for turn in value:
+        if isinstance(turn, dict) and turn.get("tool_calls"):
+            raise ValueError(f"key {key!r} has a turn with tool_calls, which are not read; leave the row out")
         if not isinstance(turn, dict) or not all(
             isinstance(turn.get(part), str) and turn[part].strip() for part in ("role", "content")
         ):

@@ -35,6 +35,14 @@ DATA_SET = re.compile(r"(?P<name>[^:]+?)(:(?P<config>\w[\w.-]*)(?=:))?(:(?P<spli
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LONGEST = 16 << 20
 """Bytes of a line. A tokenizer takes minutes and gigabytes for a longer one."""
+FOREIGN = {
+    rb"\x28\xb5\x2f\xfd": "packed by zstd; unpack it, or pack it by gzip",
+    rb"\xfd7zXZ\x00": "packed by xz; unpack it, or pack it by gzip",
+    rb"BZh[1-9]1AY&SY": "packed by bzip2; unpack it, or pack it by gzip",
+    rb"PK\x03\x04": "a zip archive or a spreadsheet; give the file in it, or save it as CSV",
+    rb"PAR1": "Parquet; call it .parquet",
+}
+"""What a file of text may turn out to be, by its first bytes."""
 
 
 def split_columns(path: str | Path) -> tuple[str, dict[str, str]]:
@@ -103,21 +111,30 @@ def content(path: str | Path) -> str:
 def _opened(file: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, unpacked where they are gzip, whatever it is called."""
     with file.open("rb") as plain:
-        if plain.peek(2)[:2] != b"\x1f\x8b":
+        first = plain.peek(16)
+        if foreign := [what for magic, what in FOREIGN.items() if re.match(magic, first)]:
+            raise ValueError(f"{file}: {foreign[0]}")
+        if first[:2] != b"\x1f\x8b":
             yield plain
             return
         with gzip.open(plain) as packed:
             yield cast("IO[bytes]", packed)
 
 
-def _read_lines(file: Path) -> Iterator[Placed]:
-    # Binary lines: a file that is not UTF-8 still gets a line number, and U+2028 inside a string ends no line.
+def _raw_lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Lines that are not blank, with their places. Binary: a line that is not UTF-8 still has a number, and U+2028
+    inside a string ends none."""
     with _opened(file) as lines:
         for number, raw in enumerate(iter(lambda: lines.readline(LONGEST + 1), b""), start=1):
             if len(raw) > LONGEST:
                 raise ValueError(f"{file}:{number}: a line of more than {LONGEST >> 20} MiB; break it into rows")
             if raw.strip():
-                yield f"{file}:{number}", _parse_row(raw, f"{file}:{number}")
+                yield f"{file}:{number}", raw
+
+
+def _read_lines(file: Path) -> Iterator[Placed]:
+    for where, raw in _raw_lines(file):
+        yield where, _parse_row(raw, where)
 
 
 def _parse_row(raw: bytes, where: str) -> Row:
@@ -167,7 +184,11 @@ def _read_csv(file: Path) -> Iterator[Placed]:
         lines = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
         reader = csv.DictReader(lines, delimiter="\t" if layout(file) == ".tsv" else ",", strict=True)
         try:
-            header = reader.fieldnames or []
+            header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            if len(header) == 1 and ";" in header[0]:
+                raise ValueError(
+                    f"{file}:1: one column, {header[0]!r}; part columns with commas, or with tabs in a .tsv"
+                )
             if twice := [name for n, name in enumerate(header) if name in header[:n]]:
                 raise ValueError(f"{file}:1: column {twice[0]!r} is there twice; write a JSON list in one")
             for row in reader:
@@ -209,14 +230,13 @@ def _cell(key: str, value: Any, where: str) -> Any:
 
 
 def _read_text(file: Path) -> Iterator[Placed]:
-    with _opened(file) as lines:
-        for number, raw in enumerate(lines, start=1):
-            try:
-                text = raw.decode("utf-8-sig").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-            if text:
-                yield f"{file}:{number}", {"text": text}
+    for where, raw in _raw_lines(file):
+        try:
+            text = raw.decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        if text:
+            yield where, {"text": text}
 
 
 READERS = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".txt": _read_text}
@@ -226,6 +246,8 @@ READERS |= {".jsonl": _read_lines, ".json": _read_json}
 
 def _read_dataset(path: str) -> Iterator[Placed]:
     for number, row in enumerate(_load(path), start=1):
+        if not any(str(value).strip() for value in row.values() if value is not None):
+            continue  # a blank line of a text
         where = f"{path}:row {number}"
         yield where, {key: _cell(key, value, where) for key, value in row.items()}
 

@@ -6,7 +6,8 @@ Face model, on CPU or CUDA, with the common few-shot beginning computed once (ev
 
 What differs from vLLM, and is said in the results (eval/euroeval/run.py): decoding is always greedy, also where the
 model's generation_config.json asks for sampling; the JSON of entity recognition is not enforced by a grammar; a prompt
-that is too long loses its beginning, not its question; a chat template's start token is not doubled.
+that is too long loses its beginning, not its question; a chat template's start token is not doubled, and an end token
+that the tokenizer puts behind every text is left out.
 
 Importing this module imports EuroEval: half a minute on a busy machine.
 """
@@ -27,7 +28,7 @@ import torch
 
 from eval.euroeval.data import check_draws
 from eval.measures.generation import Decoding, Generated, Journal, generate
-from eval.measures.model import context_length, end_tokens
+from eval.measures.model import context_length, end_tokens, written_tokens
 
 
 @contextmanager
@@ -132,9 +133,8 @@ class Engine:
         ]
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids; a chat template has written the start token already, so it is not put there again."""
-        start = self.tokenizer.bos_token
-        return list(self.tokenizer(prompt, add_special_tokens=not (start and prompt.startswith(start)))["input_ids"])
+        """Token ids."""
+        return written_tokens(self.tokenizer, prompt)
 
     def _decoding(self, params: SamplingParams) -> Decoding:
         choices = params.structured_outputs.choice if params.structured_outputs is not None else None

@@ -122,16 +122,13 @@ def _lost(identity: str, source: Source, error: Exception) -> ValueError:
 # --- one model -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(model: Model, name: str, settings: Settings) -> Result:
-    """Run all tasks that are not finished yet, and write the result file after each.
-
-    `name`: the model as the user calls it. ValueError names the mend.
-    """
+def evaluate(model: Model, settings: Settings) -> Result:
+    """Run all tasks that are not finished yet, and write the result file after each. ValueError names the mend."""
     from tqdm import tqdm
 
     from eval.euroeval.model import Engine, prepare_tokenizer
 
-    output, work = model.folder / RESULT, model.folder / "euroeval"
+    name, output, work = model.path, model.folder / RESULT, model.folder / "euroeval"
     work.mkdir(parents=True, exist_ok=True)
     kind = settings.kind or ("base" if model.tokenizer.chat_template is None else "instruct")
     if kind == "instruct" and model.tokenizer.chat_template is None:
@@ -145,9 +142,8 @@ def evaluate(model: Model, name: str, settings: Settings) -> Result:
         measure="euroeval", model=name, data={}, settings=asked, versions=versions(*PACKAGES), values={}, rows=[]
     )
     identity = f"{model.weights} {asked} {result.versions}"
-    hashes = {task: f"{identity} {one.about['sha256']}".encode() for task, one in data.items()}
-    keys = {task: hashlib.sha256(content).hexdigest()[:16] for task, content in hashes.items()}
-    result = _with_finished(result, output, keys)
+    keys = {task: _key(identity, one.about) for task, one in data.items()}
+    result = _with_finished(result, output, keys, identity)
     engine = Engine(model.network, model.tokenizer, batch=settings.batch)
     for number, task in enumerate(settings.tasks, start=1):
         if task not in result.data:
@@ -173,18 +169,24 @@ def _with_task(result: Result, data: Mapping[str, Any], values: Mapping[str, Val
     )
 
 
-def _with_finished(result: Result, output: Path, keys: Mapping[str, str]) -> Result:
-    """With the tasks that an earlier call finished with the same keys; none where its file cannot be read."""
+def _with_finished(result: Result, output: Path, keys: Mapping[str, str], identity: str) -> Result:
+    """With the tasks that an earlier call finished with the same keys, and those that are not asked for this time but
+    were asked in the same way; none where its file cannot be read."""
     try:
         earlier = read_result(output)
         for row in earlier.rows:
             task = str(row["task"])
-            if row["key"] == keys.get(task):
+            if row["key"] == (keys.get(task) or _key(identity, earlier.data[task])):
                 values = {key: value for key, value in earlier.values.items() if key.startswith(f"{task}/")}
                 result = _with_task(result, earlier.data[task], values, dict(row))
     except (ValueError, KeyError, TypeError):
         pass
     return result
+
+
+def _key(identity: str, about: Mapping[str, Any]) -> str:
+    """Changes when the model, the way of asking, a version (`identity`) or the data do."""
+    return hashlib.sha256(f"{identity} {about['sha256']}".encode()).hexdigest()[:16]
 
 
 def _run_task(engine: Any, name: str, data: DataSet, settings: Settings, current: Path) -> tuple[dict[str, Value], Row]:

@@ -21,6 +21,7 @@ if not __package__:  # started as a script: our folders first, and no file of th
 
 from configs.io.files import write_atomically
 from configs.io.jsonl import read_texts
+from eval.cli import exit_code, parser_of
 
 
 def split(sentences: Sequence[str], heldout: int, seed: int) -> tuple[list[str], list[str]]:
@@ -46,18 +47,19 @@ def openings(sentences: Sequence[str], words: int) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line that says what to mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, runs_dir=False)
     parser.add_argument("sentences", type=Path, help="JSONL with `text`, or one in each line")
     parser.add_argument("folder", type=Path, help="where the four files go")
     parser.add_argument("--heldout", type=int, default=100, help="sentences kept out of training (100)")
     parser.add_argument("--words", type=int, default=3, help="first words of a sentence that make a prompt (3)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (0)")
     options = parser.parse_args(arguments)
-    try:
-        train, heldout = split(read_texts(options.sentences), options.heldout, options.seed)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: write_files(options))
+
+
+def write_files(options: argparse.Namespace) -> None:
+    """The four files. Raises ValueError."""
+    train, heldout = split(read_texts(options.sentences), options.heldout, options.seed)
     files: dict[str, list[dict[str, Any]]] = {
         "text": [{"text": sentence} for sentence in train],
         "heldout": [{"text": sentence} for sentence in heldout],
@@ -67,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, rows in files.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(options.folder / f"{name}.jsonl", lines)
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ import operator
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from configs.io.files import read_yaml
+from configs.io.files import read_json, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +128,8 @@ def read_plan(path: Path) -> Plan:
         values = {key: value for key, value in read_yaml(path).items() if value is not None}  # nothing stands below it
         columns = {name: Column(**row) for name, row in values["columns"].items()}
         variants = [Variant(**{**row, "settings": row["settings"] or {}}) for row in values["variants"]]
-        plan = Plan(**{**values, "variants": variants, "columns": columns})
+        measures = {name: dict(options or {}) for name, options in (values.get("measures") or {}).items()}
+        plan = Plan(**{**values, "variants": variants, "columns": columns, "measures": measures})
         seeds = [operator.index(seed) for seed in plan.seeds]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the plan of an experiment ({' '.join(str(error).split())})") from None
@@ -145,7 +144,25 @@ def read_plan(path: Path) -> Plan:
     for key, name in named.items():
         if name and name not in names:
             raise ValueError(f"{path}: {key} = {name!r}: no such variant; there are {', '.join(names)}")
+    if measures:  # what knows them takes a second to import
+        _check_measures(path, measures)
     return plan
+
+
+def _check_measures(path: Path, measures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Names of measures and of their options, before the first run: they are measured behind the last one."""
+    from eval.measure import settings_of
+    from eval.measures import MEASURES
+
+    for name, options in measures.items():
+        if name not in MEASURES:
+            raise ValueError(f"{path}: measures: {name!r}: no such measure; there are {', '.join(MEASURES)}")
+        known = {one.name: one for one in fields(settings_of(MEASURES[name]))}
+        if wrong := [key for key in options if key not in (*known, "dtype")]:
+            raise ValueError(f"{path}: measures: {name}: no option {wrong[0]!r}; there are dtype, {', '.join(known)}")
+        needed = [key for key, one in known.items() if one.default is MISSING and one.default_factory is MISSING]
+        if missing := [key for key in needed if key not in options]:
+            raise ValueError(f"{path}: measures: {name} needs {', '.join(missing)}")
 
 
 def summary_of(run: Path) -> dict[str, Any] | None:
@@ -153,11 +170,11 @@ def summary_of(run: Path) -> dict[str, Any] | None:
     path = run / "summary.json"
     if not path.is_file():
         return None
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_json(path)
     return summary if summary.get("status") == "finished" else None
 
 
 def models_of(run: Path) -> dict[str, str]:
     """Model directory by stage: where the run began, what it made, its teacher."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(run / "config.yaml")
     return {"start": config["student"]["path"], "after": str(run / "export"), "teacher": config["teacher"]["path"]}

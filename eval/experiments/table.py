@@ -29,7 +29,7 @@ MARKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 
 def read_table(plan: Plan, tasks: Sequence[Task], runs_dir: Path) -> pandas.DataFrame:
     """A row for each finished run and stage: variant, group, seed, where the run began, the seconds of the run that had
-    made that, stage, tokens, seconds and the plan's columns, NaN where there is no such number."""
+    made that, stage and its model, tokens, seconds and the plan's columns, NaN where there is no such number."""
     rows = []
     for task in tasks:
         if (summary := summary_of(runs_dir / task.name)) is None:
@@ -49,12 +49,13 @@ def read_table(plan: Plan, tasks: Sequence[Task], runs_dir: Path) -> pandas.Data
                     "start": models["start"],
                     "warmup": (before.get("seconds") or {}).get("total", math.nan),
                     "stage": stage,
+                    "model": model,
                     "tokens": (summary.get("tokens") or {}).get("sampled", math.nan),
                     "seconds": (summary.get("seconds") or {}).get("total", math.nan),
                     **{key: found.get(key, math.nan) for key in plan.columns},
                 }
             )
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(rows).astype(dict.fromkeys(plan.columns, float))  # a file has null for NaN
 
 
 def spread(values: pandas.Series, digits: int, sign: bool = False) -> str:
@@ -79,12 +80,16 @@ def main_table(plan: Plan, table: pandas.DataFrame) -> list[str]:
     heads = [title for column in plan.columns.values() for title in (column.title, "change")]
     lines = [_row(["variant", *heads, "tokens (k)", "seconds"]), "| --- |" + " ---: |" * (len(heads) + 2)]
     # The same for all that began alike with a seed; a program that does not evaluate its start leaves it to them.
-    starts = table[table.stage == "start"].groupby(["start", "seed"], sort=False)[[*plan.columns]].first()
-    known = {_name_of(start, starts): of for start, of in starts.groupby("start", sort=False)}
-    known["teacher"] = table[table.stage == "teacher"].groupby("seed")[[*plan.columns]].first()
-    for name, of in known.items():
-        cells = [spread(of[key].drop_duplicates(), c.digits) for key, c in plan.columns.items()]
-        lines.append(_row([f"*{name}*", *(word for cell in cells for word in (cell, "")), "", ""]))
+    starts, teachers = (
+        table[table.stage == stage].groupby(["model", "seed"], sort=False)[[*plan.columns]].first()
+        for stage in ("start", "teacher")
+    )
+    for stage, found in (("start", starts), ("teacher", teachers)):
+        models = list(found.dropna(how="all").groupby("model", sort=False))
+        for model, of in models:
+            name = stage if len(models) == 1 else _name_of(stage, Path(str(model)))
+            cells = [spread(_once(of[key]), column.digits) for key, column in plan.columns.items()]
+            lines.append(_row([f"*{name}*", *(word for cell in cells for word in (cell, "")), "", ""]))
     for group, heading in plan.groups.items():
         rows = []
         for name, of in table[table.group == group].groupby("variant", sort=False):
@@ -100,11 +105,16 @@ def main_table(plan: Plan, table: pandas.DataFrame) -> list[str]:
     return lines
 
 
-def _name_of(start: str, starts: pandas.DataFrame) -> str:
-    """What a start is called beside others: its run."""
-    path = Path(start)
-    one = starts.index.get_level_values("start").nunique() == 1
-    return "start" if one else path.parent.name if path.name == "export" else path.name
+def _name_of(stage: str, model: Path) -> str:
+    """What a start or a teacher is called beside others: its run or folder."""
+    name = model.parent.name if model.name == "export" else model.name
+    return name if stage == "start" else f"{stage} {name}"
+
+
+def _once(values: pandas.Series) -> pandas.Series:
+    """One value where all seeds have the same: there is no deviation to tell."""
+    known = values.dropna()
+    return known[:1] if known.nunique() == 1 else known
 
 
 def differences(plan: Plan, table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:

@@ -19,6 +19,7 @@ import torch
 from transformers import Cache, DynamicCache, StaticLayer
 
 from configs.io.lines import LineFile, whole_rows
+from eval.measures.model import not_numbers
 
 Tokens = list[int]
 
@@ -222,6 +223,8 @@ class _Rows:
 
     def _pick(self, logits: torch.Tensor, results: list[Generated], live: set[int]) -> torch.Tensor:
         """Append the next token to each live row and strike out the rows that end; [rows, 1]."""
+        if bool(logits.isnan().any()):
+            raise not_numbers(self.network)
         decoding, scores = self.decoding, logits
         if decoding.choices:
             scores = torch.full_like(logits, float("-inf"))

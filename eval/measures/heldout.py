@@ -86,14 +86,16 @@ def fitting_prompts(model: Model, questions: Sequence[Question], settings: Heldo
     """Prompts by the places of their questions, where there is room for an answer. Raises ValueError if nowhere."""
     asked = settings.asked(model.tokenizer)
     prompts = [list(asked.prompt(render(one, settings.template))) for one in questions]
-    room, longest = context_length(model.network), settings.max_prompt_tokens
-    if room is not None:  # for prompt and answer
-        longest = min(longest, room - settings.max_new_tokens)
+    why, mend, longest = "data.max_prompt_tokens", "raise it in the run's config.yaml", settings.max_prompt_tokens
+    room = context_length(model.network)  # for prompt and answer
+    if room is not None and room - settings.max_new_tokens < longest:
+        longest, mend = room - settings.max_new_tokens, "lower it"
+        why = f"sampling.max_new_tokens = {settings.max_new_tokens} of the {room} that the model has room for"
     fitting = {index: prompt for index, prompt in enumerate(prompts) if len(prompt) <= longest}
     if not fitting:
         raise ValueError(
-            f"data.max_prompt_tokens: every prompt is longer than {longest} tokens (the shortest has "
-            f"{min(map(len, prompts))}); raise it in the run's config.yaml, or shorten the contexts"
+            f"{why}: every prompt is longer than {longest} tokens (the shortest has {min(map(len, prompts))}); {mend}, "
+            "or shorten the contexts"
         )
     return fitting
 
@@ -118,4 +120,5 @@ def answers(
     with tqdm(total=len(prompts), desc=label, unit="answer", dynamic_ncols=True) as bar:
         found = generate(model.network, prompts, decoding, progress=bar.update)
     tokens = [one.tokens[:-1] if one.tokens[-1] in ends else one.tokens for one in found]
-    return [model.tokenizer.decode(one, skip_special_tokens=True).strip() for one in tokens]
+    said = settings.asked(model.tokenizer, ends).said
+    return [said(one) for one in tokens]

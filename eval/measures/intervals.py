@@ -89,7 +89,8 @@ def difference(
     first: Examples, second: Examples, resamples: int = RESAMPLES, seed: int = SEED
 ) -> tuple[Value, int] | None:
     """(first minus second with its interval, examples paired); None where the two share no example."""
-    shared = [name for name in first.ids if name in set(second.ids)]
+    known = set(second.ids)
+    shared = [name for name in first.ids if name in known]
     if not shared or first.statistic != second.statistic:
         return None
     pair = [_rows(one, shared) for one in (first, second)]

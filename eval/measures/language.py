@@ -17,14 +17,17 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs.io.jsonl import read_jsonl, read_texts
+from configs.io.questions import as_question
 from configs.io.results import Result, Value, about_file, versions
+from configs.prompts import Format
 from configs.ranges import PositiveInt
 from eval.measures.intervals import interval, means
-from eval.measures.model import Model, end_tokens, prompt_tokens
+from eval.measures.model import Model, context_length, end_tokens
 
 WORD = re.compile(r"[^\W\d_]+")
 KNOWN_SHARE = 0.9
@@ -38,7 +41,7 @@ class LanguageSettings:
     text: Path
     """Faroese texts, of which a model gets the first halves: JSONL with `text`, or one in each line."""
     words: tuple[str, ...]
-    """JSONL files of known words: every word of `question`, `context`, `answers` and `text`."""
+    """Files of known words: every word of questions, contexts, answers and texts, in any layout of docs/data.md."""
     continuations: PositiveInt = 256
     """Texts gone on with, at most."""
     new_tokens: PositiveInt = 24
@@ -107,10 +110,10 @@ def _folded(text: str) -> str:
 
 
 def vocabulary(paths: Iterable[str | Path]) -> frozenset[str]:
-    """Every word of the questions, contexts, answers and texts in JSONL files."""
+    """Every word of the questions, contexts, answers and texts in files of rows, in any layout of docs/data.md."""
     words: set[str] = set()
     for path in paths:
-        for row in read_jsonl(path):
+        for row in read_jsonl(path, convert=partial(as_question, answers=False)):
             texts = [row.get("question"), row.get("context"), row.get("text"), *(row.get("answers") or [])]
             for text in texts:
                 words.update(WORD.findall(_folded(str(text or ""))))
@@ -144,14 +147,22 @@ def openings(texts: Sequence[str], count: int) -> list[tuple[str, str]]:
 def continue_texts(
     network: Any, tokenizer: Any, starts: Sequence[str], *, new_tokens: int = 24, seed: int = 0
 ) -> list[Continuation]:
-    """One sample at temperature 1 behind each opening, at most `new_tokens` tokens, the same for the same seed."""
+    """One sample at temperature 1 behind each opening, at most `new_tokens` tokens, the same for the same seed. Raises
+    ValueError where the model has no room for that."""
     import torch
 
     from eval.measures.generation import Decoding, generate
 
     torch.manual_seed(seed)
     ends = end_tokens(network, tokenizer)
-    prompts = [prompt_tokens(tokenizer, text, chat=False) for text in starts]
+    plain = Format(tokenizer)
+    prompts = [list(plain.prompt(text)) for text in starts]
+    longest, room = max(map(len, prompts)) + new_tokens, context_length(network)
+    if room is not None and longest > room:
+        raise ValueError(
+            f"--text: half a text with its continuation takes up to {longest} tokens, the model has room for {room}; "
+            "give shorter texts"
+        )
     decoding = Decoding(max_new_tokens=new_tokens, batch=64, ends=ends, sampled=True)
     made = []
     for prompt, found in zip(prompts, generate(network, prompts, decoding), strict=True):

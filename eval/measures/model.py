@@ -7,9 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.io.files import fingerprint
-from configs.io.hub import find_model
-from configs.prompts import Format
+from configs.io.files import fingerprint, read_json
+from configs.io.hub import find_model, read_tokenizer
 from configs.schema import RunConfig
 from eval.measures.model_dirs import output_folder
 
@@ -31,7 +30,9 @@ class Model:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        return load_model(find_model("--model", self.path), self.dtype)
+        network, tokenizer = load_model(find_model("--model", self.path), self.dtype)
+        forbid_unknown_tokens(network, tokenizer)
+        return network, tokenizer
 
     @property
     def network(self) -> Any:
@@ -45,13 +46,20 @@ class Model:
 
     @cached_property
     def weights(self) -> str:
-        """Changes when the files of its directory do; a hub id stands for itself."""
-        return fingerprint(self.path, whole=False) or self.path.replace("/", "--")
+        """Changes when the files of its directory do, or those of the model that an adapter goes on top of."""
+        return _content(self.path)
 
     @property
     def folder(self) -> Path:
         """Where what is measured of it is written."""
         return output_folder(self.path, self.runs_dir)
+
+
+def _content(path: str) -> str:
+    """What is in the files of a model, by its path or its hub id."""
+    directory = find_model("--model", path)
+    own, adapter = fingerprint(directory, whole=False), directory / "adapter_config.json"
+    return f"{own}-{_content(read_json(adapter)['base_model_name_or_path'])}" if adapter.is_file() else own
 
 
 def load_model(model_dir: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
@@ -68,8 +76,10 @@ def load_model(model_dir: str | Path, dtype: str = "float32") -> tuple[Any, Any]
     try:
         if (Path(model_dir) / "adapter_config.json").is_file():
             return _load_adapter(str(model_dir), dtype)
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype), use_safetensors=True)
+        tokenizer = read_tokenizer(AutoTokenizer, model_dir)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        )
     except Exception as error:  # half-written files raise nearly anything
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{model_dir}: the model cannot be loaded ({type(error).__name__}: {reason})") from error
@@ -83,8 +93,34 @@ def _load_adapter(model_dir: str, dtype: str) -> tuple[Any, Any]:
     base = str(PeftConfig.from_pretrained(model_dir).base_model_name_or_path)
     model, tokenizer = load_model(find_model("base_model_name_or_path", base), dtype)
     if (Path(model_dir) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = read_tokenizer(AutoTokenizer, model_dir)
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # tokens that were added, as peft finds them
+            model.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(model, model_dir).merge_and_unload().eval(), tokenizer
+
+
+def forbid_unknown_tokens(network: Any, tokenizer: Any) -> None:
+    """No probability for columns of the vocabulary that no entry of the tokenizer has, which only fill the matrix up:
+    as in the trainer and the teacher."""
+    import torch
+
+    count = network.config.get_text_config().vocab_size
+    unknown = torch.ones(count, dtype=torch.bool)
+    unknown[[token for token in tokenizer.get_vocab().values() if token < count]] = False
+    if not bool(unknown.any()):
+        return
+    unknown = unknown.to(network.device)
+
+    def forbid(module: Any, inputs: Any, output: Any) -> None:
+        output.logits.masked_fill_(unknown, float("-inf"))
+
+    network.register_forward_hook(forbid)
+
+
+def not_numbers(network: Any) -> ValueError:
+    """For logits that are NaN: the likeliest of them would be taken for an answer."""
+    reason = "its logits are not numbers (NaN): the weights are broken, or too large for the type; give another --dtype"
+    return ValueError(f"{network.name_or_path}: {reason}")
 
 
 def context_length(network: Any) -> int | None:
@@ -99,6 +135,9 @@ def end_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(end for end in ends if end is not None)
 
 
-def prompt_tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    """Token ids of a text; `chat`: as a user's message in the model's chat template."""
-    return list(Format(tokenizer, "chat" if chat else "plain").prompt(text))
+def written_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt whose special symbols are meant: a start that a chat template has written is not put there
+    again, and an end that the tokenizer puts behind every text is left out, because nothing would come behind it."""
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    ids = list(tokenizer(prompt, add_special_tokens=not (start and prompt.startswith(start)))["input_ids"])
+    return ids[:-1] if end and ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(end) else ids

@@ -49,10 +49,9 @@ def _check_adapter(model: Path, name: str) -> None:
     """An adapter's own weights, and the model that it goes on top of."""
     if not any(model.glob("adapter_model*.safetensors")):
         raise ValueError(f"{name}: no weights (adapter_model.safetensors) in it; save the adapter with save_pretrained")
-    try:
-        base = read_json(model / "adapter_config.json")["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{name}: adapter_config.json does not say base_model_name_or_path") from None
+    base = read_json(model / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ValueError(f"{name}: adapter_config.json does not say base_model_name_or_path")
     check_model(base)
 
 

@@ -16,7 +16,7 @@ characters, tokens} of each text with more than one word.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,14 @@ from configs.io.results import Result, Value, about_file, versions
 from configs.prompts import Format
 from configs.ranges import PositiveInt
 from eval.measures.intervals import Examples, interval
-from eval.measures.model import Model, context_length
+from eval.measures.model import Model, context_length, not_numbers
 
 LONGEST = 1024
-"""Tokens in a forward pass, at most."""
+"""Tokens of a window, at most."""
+LOGITS = 1 << 29
+"""Logits that a forward pass makes, at most: large vocabularies times long texts are more than memory holds."""
+Part = tuple[int, list[int], int]
+"""A window: place of its text, token ids, place of the first one scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class PerplexitySettings:
     text: tuple[str, ...]
     """[NAME=]FILE: JSONL with `text`, or a text in each line."""
     batch: PositiveInt = 32
-    """Windows in a forward pass."""
+    """Windows in a forward pass, fewer where they are long."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,23 @@ def windows(encoded: Encoded, longest: int) -> list[tuple[list[int], int]]:
     return parts
 
 
+def _passes(parts: Sequence[Part], batch: int, most: int) -> Iterator[Sequence[Part]]:
+    """The windows, shortest first, `batch` at a time, and at most `most` tokens with their padding; one that has more
+    is by itself."""
+    begin = 0
+    for end, (_, window, _) in enumerate(parts):
+        if end > begin and (end - begin == batch or (end - begin + 1) * len(window) > most):
+            yield parts[begin:end]
+            begin = end
+    if parts:
+        yield parts[begin:]
+
+
 def score_texts(
     network: Any, tokenizer: Any, texts: Sequence[str], batch: int = 32, longest: int = LONGEST
 ) -> list[TextScore | None]:
-    """The model on each text; None for a text of a single word. `batch`: windows in a forward pass. `longest`: tokens
-    in one, where the model has room for them."""
+    """The model on each text; None for a text of a single word. `batch`: windows in a forward pass, at most. `longest`:
+    tokens in one, where the model has room for them."""
     import torch
 
     longest = min(context_length(network) or longest, longest)
@@ -158,8 +174,7 @@ def score_texts(
     parts = [(place, *part) for place, one in enumerate(encoded) if one is not None for part in windows(one, longest)]
     parts.sort(key=lambda part: len(part[1]))
     nats, tokens = [0.0] * len(texts), [0] * len(texts)
-    for begin in range(0, len(parts), batch):
-        chunk = parts[begin : begin + batch]
+    for chunk in _passes(parts, batch, LOGITS // network.config.get_text_config().vocab_size):
         ids = torch.zeros(len(chunk), len(chunk[-1][1]), dtype=torch.int64)
         counted = torch.zeros_like(ids, dtype=torch.bool)
         for row, (_, window, first) in enumerate(chunk):  # padded on the right: a causal model does not look ahead
@@ -170,8 +185,10 @@ def score_texts(
         with torch.inference_mode():
             logits = network(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             of_next = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu().double()
-        totals = (of_next * counted[:, 1:]).sum(1).tolist()
-        for (place, _, _), total, count in zip(chunk, totals, counted.sum(1).tolist(), strict=True):
+        totals = of_next.masked_fill(~counted[:, 1:], 0.0).sum(1)
+        if bool(totals.isnan().any()):
+            raise not_numbers(network)
+        for (place, _, _), total, count in zip(chunk, totals.tolist(), counted.sum(1).tolist(), strict=True):
             nats[place] -= total
             tokens[place] += count
     return [

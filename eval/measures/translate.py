@@ -14,7 +14,7 @@ Result (translate.json): values DIRECTION/{chrf, bleu}, data by DIRECTION, sacre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,10 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from configs.io.results import Result, read_result, versions
+from configs.prompts import Format
 from configs.ranges import NonNegativeInt, PositiveInt
 from eval.measures.intervals import interval, translations
-from eval.measures.model import Model, context_length, end_tokens, prompt_tokens
+from eval.measures.model import Model, context_length, end_tokens
 from eval.measures.parallel_text import NAMES, ParallelText, load_parallel
 
 Direction = Literal["eng-fao", "fao-eng", "dan-fao", "fao-dan"]
@@ -44,6 +45,8 @@ class TranslateSettings:
     """A table of examples; by default split `dev` of --data."""
     kind: Literal["auto", "base", "instruct"] = "auto"
     """How the model is asked; auto: instruct where the tokenizer has a chat template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
+    """What else the chat template takes; a model that can think aloud first is asked not to, as EuroEval does."""
     few_shot: NonNegativeInt = 5
     """Examples in a base model's prompt."""
     sentences: PositiveInt | None = None
@@ -61,8 +64,15 @@ def translate(model: Model, settings: TranslateSettings) -> Result:
     if kind == "auto":
         kind = "instruct" if model.tokenizer.chat_template else "base"
     settings = replace(settings, kind=kind, few_shot=settings.few_shot if kind == "base" else 0)
-    asked = {"kind": kind, "few_shot": settings.few_shot, "max_new_tokens": settings.max_new_tokens,
-             "dtype": model.dtype, **_signatures()}  # fmt: skip
+    asked: dict[str, Any] = {
+        "kind": kind,
+        "few_shot": settings.few_shot,
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": model.dtype,
+        **_signatures(),
+    }
+    if kind == "instruct":
+        asked["chat_template_kwargs"] = settings.chat_template_kwargs
     made = {**versions("sacrebleu", "torch", "transformers"), "weights": model.weights}
     earlier = _earlier(model.folder / "translate.json", asked, made)
     values, data, rows = dict(earlier.values), dict(earlier.data), list(earlier.rows)
@@ -145,7 +155,8 @@ def _written(
     source, target = direction.split("-")
     pairs = list(zip(shown.sentences[source], shown.sentences[target], strict=True))
     chat = settings.kind == "instruct"
-    prompts = [prompt_tokens(model.tokenizer, prompt_text(one, direction, pairs, chat), chat) for one in sentences]
+    asked = Format(model.tokenizer, "chat" if chat else "plain", template_kwargs=settings.chat_template_kwargs)
+    prompts = [list(asked.prompt(prompt_text(one, direction, pairs, chat))) for one in sentences]
     longest, room = max(map(len, prompts)) + settings.max_new_tokens, context_length(model.network)
     if room is not None and longest > room:
         raise ValueError(

@@ -37,6 +37,10 @@ class Entrant:
     """Of the held-out evaluation, each with `prediction` and `f1`."""
     translations: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """By direction: sentences with `source`, `reference` and `written`."""
+    start: str = ""
+    """Source of the student before the training that made this one."""
+    teacher: str = ""
+    """Source of the teacher in that training."""
 
 
 def entrants_of(runs: Sequence[Path], models: Sequence[str], runs_dir: Path) -> list[Entrant]:
@@ -45,13 +49,16 @@ def entrants_of(runs: Sequence[Path], models: Sequence[str], runs_dir: Path) -> 
     for run in runs:
         stages = [*_stages_before(run, runs_dir), run]
         several = len(stages) > 1 or len(runs) > 1
-        start = str(_config(stages[0])["student"]["path"])
+        path = str(_config(stages[0])["student"]["path"])
+        start = _student(path, "Student before", "before", runs_dir, None, stages[0])
+        teacher = _teacher(run, runs_dir)
         after_name = f"After {run.name}" if several else "Student after"
-        found.append(_student(start, "Student before", "before", runs_dir, None, stages[0]))
+        found.append(start)
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
             name = f"After {stage.name}" if stage != run else after_name
-            found.append(_student(str(stage / "export"), name, "after", runs_dir, stage, following))
-        found.append(_teacher(run, runs_dir))
+            after = _student(str(stage / "export"), name, "after", runs_dir, stage, following)
+            found.append(replace(after, start=start.source, teacher=teacher.source))
+        found.append(teacher)
     for model in models:
         found.append(_model(model, runs_dir))
     merged: dict[tuple[str, str], Entrant] = {}
@@ -128,7 +135,7 @@ def _entrant(
     return Entrant(
         name=name,
         kind=kind,
-        source=str(Path(path).resolve() if Path(path).exists() or kind != "model" else path),
+        source=str(Path(path).resolve() if Path(path).exists() else path),
         scores=scores if started is None else read_file(started / "eval" / "minimal_pairs.json", check) | scores,
         answers=next((one.rows for one in reversed(asked) if one.rows), ()),
         translations=_translations(folder),

@@ -44,7 +44,7 @@ def render_comparison(comparison: Comparison, plots: Mapping[str, list[Plot]], t
         asked=len(shared),
         translations=_translations(comparison),
         reading=READING,
-        baselines=list(dict.fromkeys(comparison.baselines.values())),
+        baselines=comparison.baselines,
         published=sorted({one.source for one in comparison.entrants if one.kind == "published"}),
     )
 
@@ -60,18 +60,19 @@ def render_curves(runs: Sequence[RunFiles], plots: Sequence[Plot], title: str) -
 
 def _headlines(comparison: Comparison) -> list[tuple[str, str]]:
     """What training changed, in one line each: (row's name, words)."""
+    sources = {one.name: one.source for one in comparison.entrants}
     lines = []
     for one in comparison.entrants:
         for key in HEADLINES:
             cell = comparison.cell(one, key)
-            if one.kind != "after" or cell is None or key not in comparison.baselines:
-                continue
-            base = comparison.cells[comparison.baselines[key], key]
-            if cell is base or (cell.marks and cell.change is None):
+            base = None if cell is None else comparison.cells.get((cell.base, key))
+            if one.kind != "after" or cell is None or base is None or (cell.marks and cell.change is None):
                 continue
             digits, found = measure(key).digits, measure(key)
             group = f"{GROUPS[found.group]}, " if found.group != "euroeval" else ""
-            text = f"{group}{found.name}: {number(base.score.value, digits)} to {number(cell.score.value, digits)}"
+            whose = "" if sources[cell.base] == one.start else f" ({cell.base})"  # its own start goes without saying
+            values = number(base.score.value, digits) + whose, number(cell.score.value, digits)
+            text = f"{group}{found.name}: {' to '.join(values)}"
             if cell.change is not None:
                 text += f", {signed(cell.change.value, digits)} {bounds(cell.change, digits, signed)}"
             closed = gap_closed(comparison, key, one)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ import numpy as np
 
 from configs.io.jsonl import read_jsonl
 from configs.io.results import Result, Value, find_result
+from eval.euroeval.metrics import squad_v2
 from eval.measures.intervals import Examples, interval, means, translations
 from eval.measures.open_questions import shares
 from eval.pages.page_parts import answer_key
-from rewards.answers import exact_match, token_f1
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def measure(key: str) -> Measure:
 def read_heldout(result: Result, folder: Path) -> Scores:
     """A run's before, after or teacher.json, or a model's heldout.json."""
     rows = result.rows
-    ids = [answer_key(row) for row in rows]
+    ids = _names([answer_key(row) for row in rows])
     whole = sorted([answer_key(row), str(row.get("question")), *map(str, row.get("answers") or [])] for row in rows)
     conditions = {
         "questions": _digest(whole),
@@ -130,12 +131,22 @@ def read_heldout(result: Result, folder: Path) -> Scores:
     found: Scores = {}
     for key in ("f1", "exact_match"):
         if key in result.values:
-            examples = means(ids, [row[key] for row in rows]) if len(set(ids)) == len(ids) else None
+            examples = means(ids, [row[key] for row in rows])
             found[f"heldout/{key}"] = _score(result.values[key].value, examples, conditions)
     for key in ("reverse_kl", "open_right", "open_different", "open_kl"):  # of all samples together: no examples
         if key in result.values and math.isfinite(value := result.numbers[key]):
             found[f"heldout/{key}"] = Score(value=value, conditions=conditions)
     return found
+
+
+def _names(keys: Sequence[str]) -> list[str]:
+    """The keys, a repeated one with its count: a question that is there twice takes no interval from the others."""
+    seen: Counter[str] = Counter()
+    names = []
+    for key in keys:
+        seen[key] += 1
+        names.append(f"{key} ({seen[key]})" if seen[key] > 1 else key)
+    return names
 
 
 def read_open(result: Result, folder: Path) -> Scores:
@@ -188,7 +199,7 @@ def read_translate(result: Result, folder: Path) -> Scores:
             conditions = {
                 "sentences": data["sha256"],
                 "signature": result.settings[f"{metric}_signature"],
-                "examples in the prompt": str(result.settings["few_shot"]),
+                "examples in the prompt": f"{result.settings['few_shot']} {data.get('examples_sha256')}",
             }
             key = f"{direction}/{metric}"
             examples = translations(ids, written, references, metric)
@@ -228,18 +239,19 @@ def read_euroeval(result: Result, folder: Path) -> Scores:
 
 
 def _questions(folder: Path, task: Mapping[str, Any], metric: str) -> Examples | None:
-    """FoQA's F1 or exact match by question, over the iterations that drew it; None for other tasks, or where the
-    generations are not there."""
+    """FoQA's F1 or exact match by question, as the harness scores it, over the iterations that drew it; None for other
+    tasks, or where the generations are not there."""
     file = folder / str(task.get("generations"))
-    of_row = {"f1": token_f1, "em": exact_match}.get(metric)
-    if of_row is None or not file.is_file():
+    name = {"f1": "f1", "em": "exact"}.get(metric)
+    if name is None or not file.is_file():
         return None
     sums: dict[str, list[float]] = {}
     for row in read_jsonl(file):
         if "answers" not in row:
             return None
+        said = {"id": 0, "prediction_text": row["prediction"]["prediction_text"]}
         total = sums.setdefault(str(row["id"]), [0.0, 0.0])
-        total[0] += 100.0 * of_row(row["prediction"]["prediction_text"], row["answers"]["text"])
+        total[0] += squad_v2([said], [{"id": 0, "answers": row["answers"]}])[name]
         total[1] += 1.0
     return Examples(ids=tuple(sums), columns=np.array(list(sums.values())), statistic="ratio")
 

@@ -8,8 +8,9 @@ from eval.pages.page_parts import number, ranged, signed
 
 READING = (
     "Square brackets: 95 % interval by bootstrap over examples (EuroEval's own, over its iterations, for its scores). "
-    "Changes: difference to the baseline on the same examples, paired; bold where its interval does not hold 0. "
-    "Letters mark numbers that may not be compared with the baseline or with published figures."
+    "Changes: difference to the baseline, for a student its own start, on the same examples, paired; bold where its "
+    "interval does not hold 0. Letters mark numbers that may not be compared with the baseline or with published "
+    "figures."
 )
 _LATEX = str.maketrans(
     {
@@ -37,7 +38,7 @@ def markdown(comparison: Comparison, title: str) -> str:
                 f"**{text}**" if cell and cell.clear else text for text, (cell, _) in zip(changes, cells, strict=True)
             ]
             lines.append(_row([f"*{one.name}, change*", *bold]))
-    baselines = ", ".join(dict.fromkeys(comparison.baselines.values()))
+    baselines = ", ".join(comparison.baselines)
     lines += ["", READING, "", *([f"Baseline: {baselines}."] if baselines else []), ""]
     lines += [f"- <sup>{letter}</sup> {text}" for letter, text in comparison.notes.items()]
     return "\n".join(lines).rstrip() + "\n"

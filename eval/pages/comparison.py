@@ -18,9 +18,11 @@ class Cell:
 
     score: Score
     change: Interval | None = None
-    """Against the baseline on the same examples, 95 %; None for the baseline itself, or where nothing can be paired."""
+    """Against `base` on the same examples, 95 %; None where nothing can be paired."""
     paired: int = 0
     """Examples in that pairing."""
+    base: str = ""
+    """Name of the row that it is compared with; none for a baseline and for published figures."""
     marks: tuple[str, ...] = ()
     """Letters of the notes that say why it may not be compared."""
 
@@ -39,10 +41,13 @@ class Comparison:
     """Measures that some row has, in the order of the tables."""
     cells: dict[tuple[str, str], Cell]
     """By (row's name, key)."""
-    baselines: dict[str, str]
-    """Name of the row that the others are compared with, by key."""
     notes: dict[str, str] = field(default_factory=dict)
     """By letter."""
+
+    @property
+    def baselines(self) -> list[str]:
+        """Names of the rows that others are compared with."""
+        return list(dict.fromkeys(cell.base for cell in self.cells.values() if cell.base))
 
     def cell(self, entrant: Entrant, key: str) -> Cell | None:
         """None where the row has no such number."""
@@ -60,29 +65,30 @@ class Comparison:
 
 
 def compare(entrants: Sequence[Entrant]) -> Comparison:
-    """The baseline of a measure is the first row that has it and was measured here: the student before, usually."""
+    """A student is compared with its own start; where that has no such number, and any other row, with the first row
+    that has it and was measured here: the student before, usually."""
     keys = _ordered({key for one in entrants for key in one.scores})
     cells: dict[tuple[str, str], Cell] = {}
-    baselines: dict[str, str] = {}
     letters: dict[str, str] = {}
     for key in keys:
         rows = [one for one in entrants if key in one.scores]
-        base = next((one for one in rows if one.kind != "published"), None)
-        if base is not None:
-            baselines[key] = base.name
+        measured = [one for one in rows if one.kind != "published"]
         for one in rows:
             score = one.scores[key]
             marks = [_letter(letters, score.caveat)] if score.caveat else []
+            own = (row for row in rows if row.kind == "before" and row.source == one.start)
+            base = None if one.kind == "published" else next(own, measured[0])
             change, paired = None, 0
-            if base is not None and one is not base and one.kind != "published":
+            if base is not None and one is not base:
                 differing = unlike(base.scores[key], score)
                 if differing:
                     marks.append(_letter(letters, f"not comparable with {base.name}: other {', '.join(differing)}"))
                 else:
                     change, paired = _change(score, base.scores[key])
-            cells[one.name, key] = Cell(score=score, change=change, paired=paired, marks=tuple(marks))
+            against = "" if base is None or base is one else base.name
+            cells[one.name, key] = Cell(score=score, change=change, paired=paired, base=against, marks=tuple(marks))
     notes = {letter: text for text, letter in letters.items()}
-    return Comparison(entrants=list(entrants), keys=keys, cells=cells, baselines=baselines, notes=notes)
+    return Comparison(entrants=list(entrants), keys=keys, cells=cells, notes=notes)
 
 
 def unlike(first: Score, second: Score) -> list[str]:
@@ -92,17 +98,18 @@ def unlike(first: Score, second: Score) -> list[str]:
 
 
 def gap_closed(comparison: Comparison, key: str, student: Entrant) -> float | None:
-    """Share of the way from the baseline to the teacher, in percent; None where there is no such way."""
-    teacher = next((one for one in comparison.entrants if one.kind == "teacher"), None)
-    base = next((one for one in comparison.entrants if one.name == comparison.baselines.get(key)), None)
-    if teacher is None or base is None or student in (base, teacher):
+    """Share of the way from what a student is compared with to its teacher, in percent; None where there is no such
+    way."""
+    teachers = [one for one in comparison.entrants if one.kind == "teacher" and one.source == student.teacher]
+    end = comparison.cell(student, key)
+    if not teachers or end is None:
         return None
-    cells = [comparison.cell(one, key) for one in (base, student, teacher)]
+    cells = [comparison.cells.get((end.base, key)), end, comparison.cell(teachers[0], key)]
     if any(cell is None or cell.marks for cell in cells):
         return None
-    start, end, goal = (cell.score.value for cell in cells if cell is not None)
+    start, now, goal = (cell.score.value for cell in cells if cell is not None)
     better = goal - start if measure(key).higher_is_better else start - goal
-    return 100.0 * (end - start) / (goal - start) if better > 0 else None
+    return 100.0 * (now - start) / (goal - start) if better > 0 else None
 
 
 def _change(score: Score, base: Score) -> tuple[Interval | None, int]:

@@ -233,7 +233,7 @@ def format_number(value: float) -> str:
 
 
 def slug_of(key: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-") or "curve"
+    return re.sub(r"[\W_]+", "-", key.lower()).strip("-") or "curve"
 
 
 def _plot(slug: str, title: str, unit: str, alt: str, draw: Draw, height: float = 2.5) -> Plot:

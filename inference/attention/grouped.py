@@ -372,7 +372,9 @@ def _transformers_attention(
 def _hidden_window(module: torch.nn.Module, window: int | None) -> bool:
     """Whether the layer does not see everything before it, and only transformers' mask, which is not made, says so."""
     types, layer = getattr(module.config, "layer_types", None), module.layer_idx
-    kind = types[layer] if types and isinstance(layer, int) and layer < len(types) else "full_attention"
+    if not types:  # PhiMoE
+        return window is None and getattr(module.config, "sliding_window", None) is not None
+    kind = types[layer] if isinstance(layer, int) and layer < len(types) else "full_attention"
     return kind == "chunked_attention" or (kind == "sliding_attention" and window is None)
 
 

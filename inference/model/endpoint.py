@@ -214,11 +214,10 @@ class Endpoint:
                 f"{key} = {self._config.url!r}: /v1/models is not answered ({said}); give the address of vLLM or "
                 "SGLang, and its key, where it has one, in OPENAI_API_KEY"
             ) from None
-        name = self._config.served_name or names[0]
+        name = self._config.served_name or next(iter(names), "")
         if name not in names or (self._config.served_name is None and len(names) > 1):
-            raise ValueError(
-                f"teacher.served_name = {self._config.served_name!r}: it serves {', '.join(names)}; name one"
-            )
+            serves = ", ".join(names) or "nothing"
+            raise ValueError(f"teacher.served_name = {self._config.served_name!r}: it serves {serves}; name one")
         return {"owned_by": "", **listed[names.index(name)]}
 
     def _tokens(self, text: str) -> list[int]:

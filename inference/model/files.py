@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.checks import require
 from configs.io.files import read_json
-from configs.io.hub import find_model
+from configs.io.hub import base_of, find_model
 from inference.model.families import Architecture, Family, Weight, family_of, parse_architecture
 
 PLAIN_TYPES = {"F64", "F32", "F16", "BF16"}
@@ -46,9 +46,12 @@ def safetensors_files(path: Path) -> list[Path]:
 def end_ids(path: Path) -> tuple[int, ...]:
     """Every end symbol of the model: those of its config.json and of its generation_config.json."""
     found: set[int] = set()
-    for file in (path / "config.json", path / "generation_config.json"):
+    home = base_of(path)
+    for file in (home / "config.json", home / "generation_config.json"):
         content = read_json(file) if file.is_file() else {}
-        named = content.get("eos_token_id", (content.get("text_config") or {}).get("eos_token_id"))
+        named = content.get("eos_token_id")
+        if named is None:  # one that is null says nothing
+            named = (content.get("text_config") or {}).get("eos_token_id")
         found.update(named if isinstance(named, list) else [] if named is None else [named])
     return tuple(sorted(found))
 

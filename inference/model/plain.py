@@ -27,6 +27,8 @@ from inference.protocol.wire import Request
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Item = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Batch index, prompt, response."""
+LOOKS_AHEAD = 0.3
+"""Nats a vocabulary entry, mean difference, that only a model can have which sees what comes after a token."""
 Evaluate = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 """From logits float32 [R, V] and labels [R] of a response to what is said of its tokens."""
 
@@ -40,6 +42,7 @@ class PlainTeacher:
         self._text = self._model.config.get_text_config()
         self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.vocab_size = self._logits(torch.zeros(1, 1, dtype=torch.int64), None, 1).shape[-1]
+        self._check_causal()
         scale = self._head_scale()
         self.plain_head = scale is not None
         """Whether the output layer (and a soft cap) makes logits of hidden states: a client can then do that itself."""
@@ -116,7 +119,9 @@ class PlainTeacher:
 
     def _backbone(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """States after the final norm, [B, L, Hidden]."""
-        return self._model.base_model(**self._inputs(tokens, mask)).last_hidden_state
+        base = self._model.base_model
+        base = self._model.model if base is self._model else base  # Llama 4's text model names it wrong
+        return base(**self._inputs(tokens, mask)).last_hidden_state
 
     def _inputs(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
         inputs = {"input_ids": tokens.to(self._device), "use_cache": False}
@@ -127,6 +132,15 @@ class PlainTeacher:
         """The model's logits at the last positions, [B, last, V]."""
         keep = {"logits_to_keep": last} if self._keeps else {}
         return self._model(**self._inputs(tokens, mask), **keep).logits[:, -last:]
+
+    def _check_causal(self) -> None:
+        """Raises ValueError where what it says of a token depends on those after it (BERT's kind, of which transformers
+        makes causal language models too): its log-probabilities would be of answers that it has seen."""
+        tokens = (torch.arange(8) % self.vocab_size)[None]
+        whole, part = (self._logits(tokens[:, :n], None, n)[0, :4].float().log_softmax(-1) for n in (8, 4))
+        if float((whole - part).abs().mean()) > LOOKS_AHEAD:
+            name = type(self._model).__name__
+            raise ValueError(f"teacher.path = {self._config.path!r}: {name} looks at what follows; give a causal model")
 
     def _head_scale(self) -> float | None:
         """What hidden states have to be multiplied by to give the logits with the output layer that the files hold, and

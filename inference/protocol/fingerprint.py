@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.io.files import read_json
+from configs.io.hub import read_tokenizer, tokenizer_home
 
 
 def tokenizer_fingerprint(path: Path | str) -> str:
@@ -25,7 +26,7 @@ def _fingerprint(path: str, state: tuple[object, ...]) -> str:
 
 def _pieces(path: Path) -> tuple[dict[int, str], list[str]]:
     """id -> piece, and the merges as `a b`."""
-    file = path / "tokenizer.json"
+    file = tokenizer_home(path) / "tokenizer.json"
     content = read_json(file) if file.is_file() else _from_transformers(path)
     if "pieces" in content:
         return {int(i): piece for piece, i in content["pieces"].items()}, []
@@ -47,8 +48,7 @@ def _from_transformers(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: Path | str) -> Any:
-    """transformers' tokenizer of a model directory. Where Mistral's own format (tekken.json) lies beside transformers',
-    the latter is read: with mistral_common installed transformers would take the other, which has no chat template.
+    """transformers' tokenizer of a model directory, as `read_tokenizer` has it.
 
     It is read once and shared: change a copy of it."""
     return _tokenizer(str(path), _state(path))
@@ -58,8 +58,7 @@ def load_tokenizer(path: Path | str) -> Any:
 def _tokenizer(path: str, state: tuple[object, ...]) -> Any:
     from transformers import AutoTokenizer
 
-    both = all((Path(path) / name).is_file() for name in ("tekken.json", "tokenizer.json"))
-    return AutoTokenizer.from_pretrained(path, **({"mistral_format": False} if both else {}))
+    return read_tokenizer(AutoTokenizer, path)
 
 
 def _state(path: Path | str) -> tuple[object, ...]:

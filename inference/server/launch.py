@@ -29,6 +29,8 @@ _LAUNCHER |= {"CROSS_RANK", "CROSS_SIZE"}
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GRPO_KD_TEACHER_", "OMPI_", "PMI_", "PMIX_", "GROUP_", "ROLE_")
 _REFUSED = "serve_teacher: error: "
 _NOT_FLAGS = ("address", "devices")
+SLOW_DISK = 50e6
+"""Bytes a second."""
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +67,7 @@ class LocalTeacher:
         self.stop()
 
 
-def start_local_teacher(
-    config: TeacherConfig, model_dir: Path, work_dir: Path, *, start_timeout_s: float = 600.0
-) -> LocalTeacher:
+def start_local_teacher(config: TeacherConfig, model_dir: Path, work_dir: Path) -> LocalTeacher:
     """Start a server for `model_dir` (in place of config.path) and wait until it is ready.
 
     Its log is work_dir/teacher.log. TeacherDied with the log's last lines if it dies first.
@@ -96,11 +96,16 @@ def start_local_teacher(
             process_group=0,
         )
     try:
-        address = _wait_ready(process, address_file, log_file, start_timeout_s)
+        address = _wait_ready(process, address_file, log_file, start_timeout_s(model_dir))
     except BaseException:
         _stop(process, 5.0)
         raise
     return LocalTeacher(process, address, secret, log_file)
+
+
+def start_timeout_s(model_dir: Path) -> float:
+    """Seconds after which a server should be ready: ten minutes, and what a slow disk takes to give the weights."""
+    return 600.0 + sum(file.stat().st_size for file in safetensors_files(model_dir)) / SLOW_DISK
 
 
 def place(config: TeacherConfig, model_dir: Path) -> dict[str, str]:

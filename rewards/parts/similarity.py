@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from rewards.answers import exact_match, normalise, token_f1
+from rewards.answers import composed, exact_match, normalise, token_f1
 
 
 class _Words:
@@ -67,4 +67,5 @@ def similarity(response: str, answers: Sequence[str], metric: str) -> float:
         raise ValueError(f"similarity metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
     if not response.strip():
         return 0.0
-    return max((METRICS[metric](response, answer) for answer in answers), default=0.0)
+    said = composed(response)
+    return max((METRICS[metric](said, composed(answer)) for answer in answers), default=0.0)

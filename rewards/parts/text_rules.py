@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+from rewards.answers import composed
+
 
 def format_score(response: str, finished: bool, pattern: str) -> float:
     """1.0 where the response ended by itself and the whole of it matches `pattern` (a regular expression), else 0.0."""
-    return float(finished and re.fullmatch(pattern, response, flags=re.DOTALL) is not None)
+    return float(finished and re.fullmatch(composed(pattern), composed(response), flags=re.DOTALL) is not None)
 
 
 def length_score(response: str, least: int, most: int) -> float:

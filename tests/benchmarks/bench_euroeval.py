@@ -84,7 +84,7 @@ def main() -> int:
             tasks=("fone",), source="local", folder=work / "splits", cache_dir=work / "cache", iterations=1
         )
         start = time.process_time()
-        evaluate(Model(path=str(options.model), runs_dir=work / "runs"), "smollm2-135m", settings)
+        evaluate(Model(path=str(options.model), runs_dir=work / "runs"), settings)
         shutil.rmtree(work / "cache", ignore_errors=True)
         spent = time.process_time() - start
     assert WatchedEngine.asked is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from configs.checks import names_setting
 from configs.io.results import read_result
 from configs.schema import RunConfig, validate
 from tests.support.forked import finish_forked
-from tests.support.runs import ROOT, command, environment, metrics
+from tests.support.runs import command, metrics
 from tests.support.student_models import save
 from tests.support.teacher_models import save_tokenizer
+from tests.support.teacher_servers import SECRET, served
 from tests.support.tiny_tokenizers import save_tiny
 from training.main import main
 from training.run.cli import instantiate, make_parser
@@ -39,7 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--actor.lerning_rate", "1e-3"], ["--actor.lerning_rate"]),
+        (["--actor.lerning_rate", "1e-3"], ["--actor.lerning_rate", "did you mean actor.learning_rate?"]),
         (["--steps", "many"], ["steps", "many"]),
         (["--steps", "0"], ["steps", "0", "at least 1"]),
         (["--algo", "dpo"], ["algo", "dpo", "grpo"]),
@@ -47,6 +47,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--sampling.group_size", "1"], ["sampling.group_size", "1", "at least 2"]),
         (["--sampling.teacher_mix", "1.5"], ["sampling.teacher_mix", "1.5", "below 1"]),
         (["--data.template", "Svar:"], ["data.template", "{question}"]),
+        (["--data.template", "{context}\n{question}"], ["data.template", "leave {context} out"]),
+        (["--data.template", r"{question}\nSvar:"], ["data.template", "a backslash and an n there"]),
+        (["--rewards.format_pattern", "a{99999999999}"], ["rewards.format_pattern", "no regular expression"]),
         (["--loss.pt_coef", "1", "--data.text", "null"], ["loss.pt_coef", "data.text"]),
         (["--student.path", "/no/such/model"], ["student.path", "/no/such/model", "no such directory"]),
         (["--teacher.path", "/no/such/model"], ["teacher.path", "/no/such/model", "no such directory"]),
@@ -55,6 +58,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.prompts", "/no/such.jsonl"], ["data.prompts", "/no/such.jsonl", "no such file"]),
         (["--name", "a/b"], ["name", "a/b", "runs_dir"]),
         (["--runs_dir", "~/runs"], ["runs_dir = '~/runs'", "write the whole path"]),
+        (["--runs_dir", "${SCRATCH}/runs"], ["runs_dir = '${SCRATCH}/runs'", "write the whole path"]),
     ],
 )
 def test_one_message(
@@ -70,10 +74,15 @@ def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path
     top, nested = tmp_path / "top.yaml", tmp_path / "nested.yaml"
     top.write_text("stepz: 3\n")
     nested.write_text("actor:\n  lr: 1\n")
-    assert "stepz" in refused(capsys, "--config", str(top))
+    assert "stepz' is not accepted; did you mean steps? (" in refused(capsys, "--config", str(top))
     message = refused(capsys, "--config", str(nested))
     assert "actor" in message
     assert "lr" in message
+    assert "did you mean" not in message
+    near = {"sampling: {max_tokens: 5}": "sampling.max_new_tokens", "learning_rate: 1": "actor.learning_rate or"}
+    for wrong, right in near.items():
+        top.write_text(wrong)
+        assert f"did you mean {right}" in refused(capsys, "--config", str(top))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +93,15 @@ def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path
         ("steps: 5\ndata:\n", "data: nothing stands below it"),
         ("steps: 5\nteachers:\n", "teachers: nothing stands below it"),
         ("rewards:\n  judge:\n", "rewards.judge: nothing stands below it"),
+        ("student: [mine]\n", "student = ['mine']: write its settings below it"),
+        ("actor: true\n", "actor = True: write its settings below it"),
+        ("", "my.yaml: no settings in it"),
+        ("- steps: 3\n", "my.yaml: no settings in it"),
+        ("steps: null\n", "steps = None: give it a value, or leave it out"),
+        ("student: {path: null}\n", "student.path = None: give it a value, or leave it out"),
         ("student: {chat_template_kwargs: }\n", "student.chat_template_kwargs: nothing stands below it"),
+        ("name: 2024-13-45\n", "my.yaml: month must be in 1..12"),
+        ("name: " + "[" * 5_000, "my.yaml: maximum recursion depth exceeded"),
     ],
 )
 def test_no_section_of_yaml_is_lost_or_empty(
@@ -102,7 +119,8 @@ def test_numbers_that_would_mean_something_else() -> None:
         "eval.questions 0", "eval.questions -3", "threads 0", "actor.warmup_steps -5", "actor.max_skipped 0",
         "rewards.length_alpha .nan", "rewards.gamma 1.5", "rewards.custom_weight .nan", "grpo.epsilon 0",
         "ppo.gamma -1", "ppo.gae_lambda 2", "ppo.kl_penalty -0.1", "ppo.kl_target 0", "ppo.value_clip -1",
-        "teacher.max_cache_tokens -1", "seed 4294967296",
+        "teacher.max_cache_tokens -1", "seed 4294967296", "actor.learning_rate .inf", "sft.learning_rate .inf",
+        "critic.learning_rate .inf", "sampling.temperature .inf", "loss.kl_coef .inf", "ppo.kl_penalty .inf",
     ):  # fmt: skip
         key, value = setting.split()
         with pytest.raises(ValueError, match=rf"^{key} = {value.removeprefix('.')}.*: must "):
@@ -187,7 +205,9 @@ def test_a_text_of_few_blocks_is_used_as_it_is(tmp_path: Path) -> None:
     paths |= {"data.prompts": "rows.jsonl", "data.heldout": "rows.jsonl"}
     small = ["--data.text_block_tokens", "64", "--sampling.max_new_tokens", "4", "--steps", "2"]
     settings = [word for key, name in paths.items() for word in (f"--{key}", str(tmp_path / name))]
-    done = finish_forked(command(tmp_path / "runs", tmp_path / "cache", *settings, *small))
+    with served(tmp_path / "teacher", tmp_path) as there:
+        line = command(tmp_path / "runs", tmp_path / "cache", *settings, *small, *there)
+        done = finish_forked(line, GRPO_KD_TEACHER_SECRET=SECRET)
     assert f"loss.pt_batch = 8: data.text = '{text}' has " in done.stderr
     assert "blocks of data.text_block_tokens; each step takes all" in done.stderr
     steps = metrics(tmp_path / "runs" / "grpo-minillm")
@@ -196,12 +216,7 @@ def test_a_text_of_few_blocks_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_an_uneven_share_of_prompts_is_refused(demo_cache: Path, tmp_path: Path) -> None:
-    env = environment() | {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}
-    done = subprocess.run(
-        command(tmp_path, demo_cache),
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 2
+    done = finish_forked(command(tmp_path, demo_cache), code=2, WORLD_SIZE="3", RANK="0", LOCAL_RANK="0")
     assert "prompts_per_step = 8: must be a multiple of the 3 ranks" in done.stderr
 
 

@@ -135,19 +135,20 @@ def test_no_file_hides_a_standard_module() -> None:
 
 
 def test_the_demo_is_built_only_for_what_is_read() -> None:
-    from training.data.demo.resolve import uses_demo
+    from training.data.demo.resolve import demo_parts
 
     mine = RunConfig(
         student=replace(RunConfig().student, path="/s"),
         teacher=replace(RunConfig().teacher, path="/t"),
         data=replace(RunConfig().data, prompts="p", heldout="h", text="t"),
     )
-    assert not uses_demo(mine, stage=2)  # data.warmup is still `demo`, but stage 2 without L_BC does not read it
-    assert uses_demo(replace(mine, loss=replace(mine.loss, bc_coef=0.1)), stage=2)
-    assert uses_demo(mine, stage=1)
+    assert not demo_parts(mine, stage=2)  # data.warmup is still `demo`, but stage 2 without L_BC does not read it
+    assert demo_parts(replace(mine, loss=replace(mine.loss, bc_coef=0.1)), stage=2) == ["data.warmup"]
+    assert demo_parts(mine, stage=1) == ["data.warmup"]
     no_text = replace(mine, reward="teacher_logprob", data=replace(mine.data, text="demo"))
-    assert not uses_demo(no_text, stage=2)
-    assert uses_demo(replace(no_text, reward="minillm"), stage=2)
+    assert not demo_parts(no_text, stage=2)
+    assert demo_parts(replace(no_text, reward="minillm"), stage=2) == ["data.text"]
+    assert demo_parts(RunConfig(), stage=0) == ["student.path", "data.text"]
 
 
 def test_a_run_that_is_older_than_a_setting_goes_on_where_the_setting_has_its_default(tmp_path: Path) -> None:
@@ -164,11 +165,15 @@ def test_a_run_that_is_older_than_a_setting_goes_on_where_the_setting_has_its_de
     with pytest.raises(ValueError, match=r"eval\.patience: .* then, 7 now"):
         check_settings(folder, replace(RunConfig(), eval=replace(RunConfig().eval, patience=7)))
     second = ExtraTeacherConfig(name="second", path="models/second")
-    settings["teachers"] = [{k: v for k, v in asdict(second).items() if k != "logit_chunk"}]
+    settings["teachers"] = [{k: v for k, v in asdict(second).items() if k != "served_name"}]
     (folder.path / "config.yaml").write_text(dump_config(settings))
     check_settings(folder, replace(RunConfig(), teachers=(second,)))
-    with pytest.raises(ValueError, match=r"teachers\[0\]\.logit_chunk: 1024 then, 7 now"):
-        check_settings(folder, replace(RunConfig(), teachers=(replace(second, logit_chunk=7),)))
+    with pytest.raises(ValueError, match=r"teachers\[0\]\.served_name: None then, 'a' now"):
+        check_settings(folder, replace(RunConfig(), teachers=(replace(second, served_name="a"),)))
+    moved = replace(RunConfig().teacher, url="http://b:8000/v1", devices="2")
+    settings = as_dict(replace(RunConfig(), teacher=replace(moved, url="http://a:8000/v1", devices=None)))
+    (folder.path / "config.yaml").write_text(dump_config(settings))
+    check_settings(folder, replace(RunConfig(), teacher=moved))  # served elsewhere since
 
 
 @pytest.mark.parametrize(

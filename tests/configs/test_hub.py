@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.io.hub import find_model
+from configs.io.hub import base_of, find_model, has_tokenizer, tokenizer_home
+from inference.model.files import end_ids
 from tests.support.hub_server import Hub
 from tests.support.runs import ROOT, environment
 
@@ -103,3 +104,27 @@ def test_every_program_says_it_in_one_line_with_exit_code_2(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert code == 2
     assert "'nobody/nothing': no such directory, not in the hub's cache, and HF_HUB_OFFLINE is set" in line
+
+
+def test_an_adapter_stands_on_its_base_and_may_bring_a_tokenizer(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    assert base_of(base) == base
+    assert not has_tokenizer(base)
+    (base / "config.json").write_text('{"eos_token_id": 7}')
+    (base / "spiece.model").write_bytes(b"x")  # GPT-SW3's
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert has_tokenizer(base)
+    assert base_of(adapter) == tokenizer_home(adapter) == base
+    assert end_ids(adapter) == (7,)
+    (adapter / "tokenizer.json").write_text("{}")
+    assert (base_of(adapter), tokenizer_home(adapter)) == (base, adapter)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: no base_model_name_or_path"):
+        base_of(adapter)
+
+
+def test_an_end_that_is_null_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": null, "text_config": {"eos_token_id": [1, 106]}}')
+    assert end_ids(tmp_path) == (1, 106)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import processors
-from transformers import LlamaConfig
 
 from configs.prompts import Format, render
-from configs.schema import DataConfig, RunConfig, StudentConfig, TeacherConfig
+from configs.schema import DataConfig, StudentConfig, TeacherConfig
 from inference.protocol.fingerprint import load_tokenizer
 from tests.support.tiny_tokenizers import build_tokenizer
 from tests.support.tokenizer_zoo import build
-from training.data.preflight import load_inputs
 from training.data.prompts import format_of, load_prompts
 
 CHATML = (
@@ -125,6 +121,15 @@ def test_mistrals_own_format_beside_transformers_is_left_aside(made: Any, tmp_pa
     assert load_tokenizer(tmp_path / "model").chat_template == CHATML
 
 
+def test_a_template_in_chat_template_json_is_the_tokenizers(made: Any, tmp_path: Path) -> None:
+    """transformers gives it to a processor of images alone (Mistral Small 3.1)."""
+    made.chat_template = None
+    made.save_pretrained(tmp_path / "model")
+    assert not Format(load_tokenizer(tmp_path / "model"), "auto").chat
+    (tmp_path / "model" / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    assert Format(load_tokenizer(tmp_path / "model"), "auto").rendered("Hvat?").startswith("<|im_start|>user\nHvat?")
+
+
 RAISES = "{% if 'Týr' in messages[-1]['content'] %}{{ raise_exception('not this one') }}{% endif %}ok"
 
 
@@ -163,19 +168,39 @@ def test_a_template_that_refuses_some_text_names_the_data(made: Any, tmp_path: P
     assert "\n" not in str(raised.value)
 
 
-def test_a_teachers_template_takes_every_prompt_before_the_first_step(made: Any, tmp_path: Path) -> None:
-    """The student is asked in plain text, so that nothing else would show it until that prompt comes up."""
-    plain, refusing = Format(made, "plain"), copy.deepcopy(made)
-    refusing.chat_template = RAISES
-    names = {}
-    for name, question in (("prompts", "Hvat?"), ("heldout", "Hvør var Týr?")):
-        row = json.dumps({"question": question, "answers": ["ja"]})
-        (tmp_path / f"{name}.jsonl").write_text(f"{row}\n")
-        names[name] = str(tmp_path / f"{name}.jsonl")
-    LlamaConfig(vocab_size=len(made)).save_pretrained(tmp_path)
-    student, teacher = StudentConfig(path=str(tmp_path)), TeacherConfig(path=str(tmp_path))
-    config = RunConfig(student=student, teacher=teacher, data=DataConfig(**names), prompts_per_step=1)
-    config = replace(config, loss=replace(config.loss, pt_coef=0.0))
-    assert load_inputs(config, plain, {"teacher.path": plain}).heldout
-    with pytest.raises(ValueError, match=r"^teachers\[0\]\.path: its chat template failed \(not this one\) for 'Spurn"):
-        load_inputs(config, plain, {"teacher.path": plain, "teachers[0].path": Format(refusing, "chat")})
+def test_what_a_model_would_not_be_told_is_refused(made: Any, tmp_path: Path) -> None:
+    """In plain text there is no system message, a template may have no place for one, or not know a name."""
+    made.save_pretrained(path := tmp_path / "model")
+
+    def refused(said: str, **settings: Any) -> None:
+        with pytest.raises(ValueError, match=said):
+            format_of("teacher", TeacherConfig(path=str(path), **settings), DataConfig())
+
+    assert format_of("student", StudentConfig(path=str(path), system_prompt="Stutt."), DataConfig()).chat
+    refused(r"^teacher\.system_prompt = 'Stutt\.': .* asked in plain text", prompt="plain", system_prompt="Stutt.")
+    switch = {"enable_thinking": False}
+    refused(r"^teacher\.chat_template_kwargs = .* asked in plain", prompt="plain", chat_template_kwargs=switch)
+    refused(
+        r"^teacher\.chat_template_kwargs = .*speak of thinking;", chat_template_kwargs={**switch, "thinking": False}
+    )
+    made.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    made.save_pretrained(path)
+    refused(r"^teacher\.path = .* leaves the system message out", system_prompt="Stutt.")
+    turns = [{"role": "system", "content": " Stutt."}, {"role": "user", "content": "Hvat?"}]
+    with pytest.raises(ValueError, match="leaves the system message out"):
+        Format(made, "chat").prompt(turns)
+    assert Format(made, "chat").rendered(turns[1:]) == "[INST]Hvat?"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "gemma", "llama"])
+def test_a_word_that_was_added_is_written_as_it_is(kind: str, tmp_path: Path) -> None:
+    """A byte-level tokenizer's own decoder takes its letters for bytes: F1 would be of something else."""
+    tokenizer = build(kind, tmp_path)
+    tokenizer.add_tokens(["høvuðsstaður"])
+    asked, text = Format(tokenizer), "Ein høvuðsstaður høvuðsstaður, eitur Tórshavn"
+    tokens = asked.text(text)
+    assert tokens.count(tokenizer.convert_tokens_to_ids("høvuðsstaður")) == 2
+    assert asked.said([*tokens, asked.end]) == text
+    assert asked.said([]) == ""

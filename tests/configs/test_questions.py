@@ -60,6 +60,8 @@ def test_a_conversation_goes_through_the_chat_template_as_it_stands() -> None:
         ({"messages": [{"role": "user"}]}, "a role and a content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a role and a content"),
         ({"messages": [SAID]}, "key 'messages' asks nothing"),
+        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "with tool_calls"),
+        ({"messages": [USER, SAID], "tools": [{"type": "function"}]}, "key 'tools': the model is told of none"),
         ({"messages": [USER]}, "the row with the key 'messages' has no answer; end it with a turn of the assistant"),
         ({"prompt": "Hvør?"}, "the row with the key 'prompt' has no answer; give it a key 'completion'"),
         ({"prompt": " ", "completion": "x"}, "key 'prompt' is \" \"; write a text"),
@@ -81,6 +83,7 @@ def test_what_is_wrong_is_named(row: dict[str, Any], problem: str, tmp_path: Pat
 
 
 def test_prompts_alone_are_questions_without_answers() -> None:
+    assert as_question({"prompt": [USER], "tools": []}, answers=False)["prompt"] == "Hvør?"
     for row in ({"prompt": "Hvør?"}, {"prompt": [USER]}, {"messages": [USER]}):
         assert as_question(row, answers=False) == {"question": "Hvør?", "prompt": "Hvør?"}
     found = as_question({"instruction": "Hvør?", "output": ""}, answers=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from configs.io import tables
 from configs.io.files import fingerprint
 from configs.io.jsonl import read_jsonl, read_questions, read_texts
 from configs.io.tables import content, data_set
@@ -60,6 +61,7 @@ def test_csv(tmp_path: Path) -> None:
         ('question,answers\nx,"[""y"""\n', 2, "no JSON list"),
         ("question,answers\n", None, "no row"),
         ("question,answers,answers\nx,y,z\n", 1, "column 'answers' is there twice"),
+        ("question;answers\nx;y\n", 1, "part columns with commas"),
     ],
 )
 def test_bad_csv_rows_are_named(tmp_path: Path, content: str, line: int | None, problem: str) -> None:
@@ -235,3 +237,48 @@ def test_what_is_read_is_known_by_its_content(tmp_path: Path) -> None:
     (folder / "train.jsonl").write_bytes(lines(SQUAD))
     assert content(f"{folder}:train") != before
     assert content(tmp_path / "nothing.jsonl") == ""
+
+
+@pytest.mark.parametrize(
+    ("magic", "said"),
+    [
+        (b"\x28\xb5\x2f\xfd\x04", "packed by zstd; unpack it"),
+        (b"\xfd7zXZ\x00\x00", "packed by xz; unpack it"),
+        (b"BZh91AY&SY\x00", "packed by bzip2; unpack it"),
+        (b"PK\x03\x04\x14", "a spreadsheet; give the file in it, or save it as CSV"),
+        (b"PAR1\x15", "Parquet; call it .parquet"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".jsonl.zst"])
+def test_what_is_no_text_is_called_what_it_is(magic: bytes, said: str, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"data{suffix}"
+    file.write_bytes(magic + b"\x00\xff" * 9)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        read_jsonl(file, ["text"])
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_spaces_around_a_name_in_the_header_are_not_part_of_it(tmp_path: Path) -> None:
+    """`question, context` would lose every context without a word."""
+    file = tmp_path / "data.csv"
+    file.write_text("question, context ,answers\nHvar?,Í Vági.,Vágur\n", encoding="utf-8")
+    assert read_questions(file) == [{"question": "Hvar?", "context": "Í Vági.", "answers": ["Vágur"]}]
+
+
+def test_a_text_without_line_breaks_is_refused_whatever_it_is_kept_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "LONGEST", 100)
+    file = tmp_path / "text.txt"
+    file.write_text("orð\n" + "orð " * 40)
+    with pytest.raises(ValueError, match=r"text\.txt:2: a line of more than"):
+        read_jsonl(file, ["text"])
+
+
+def test_blank_lines_of_a_folder_of_texts_are_left_out_as_those_of_a_file_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.txt").write_text("Føroyar\n\n  \n18 oyggjar\n", encoding="utf-8")
+    assert [row["text"] for row in read_jsonl(tmp_path / "folder", ["text"])] == ["Føroyar", "18 oyggjar"]

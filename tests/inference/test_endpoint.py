@@ -19,7 +19,7 @@ from inference.model.backend import Unavailable, check_teacher
 from inference.model.endpoint import Endpoint
 from inference.protocol.wire import Request, WireError
 from tests.support.forked import finish_forked
-from tests.support.runs import command, finish, metrics
+from tests.support.runs import command, metrics
 from tests.support.served_model import ServedModel
 from tests.support.tiny_tokenizers import save_tiny
 from training.data.demo.models import ensure_demo
@@ -126,6 +126,9 @@ def test_mistakes_in_the_settings_are_named(model: Path, tmp_path: Path) -> None
     with ServedModel(model, names=("a", "b")) as served:
         assert "it serves a, b; name one" in refused(url=served.url)
         assert "it serves a, b" in refused(url=served.url, served_name="c")
+    with ServedModel(model, names=()) as served:
+        assert "it serves nothing; name one" in refused(url=served.url)
+    with ServedModel(model, names=("a", "b")) as served:
         other = save_tiny(tmp_path / "other", "byte_level")
         (other / "tokenizer.json").write_text((model / "tokenizer.json").read_text().replace("ø", "o"))
         served.fault = lambda route, body: (404, "{}") if route == "/tokenize" else (401, "no key")
@@ -182,7 +185,8 @@ def test_what_needs_no_whole_distribution_runs_and_the_rest_is_refused(
         finish_forked(command(tmp_path / "seqkd", demo_cache, *common, "--recipe", "seqkd"))
         done = finish_forked(command(tmp_path / "exact", demo_cache, *common), code=2)
         assert "so its whole distribution cannot be had; set loss.single_step_entries to 16" in done.stderr
-        done = finish(command(tmp_path / "doctor", demo_cache, *common, "--loss.single_step_entries", "8", "--doctor"))
+        asked = [*common, "--loss.single_step_entries", "8", "--doctor"]
+        done = finish_forked(command(tmp_path / "doctor", demo_cache, *asked))
         assert "not checked: the teacher's backend gives no hidden states" in done.stdout
         assert re.search(r"^KL reference +skipped: ", done.stdout, re.MULTILINE), done.stdout
         assert not (tmp_path / "doctor").exists(), "nothing is written"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from inference.model.output_layer import load_output_layer, logit_softcap
+from tests.support.forked import Forked
 from tests.support.runs import free_port
 from tests.support.teacher_models import BUILDERS, VOCAB, build, reference_logits
 from tests.support.teacher_ranks import GROUPS, PROMPTS
@@ -33,12 +33,15 @@ def run_ranks(size: int, jobs: list[str], out: Path, timeout: float = 180) -> di
     """Rank 0's answers."""
     port = free_port()
     command = [sys.executable, str(SCRIPT)]
-    ranks = [subprocess.Popen([*command, str(r), str(size), port, str(out), *jobs]) for r in range(size)]
+    logs = [out.with_name(f"rank{r}.log") for r in range(size)]
+    ranks = [Forked([*command, str(r), str(size), port, str(out), *jobs], log, log) for r, log in enumerate(logs)]
     try:
-        assert [rank.wait(timeout=timeout) for rank in ranks] == [0] * size
+        codes = [rank.wait(timeout) for rank in ranks]
+        assert codes == [0] * size, "\n".join(log.read_text()[-2000:] for log in logs)
     finally:
         for rank in ranks:
             rank.kill()
+            rank.wait()
     return load_file(out)
 
 

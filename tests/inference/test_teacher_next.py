@@ -14,7 +14,7 @@ from inference.attention.packing import Group
 from inference.client import TeacherClient, TeacherDecoding, TeacherRefused
 from inference.model.output_layer import load_output_layer
 from tests.support.teacher_models import build, reference_logits, save_tokenizer
-from tests.support.teacher_servers import SECRET, serve
+from tests.support.teacher_servers import SECRET, serve_forked
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12]]
 SAMPLES = 2
@@ -37,7 +37,7 @@ def address(model: tuple[Any, Path], tmp_path_factory: pytest.TempPathFactory) -
     """Two ranks that hold one decoding of these prompts at a time (8 prompt tokens + 6 * 5), in rows of 6 tokens."""
     work = tmp_path_factory.mktemp("work")
     flags = ("--max_cache_tokens", "50", "--max_batch_tokens", "6")
-    process = serve(model[1], work / "teacher.address", work / "log", *flags, tensor_parallel=2)
+    process = serve_forked(model[1], work / "teacher.address", work / "log", *flags, tensor_parallel=2)
     yield str(work / "teacher.address")
     process.terminate()
     assert process.wait(60) == 0
@@ -103,7 +103,7 @@ def test_a_decoding_survives_its_server_and_replicas_take_over(
     model: tuple[Any, Path], address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = str(tmp_path / "a.address")
-    server = serve(model[1], Path(other), tmp_path / "log")
+    server = serve_forked(model[1], Path(other), tmp_path / "log")
     both = f"{other}, {address}"
     try:
         with connect(both, prefer=2) as first, connect(both, prefer=1) as second:
@@ -127,7 +127,7 @@ def test_a_replica_with_another_model_is_refused(model: tuple[Any, Path], addres
     other = tmp_path / "other"
     build("gemma3", other, seed=1)
     save_tokenizer(other)
-    server = serve(other, tmp_path / "a.address", tmp_path / "log")
+    server = serve_forked(other, tmp_path / "a.address", tmp_path / "log")
     try:
         with connect(f"{tmp_path / 'a.address'},{address}") as client:
             client.score(GROUPS).result(30)

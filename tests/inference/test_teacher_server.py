@@ -327,6 +327,7 @@ def test_an_early_death_shows_the_last_log_lines(model: tuple[Any, Path], tmp_pa
         (["--path", "/nowhere"], "teacher.path = '/nowhere': no such directory"),
         (["--path", "MODEL", "--tensor_parallel", "3"], "teacher.tensor_parallel = 3: .*: 1, 2, 4"),
         (["--path", "MODEL", "--nonsense", "3"], "nonsense"),
+        (["--path", "MODEL", "--logit_chunk", "0"], "teacher.logit_chunk = 0: must be at least 1"),
         (["--path", "MODEL", "--interface", "0.0.0.0"], "teacher.interface"),
         (["--path", "MODEL"], "GRPO_KD_TEACHER_SECRET is not set"),
         (["--path", "demo"], "demo"),

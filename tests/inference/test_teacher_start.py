@@ -116,3 +116,10 @@ def test_a_trainer_is_told_the_same_line_and_ends_with_2(tmp_path: Path) -> None
 
     supervisor = Supervisor(RunConfig(runs_dir=str(tmp_path)), tmp_path, StopRequest())
     assert supervisor.run(start) == 2
+
+
+def test_a_large_teacher_may_take_longer_to_start(tmp_path: Path) -> None:
+    """140 GB come from a disk that gives 100 MB/s after 23 minutes: at each start, so that no start would bring it."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(140_000_000_000)
+    assert launch.start_timeout_s(tmp_path) == 600 + 2800

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from inference.protocol import session, wire
 from inference.protocol.connection import resolve
 from tests.support.runs import free_port
 from tests.support.teacher_models import build, save_tokenizer
-from tests.support.teacher_servers import SECRET, SERVER, serve, wait_ready
+from tests.support.teacher_servers import SECRET, SERVER, Started, serve, serve_forked, wait_ready
 
 GROUPS = (Group((5, 6, 7), ((8, 9), (10,)), 0),)
 
@@ -37,8 +37,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def server(model: Path, folder: Path, tensor_parallel: int = 1) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    process = serve(model, folder / "address", folder / "log", tensor_parallel=tensor_parallel)
+def server(
+    model: Path, folder: Path, tensor_parallel: int = 1, start: Callable[..., Started] = serve_forked
+) -> Iterator[tuple[Started, str]]:
+    process = start(model, folder / "address", folder / "log", tensor_parallel=tensor_parallel)
     try:
         yield process, (folder / "address").read_text().strip()
     finally:
@@ -83,7 +85,7 @@ def test_a_signal_ends_a_server_in_use(number: signal.Signals, ranks: int, model
 def test_nohup_keeps_it_from_hanging_up(model: Path, tmp_path: Path) -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with server(model, tmp_path) as (process, _):
+        with server(model, tmp_path, start=serve) as (process, _):
             process.send_signal(signal.SIGHUP)
             time.sleep(1.5)
             assert process.poll() is None

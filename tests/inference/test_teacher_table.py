@@ -21,6 +21,7 @@ from inference.model.files import Checkpoint, end_ids, safetensors_files
 from inference.model.output_layer import load_output_layer, logit_softcap
 from inference.model.weights import open_slice
 from inference.protocol.wire import Request
+from tests.support.model_zoo import make
 from tests.support.runs import free_port
 from tests.support.teacher_models import _SIZES, VOCAB, build, reference_logits
 from tests.support.teacher_ranks import GROUPS, PROMPTS, REQUESTS
@@ -259,3 +260,14 @@ def test_end_symbols_are_those_of_both_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 106]}')
     assert end_ids(tmp_path) == (1, 106)
+
+
+def test_a_model_that_looks_ahead_is_no_teacher(tmp_path: Path) -> None:
+    """transformers makes causal language models of BERT's kind; each token would be scored by a model that saw it."""
+    make("bert").save_pretrained(tmp_path / "bert")
+    config = TeacherConfig(path=str(tmp_path / "bert"), tensor_parallel=1, backend="transformers")
+    with pytest.raises(ValueError, match=r"^teacher\.path = .*BertLMHeadModel looks at what follows"):
+        BACKENDS["transformers"].load(config, torch.device("cpu"))
+    make("llama4_text").save_pretrained(tmp_path / "llama4")  # whose class names its backbone wrong
+    teacher: Any = BACKENDS["transformers"].load(replace(config, path=str(tmp_path / "llama4")), torch.device("cpu"))
+    assert teacher.plain_head

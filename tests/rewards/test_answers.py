@@ -58,6 +58,12 @@ def test_open_answers_match_whole_and_count_once_when_they_are_alike() -> None:
     assert open_scores([], []) == {"open_right": 0.0, "open_different": 0.0}
 
 
+def test_decomposed_answers_are_right_too() -> None:
+    """A model or a question in Unicode's NFD: `á` as `a` and U+0301."""
+    found = open_scores(["á|í", "a\u0301", "á|í"], ["a\u0301", "á", "á"])
+    assert found == {"open_right": pytest.approx(100.0), "open_different": pytest.approx(200 / 3)}
+
+
 def test_misuse_is_an_error() -> None:
     with pytest.raises(TypeError, match="list of strings"):
         token_f1("Oslo", "Oslo")

@@ -184,3 +184,5 @@ def test_bad_values_name_key_value_and_mend(tmp_path: Path) -> None:
         validate(RunConfig(rewards=RewardConfig(bilingual=BilingualConfig(instruction="Translate"))))
     with pytest.raises(ValueError, match=r"rewards.bilingual.target_language = 'xx_Latn': no token of"):
         Translator(BilingualConfig(path=str(save_t5(tmp_path)), target_language="xx_Latn"))
+    with pytest.raises(ValueError, match=r"rewards.bilingual.source_language = 'fao_Latn': no language of"):
+        Translator(BilingualConfig(path=str(tmp_path), source_language="fao_Latn"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def test_bleu_by_hand() -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_decomposed_letters_are_the_same(metric: str) -> None:
+    text = "góða nátt her"
+    assert similarity(text, [unicodedata.normalize("NFD", text)], metric) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_is_between_nothing_and_the_same(metric: str) -> None:
     answer = "Havnin liggur á Streymoy"
     assert similarity(answer, ["okkurt annað", answer], metric) == pytest.approx(1.0)  # the nearest answer counts
@@ -74,6 +81,7 @@ def test_format_needs_the_whole_response_and_its_end() -> None:
     assert format_score("í Havn", False, one_line) == 0.0  # cut off
     assert format_score("í\nHavn", True, one_line) == 0.0
     assert format_score("", True, one_line) == 0.0
+    assert format_score("i\u0301 Havn", True, "í Havn") == 1.0  # decomposed
     assert format_score("<t>x\ny</t> 7", True, r"<t>.*</t> \d") == 1.0
     assert format_score("so <t>x</t> 7", True, r"<t>.*</t> \d") == 0.0
 

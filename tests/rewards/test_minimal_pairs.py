@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,8 @@ def test_pairs_belong_to_the_seed() -> None:
     assert make_pairs(SENTENCES, 8, 3) == make_pairs(SENTENCES, 8, 3)
     assert make_pairs(SENTENCES, 8, 3) != make_pairs(SENTENCES, 8, 4)
     assert len(make_pairs(SENTENCES, 3, 0)) == 3
+    # Decomposed letters: a mistake would be told by how it is written.
+    assert make_pairs([unicodedata.normalize("NFD", one) for one in SENTENCES], 8, 3) == make_pairs(SENTENCES, 8, 3)
     assert make_pairs(["Ov stutt."], 8) == []
     assert len(make_pairs(SENTENCES + SENTENCES, 100, 0)) == len(SENTENCES)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing
-from tests.slurm.desk import FAILED
+from tests.slurm.cluster import Cluster, missing, run
+from tests.slurm.desk import FAILED, Desk
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,6 +30,21 @@ def cluster() -> Iterator[Cluster]:
             yield cluster
         finally:
             cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def desk(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> Desk:
+    """Where the runs of a file are."""
+    return Desk(cluster, tmp_path_factory.mktemp("runs"), demo_cache)
+
+
+@pytest.fixture(autouse=True)
+def _look(desk: Desk, request: pytest.FixtureRequest) -> Iterator[None]:
+    """When a test has failed: queue, jobs, logs. Jobs that it left are cancelled."""
+    yield
+    if request.node.stash.get(FAILED, False):
+        print(desk.cluster.report(sorted(desk.folder.glob("*.out"))))
+        run("scancel", "--user=root", check=False)
 
 
 @pytest.hookimpl(hookwrapper=True)

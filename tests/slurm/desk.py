@@ -18,6 +18,20 @@ from tests.slurm.cluster import NODES, Cluster, run, until
 from tests.support.runs import ROOT, TINY, TWO_TEACHER_RANKS, environment, timeless
 from tests.support.runs import metrics as read_metrics
 
+STEPS = 60
+"""More than a quick machine takes between what is done to the run."""
+LONG = [
+    "--steps",
+    str(STEPS),
+    "--checkpoint.every",
+    "2",
+    "--checkpoint.samples_every",
+    "2",
+    "--teacher.timeout_s",
+    "90",
+]
+TRAINER, TEACHER = r"^\S*python \S*training/main\.py", r"^\S*python \S*inference/serve_teacher\.py"
+
 SITE = """
 : "${GRPO_KD_TIME:=30}" "${GRPO_KD_GPUS_PER_NODE:=0}" "${GRPO_KD_RANKS_PER_NODE:=1}" "${GRPO_KD_CPUS_PER_RANK:=2}"
 : "${GRPO_KD_MEM_PER_NODE:=2G}" "${GRPO_KD_TEACHER_NODES:=1}" "${GRPO_KD_TEACHER_RANKS_PER_NODE:=2}"
@@ -98,7 +112,7 @@ class Desk:
         Yields the teacher's node.
         """
         node = self.node_of(job, component=1)
-        pids = self.cluster.processes(node, r"^\S*python \S*inference/serve_teacher\.py")
+        pids = self.cluster.processes(node, TEACHER)
         assert pids
         self._send(pids, signal.SIGSTOP)
         try:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tests against a real SLURM on this machine: bash tests/slurm/run.sh [PYTEST-ARGUMENT ...]. Needs root and Linux.
 #
+# Each file has a process of pytest-xdist with a SLURM of its own, so that one computes while SLURM makes the other wait.
 # They run in namespaces of their own. When the first process there ends, however it ends, the kernel ends all others
 # and takes networks and mounts away, so nothing is left behind.
 set -uo pipefail
@@ -30,5 +31,6 @@ export GRPO_KD_NEEDS=dev GRPO_KD_NAMESPACES=1
 # shellcheck source-path=SCRIPTDIR source=../../slurm/env.sh
 source slurm/env.sh || exit 1
 # A /run of its own: `ip netns` keeps its names there.
-exec unshare "${namespaces[@]}" bash -c 'mount -t tmpfs tmpfs /run && exec python -m pytest "$@"' pytest \
-    -p no:cacheprovider --timeout 2400 tests/slurm "$@"
+inside="unshare ${namespaces[*]} bash -c 'mount -t tmpfs tmpfs /run && exec python \"\$@\"' python"
+exec python -m pytest -p no:cacheprovider --timeout 2400 --durations 0 --durations-min 5 --dist loadfile \
+    --tx "2*popen//python=$inside" tests/slurm "$@"

@@ -1,8 +1,9 @@
 """What the tests of EuroEval do in one process of its own: importing EuroEval takes long and changes global settings.
 
-    python tests/support/euroeval_worker.py FOLDER [PART ...]
+    python tests/support/euroeval_worker.py FOLDER RUNS [PART ...]
 
-Plays the hub itself. Writes FOLDER/PART.json; tests/eval/euroeval/test_euroeval.py has the expectations.
+Plays the hub itself. RUNS holds a finished run of the tiny demo. Writes FOLDER/PART.json;
+tests/eval/euroeval/test_euroeval.py has the expectations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from eval.euroeval.data import TASKS, stage
 from tests.support.hub_server import Hub
 from training.data.demo.splits import SENTIMENT_FILE, write_demo_splits
 
-WORK = Path(sys.argv[1])
+WORK, FINISHED = map(Path, sys.argv[1:3])
 SPLITS = WORK / "splits"
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -83,10 +84,11 @@ def save_model(path: Path, template: str | None = None) -> Path:
 def run(*arguments: str) -> dict[str, Any]:
     """Exit status and what was said by eval/run_euroeval.py."""
     out, err = io.StringIO(), io.StringIO()
+    where = ["--runs_dir", str(WORK / "runs"), "--cache_dir", str(WORK / "cache")]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = run_euroeval.main([*arguments, "--runs_dir", str(WORK / "runs"), "--cache_dir", str(WORK / "cache")])
+        status = run_euroeval.main([*where, *arguments])
     errors = [line for line in err.getvalue().splitlines() if line.startswith("error:")]
-    return {"status": status, "out": out.getvalue(), "errors": errors}
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue(), "errors": errors}
 
 
 def result(model: Path) -> dict[str, Any]:
@@ -181,6 +183,12 @@ def formats() -> dict[str, Any]:
 LOCAL = ["--data", str(SPLITS), "--iterations", "2"]
 
 
+def demo() -> dict[str, Any]:
+    """The newest run's student on the demo's splits."""
+    euroeval_model.Engine = Engine
+    return run("--runs_dir", str(FINISHED), "--iterations", "2")
+
+
 def ruled() -> dict[str, Any]:
     """All four tasks, answered by a rule."""
     euroeval_model.Engine = RuleEngine
@@ -253,9 +261,9 @@ def online() -> dict[str, Any]:
     return found | {"result": result(WORK / "online")}
 
 
-PARTS = {part.__name__: part for part in (formats, ruled, labels, adapter, broken, online)}
+PARTS = {part.__name__: part for part in (formats, demo, ruled, labels, adapter, broken, online)}
 
 if __name__ == "__main__":
-    for chosen in sys.argv[2:] or PARTS:
+    for chosen in sys.argv[3:] or PARTS:
         (WORK / f"{chosen}.json").write_text(json.dumps(PARTS[chosen]()), encoding="utf-8")
     hub.close()

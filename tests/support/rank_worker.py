@@ -184,6 +184,23 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
     return go_on(actor, critic, batches[1])
 
 
+def not_finite(job: dict[str, Any]) -> dict[str, Any]:
+    """The first mini-batch with an infinite advantage on rank 1, then the second: parameters at the start and after
+    each, and after the second alone."""
+    actor, _, (poisoned, second) = students(job)
+    clean, _, _ = students(job)
+    assert poisoned.experience is not None
+    if distributed.rank() == 1:
+        poisoned.experience.advantages_S[0] = float("inf")
+    found: dict[str, Any] = {"start": flat_state(actor.engine)}
+    found["skipped"] = actor.update([poisoned], 0)["skipped"]
+    found["after"] = flat_state(actor.engine)
+    for name, one in (("next", actor), ("clean", clean)):
+        one.update([second], 1)
+        found[name] = flat_state(one.engine)
+    return found
+
+
 def students(job: dict[str, Any]) -> tuple[Actor, Critic, list[UpdateInput]]:
     """A new actor, a new critic, and their mini-batches."""
     config = run_config(job)
@@ -224,7 +241,7 @@ def sample_and_update(job: dict[str, Any]) -> dict[str, Any]:
     return {"lengths": [json.loads(text) for text in lengths], "metrics": metrics, "least_kl": least_kl}
 
 
-JOBS = {"update": update, "lively": sample_and_update, "save": save, "resume": resume}
+JOBS = {"update": update, "not finite": not_finite, "lively": sample_and_update, "save": save, "resume": resume}
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

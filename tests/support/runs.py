@@ -59,28 +59,6 @@ def finish(
     return done
 
 
-def finish_ranks(program: Sequence[str], world: int, folder: Path, seconds: float, **variables: str) -> None:
-    """Run `world` ranks of one program to the end, outputs in folder/rankN.log; one that fails or has not ended in time
-    fails the test."""
-    shared = environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"PYTHONWARNINGS": "ignore"} | variables
-    logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    processes = [
-        subprocess.Popen(
-            list(program), cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        codes = [process.wait(seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * world, "\n".join(log.read_text(errors="replace")[-2500:] for log in logs)
-
-
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

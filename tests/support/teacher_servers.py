@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support.forked import Forked
 from tests.support.runs import ROOT
 
 SERVER = ROOT / "inference" / "serve_teacher.py"
 SECRET = "a secret for tests"
+Started = subprocess.Popen[bytes] | Forked
 
 
 def serve(
@@ -30,7 +34,27 @@ def serve(
     return process
 
 
-def wait_ready(process: subprocess.Popen[bytes], address_file: Path, log: Path, seconds: float = 400) -> None:
+def serve_forked(model_dir: Path, address_file: Path, log: Path, *flags: str, tensor_parallel: int = 1) -> Forked:
+    """As `serve`, for tests that are not about the server's process: rank 0 is forked."""
+    address_file.unlink(missing_ok=True)
+    command = [sys.executable, str(SERVER), "--path", str(model_dir), "--tensor_parallel", str(tensor_parallel), *flags]
+    process = Forked([*command, "--address_file", str(address_file)], log, log, GRPO_KD_TEACHER_SECRET=SECRET)
+    wait_ready(process, address_file, log)
+    return process
+
+
+@contextlib.contextmanager
+def served(model_dir: Path, folder: Path) -> Iterator[tuple[str, ...]]:
+    """Options of a run that asks this model at a forked server; the secret is SECRET."""
+    server = serve_forked(model_dir, folder / "address", folder / "log")
+    try:
+        yield ("--teacher.address", str(folder / "address"))
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_ready(process: Started, address_file: Path, log: Path, seconds: float = 400) -> None:
     """Until the address file is there."""
     deadline = time.monotonic() + seconds
     while not address_file.is_file():

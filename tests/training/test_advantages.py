@@ -171,4 +171,7 @@ def test_the_adaptive_coefficient_moves_towards_its_target() -> None:
     adaptive = PPOConfig(kl_target=0.1)
     assert next_kl_coefficient(1.0, 0.2, adaptive, 500) == pytest.approx(1.1)  # error clipped at 0.2
     assert next_kl_coefficient(1.0, 0.09, adaptive, 500) == pytest.approx(0.95)
+    assert next_kl_coefficient(1.0, 0.05, adaptive, 8192) == pytest.approx(0.8)  # never below 0
     assert next_kl_coefficient(1.0, 9.0, PPOConfig(kl_target=None), 50) == 1.0
+    # One step whose loss was not a number would make every later reward so.
+    assert next_kl_coefficient(1.0, float("nan"), adaptive, 500) == 1.0

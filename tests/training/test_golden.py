@@ -20,7 +20,7 @@ import yaml
 
 from tests.support.forked import finish_forked
 from tests.support.runs import command, metrics
-from tests.support.teacher_servers import SECRET, serve
+from tests.support.teacher_servers import SECRET, serve_forked
 
 GOLDEN = Path(__file__).parent / "golden"
 KEYS = ("reward/mean", "kl/teacher", "kl/reference", "length/mean", "loss/policy", "loss/single_step", "loss/pt",
@@ -53,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Iter
         transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
         for file in source.glob("*token*"):
             shutil.copy(file, folder / name)
-    server = serve(folder / "teacher", folder / "address", folder / "log", tensor_parallel=2)
+    server = serve_forked(folder / "teacher", folder / "address", folder / "log", tensor_parallel=2)
     paths = {"student.path": "student", "teacher.path": "teacher", "teacher.address": "address"}
     yield [word for key, name in paths.items() for word in (f"--{key}", str(folder / name))], settings["data"]
     server.kill()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,8 +18,8 @@ from safetensors.torch import load_file
 
 from configs.prompts import Format
 from configs.schema import DataConfig
-from tests.support.forked import finish_forked
-from tests.support.runs import ROOT, environment, finish, metrics, timeless
+from tests.support.forked import Forked, finish_forked
+from tests.support.runs import ROOT, finish, metrics, timeless
 from training.data.text import text_blocks
 
 
@@ -67,10 +66,7 @@ def test_stage_0_learns_the_text(run: Path) -> None:
 def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_path: Path, demo_cache: Path) -> None:
     """SIGTERM in the middle: a checkpoint and exit code 75; the same command again finishes it, bit for bit."""
     other = tmp_path / "pretrain"
-    process = subprocess.Popen(
-        line(tmp_path, demo_cache, 12), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = Forked(line(tmp_path, demo_cache, 12), tmp_path / "log", tmp_path / "log")
     try:
         end = time.monotonic() + 400
         while not (other / "metrics.jsonl").is_file() or not metrics(other):

@@ -13,8 +13,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from configs.schema import LossConfig, RunConfig, SamplingConfig, ScheduleConfig
 from tests.support.runs import metrics, timeless
+from training.objective import LossWeights
+from training.recipes import RECIPES, check_recipe
+from training.run.cli import DEMO_CONFIGS, load_config
 
+PT = load_config(DEMO_CONFIGS / "grpo_minillm.yaml").loss.pt_coef or 0.0
+"""What the demo weighs L_PT by."""
 FEW = ["--eval.questions", "8", "--name", "run"]
 Run = Callable[..., Path]
 
@@ -51,7 +57,7 @@ def test_sampled_cross_entropy_falls_on_the_teachers_answers(tmp_path: Path, run
     rows = metrics(run(tmp_path, *options, "64"))
     assert rows[-1]["loss/single_step"] < rows[0]["loss/single_step"]
     assert rows[-1]["loss/total"] == pytest.approx(
-        rows[-1]["loss/single_step"] + 0.1 * rows[-1]["loss/pt"], rel=1e-4
+        rows[-1]["loss/single_step"] + PT * rows[-1]["loss/pt"], rel=1e-4
     )  # no policy gradient
 
 
@@ -61,7 +67,7 @@ def test_gkd_is_a_divergence_on_the_students_own_answers(tmp_path: Path, run: Ru
     # beta 1 is the reverse KL, whose estimate from the same samples is kl/teacher.
     assert rows[0]["loss/single_step"] == pytest.approx(rows[0]["kl/teacher"], rel=0.5)
     assert rows[-1]["loss/single_step"] < rows[0]["loss/single_step"]
-    assert rows[-1]["loss/total"] == pytest.approx(rows[-1]["loss/single_step"] + 0.1 * rows[-1]["loss/pt"], rel=1e-4)
+    assert rows[-1]["loss/total"] == pytest.approx(rows[-1]["loss/single_step"] + PT * rows[-1]["loss/pt"], rel=1e-4)
 
 
 def test_bond_imitates_the_best_and_climbs_the_quantile(tmp_path: Path, run: Run) -> None:
@@ -99,9 +105,9 @@ def test_everything_around_the_loop_at_once(tmp_path: Path, run: Run) -> None:
     assert sum(shares) == pytest.approx(1.0)
     assert [("loss/supervised_phase" in row) for row in rows] == [False, True, False]
     assert all(0.5 < row["importance/mean"] < 1.5 for row in rows)
-    for step, row in enumerate(rows):  # lambda_PT falls from 0.1 to 0 over three steps
+    for step, row in enumerate(rows):  # lambda_PT falls to 0 over three steps
         terms = row["loss/policy"] + 0.1 * row["loss/kl"] + row["loss/single_step"]
-        assert row["loss/total"] == pytest.approx(terms + 0.1 * (1 - step / 3) * row["loss/pt"], rel=1e-4)
+        assert row["loss/total"] == pytest.approx(terms + PT * (1 - step / 3) * row["loss/pt"], rel=1e-4)
     # A moving reference is part of the checkpoint: from that of step 3 the run goes on as if it had not stopped.
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "step-000004")
@@ -146,8 +152,6 @@ def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, train: Call
 
 
 def test_a_recipe_or_a_mixture_that_needs_one_tokenizer_says_so_before_anything_is_built() -> None:
-    from configs.schema import RunConfig, SamplingConfig
-    from training.recipes import check_recipe
     from training.teacher.mixing import check_mixing
 
     for recipe in ("gkd", "sampled_ce"):
@@ -157,3 +161,17 @@ def test_a_recipe_or_a_mixture_that_needs_one_tokenizer_says_so_before_anything_
     mixed = RunConfig(sampling=SamplingConfig(teacher_mix=0.2))
     with pytest.raises(ValueError, match=r"sampling.teacher_mix = 0.2: .* set sampling.mix_by to response"):
         check_mixing(mixed, same_tokenizer=False)
+
+
+def test_the_course_of_a_weight_holds_for_the_recipes_own_terms() -> None:
+    """seqkd's imitation and gkd's divergence are the loss without being asked for; they fall as any other term."""
+    course = ScheduleConfig(kind="linear", final=0.0, steps=4)
+
+    def at(recipe: str, **loss: Any) -> LossWeights:
+        terms = LossConfig(pt_coef=0.0, bc_schedule=course, single_step_schedule=course, **loss)
+        return RECIPES[recipe].weights(RunConfig(recipe=recipe, loss=terms), 1, same_tokenizer=True)
+
+    assert at("seqkd") == LossWeights(bc=0.75)
+    assert at("seqkd", bc_coef=2.0) == LossWeights(bc=1.5)
+    assert at("gkd") == LossWeights(single_step=0.75)
+    assert at("gkd", single_step_coef=2.0) == LossWeights(single_step=1.5)

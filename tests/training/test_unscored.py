@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from configs.schema import RunConfig
+from inference.client import TeacherLost
 from rewards.base import RewardOutput
 from tests.support.experiences import prompts_of, rollout_of
+from training import distributed
 from training.advantages import has_signal
 from training.evaluation import sampled_answers
 from training.experience import Prompt, Rewarded, Rollout, Scored, TeacherView
@@ -65,3 +67,15 @@ def test_the_reverse_kl_is_of_the_responses_that_have_a_score(teacher_S: list[fl
     found, texts = sampled_answers(Student(), Link(), rollout.prompts_N, RunConfig())  # type: ignore[arg-type]
     assert found == pytest.approx(kl, nan_ok=True)
     assert texts == ["a", "b"]
+
+
+def test_every_rank_leaves_a_validation_whose_teacher_one_of_them_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would wait for it in the next collective, with NCCL until the watchdog ends them."""
+    rollout = two_groups()
+    student: Any = SimpleNamespace(sample=lambda prompts, **_: replace(rollout, texts_B=["a", "b"]))
+    view = TeacherView(torch.tensor([-4.0, -4.0, -4.0]), torch.tensor([2, 1]), torch.tensor([0, 0]))
+    link: Any = SimpleNamespace(facts=SimpleNamespace(same_tokenizer=False), ask=lambda *_, **__: lambda: view)
+    monkeypatch.setattr(distributed, "any_rank", lambda flag: True)
+    monkeypatch.setattr(distributed, "gather_strings", lambda texts: ["", "no teacher for 6 s"])
+    with pytest.raises(TeacherLost, match="no teacher for 6 s"):
+        sampled_answers(student, link, rollout.prompts_N, RunConfig())

@@ -34,7 +34,7 @@ def _check_configuration(directory: Path, shapes: dict[str, list[int]]) -> None:
         raise ValueError(f"config.json says {layers!r} layers, and the weights are {len(shapes)} tensors")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, trust_remote_code=False))
         quantised = bool(quantization(config))
     except Exception as error:  # each model's class has its own checks, or none
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig
 
 from configs.io.files import read_json
+from configs.io.hub import base_of, find_model
 from configs.io.jsonl import iterate_jsonl, read_open_questions, read_questions
 from configs.io.loading import loading
 from configs.models import DEMO_STAGE1
@@ -20,7 +22,7 @@ from configs.prompts import Format
 from configs.schema import DEMO, RunConfig, require
 from inference.attention.packing import Group
 from inference.model.backend import check_teacher
-from inference.model.files import model_directory as find_model
+from inference.model.files import model_directory as whole_model
 from training.data.model_files import check_model_files
 from training.data.prompts import answer_group, load_prompts
 from training.data.text import TextBlocks, text_blocks
@@ -28,6 +30,9 @@ from training.data.validation import check_validation, question_key, set_aside
 from training.distributed import environment_rank
 from training.experience import Corpus, Prompt
 from training.objective import pt_coef
+
+if TYPE_CHECKING:
+    from training.teacher.link import TeacherLink
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +126,15 @@ def _named(key: str) -> Iterator[None]:
 
 def model_directory(key: str, path: str, *, weights: bool = True) -> Path:
     """The directory of a Hugging Face model whose files can be read, or all but its weights, where those are served
-    elsewhere; a hub id is downloaded into the hub's cache first. Raises ValueError."""
+    elsewhere; or of an adapter of one. A hub id is downloaded into the hub's cache first. Raises ValueError."""
     directory = find_model(key, path, weights=weights)
-    if not (directory / "adapter_config.json").is_file():
-        check_model_files(key, directory, weights=weights)
+    try:
+        base = base_of(directory)
+    except ValueError as error:
+        raise ValueError(f"{key} = {path!r}: {error}") from None
+    adapted = base == directory or any(directory.glob("adapter_model*.safetensors"))
+    require(adapted, key, path, "no weights (adapter_model.safetensors) in it; save the adapter with save_pretrained")
+    check_model_files(key, whole_model(key, str(base), weights=weights), weights=weights)
     return directory
 
 
@@ -141,12 +151,12 @@ def check_world(config: RunConfig, world: int) -> None:
 
 def context_length(model: str | Path) -> int | None:
     """Longest sequence that the model's config.json allows, or None where it does not say."""
-    path = Path(model) / "config.json"
+    path = base_of(model) / "config.json"
     if not path.is_file():
         return None
     values = read_json(path)
     values = values.get("text_config") or values
-    for key in ("max_position_embeddings", "n_positions"):
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(values.get(key), int):
             return int(values[key])
     return None
@@ -175,15 +185,31 @@ def check_context(config: RunConfig, *, text: bool, examples: Sequence[Group] = 
     require(longest <= context, "data.warmup", config.data.warmup, mend)
 
 
+def check_output(config: RunConfig) -> None:
+    """sft.output is replaced as a whole: only a model may be there, and none that is read. Raises ValueError."""
+    output = config.sft.output
+    if output is None or not Path(output).exists():
+        return
+    held = Path(output).is_file() or (any(Path(output).iterdir()) and not (Path(output) / "config.json").is_file())
+    require(not held, "sft.output", output, "what is there is no model, and would be replaced; name a new folder")
+    for key, model in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
+        same = Path(model).exists() and Path(output).samefile(model)
+        require(not same, "sft.output", output, f"is {key} itself, which would be replaced; name a new folder")
+
+
 def check_room(named: str, asked: Format, context: int | None, config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """A teacher, `named` by its setting and value, has its own tokens and words around a prompt: they too have to leave
-    room for an answer in its `context`. Raises ValueError where those of a prompt do not."""
+    """A teacher, `named` by its setting and value, has a template, tokens and words of its own around a prompt: it has
+    to take every prompt, and they too have to leave room for an answer in its `context`. Raises ValueError where one is
+    not taken, or is too long."""
     room = 2**30 if context is None else context - config.sampling.max_new_tokens
-    around = len(asked.rendered("?").encode())
+    before = len(asked.prompt("?"))
     for prompt in prompts:
-        if not prompt.turns and around + len(prompt.text.encode()) < room:  # no token is less than a byte
-            continue
-        count = len(asked.prompt(prompt.asked))
+        try:
+            if before + len(asked.rendered(prompt.asked).encode()) < room:  # no token is less than a byte
+                continue
+            count = len(asked.prompt(prompt.asked))
+        except ValueError as error:  # a chat template is a program, which may refuse some text
+            raise ValueError(f"{named}: {error} for {prompt.text[:40]!r}") from None
         mend = (
             f"{named} needs {count} tokens for the prompt {prompt.text[:40]!r}, and its context of "
             f"{context} leaves {room} beside sampling.max_new_tokens; lower it, or leave that prompt out"
@@ -191,13 +217,19 @@ def check_room(named: str, asked: Format, context: int | None, config: RunConfig
         require(count <= room, "data.max_prompt_tokens", config.data.max_prompt_tokens, mend)
 
 
+def check_served_room(key: str, link: TeacherLink, config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """A server may have been started with less context than the model has. Raises ValueError."""
+    served, of_model = link.client.info().max_positions, context_length(link.facts.path)
+    if of_model is None or served < of_model:
+        check_room(f"{key} = {str(link.facts.path)!r}, as it is served,", link.facts.teacher, served, config, prompts)
+
+
 def _all_models(config: RunConfig) -> list[str]:
     return [config.student.path, config.teacher.path, *(teacher.path for teacher in config.teachers)]
 
 
-def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] | None = None) -> Inputs:
-    """Prompts, held-out questions, L_PT text and L_BC examples as tokens. All paths are resolved by now. `others`: how
-    the teachers are asked, by key: their chat templates have to take every prompt too."""
+def load_inputs(config: RunConfig, asked: Format) -> Inputs:
+    """Prompts, held-out questions, L_PT text and L_BC examples as tokens. All paths are resolved by now."""
     data, room = config.data, room_for_prompt(config)
 
     def load(name: str, need_answers: bool) -> list[Prompt]:
@@ -234,26 +266,27 @@ def load_inputs(config: RunConfig, asked: Format, others: Mapping[str, Format] |
         _enough("loss.pt_batch", config.loss.pt_batch, len(cloning), f"examples in {data.warmup}")
     check_context(config, text=pt_coef(config) > 0, examples=cloning)
     every = (*prompts, *heldout, *open_questions, *judged)
-    for key, other in (others or {}).items():
-        for prompt in every if other.chat else ():
-            try:
-                other.rendered(prompt.text)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error} for {prompt.text[:40]!r}") from None
-    tokens = [prompt.tokens for prompt in every]
-    highest = (text.highest if text else 0, asked.end)
-    check_vocabulary(config, [*tokens, *(group.responses[0] for group in cloning), highest])
+    tokens = [*(prompt.tokens for prompt in every), *(group.responses[0] for group in cloning)]
+    check_vocabulary("student.path", config.student.path, asked, tokens, text)
     most = config.eval.questions or None
     return Inputs(Corpus(prompts, text, cloning, judged), [*heldout[:most], *open_questions[:most]])
 
 
-def check_vocabulary(config: RunConfig, tokens: Sequence[Sequence[int]]) -> None:
-    """Every token has a row in the student's embedding: a tokenizer may have grown without its model. Raises
-    ValueError."""
-    rows = AutoConfig.from_pretrained(config.student.path).get_text_config().vocab_size
-    highest = max((max(one, default=0) for one in tokens), default=0)
+def check_vocabulary(
+    key: str,
+    path: str | Path,
+    asked: Format,
+    tokens: Iterable[Sequence[int]],
+    text: TextBlocks | tuple[()] = (),
+) -> None:
+    """Every token has a row in the embedding of the model `path` of setting `key`: a tokenizer may have grown without
+    its model. Only where it has are the `tokens` and all of the raw `text` looked through. Raises ValueError."""
+    rows = AutoConfig.from_pretrained(base_of(path)).get_text_config().vocab_size
+    if max([asked.end, *asked.tokenizer.get_vocab().values()]) < rows:
+        return
+    highest = max([asked.end, *(max(one, default=0) for one in tokens), text.highest if text else 0])
     require(
-        highest < rows, "student.path", config.student.path,
+        highest < rows, key, str(path),
         f"its tokenizer gives token {highest}, and the model has {rows} rows; resize its embedding "
         "(model.resize_token_embeddings), or take the tokenizer that it was trained with",
     )  # fmt: skip

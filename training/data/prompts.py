@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from configs.io.jsonl import read_open_questions, read_questions
@@ -33,11 +34,21 @@ def format_of(key: str, model: StudentConfig | TeacherConfig, data: DataConfig) 
         tokenizer, model.prompt, model.system_prompt, model.chat_template_kwargs,
         parsed=data.template, model_ends=end_ids(Path(model.path)),
     )  # fmt: skip
+    for name in ("system_prompt", "chat_template_kwargs"):
+        value = getattr(model, name)
+        mend = (
+            f"is for a chat template, and the model is asked in plain text; leave it out, or set {key}.prompt to chat"
+        )
+        require(found.chat or not value, f"{key}.{name}", value, mend)
     try:
         found.rendered("Hvat?")
         require(found.end >= 0, f"{key}.path", model.path, "no end")
     except ValueError as error:
         raise ValueError(f"{key}.path = {model.path!r}: {error}") from None
+    words = set(re.findall(r"\w+", tokenizer.get_chat_template() if found.chat else ""))
+    unknown = [name for name in model.chat_template_kwargs if name not in words]
+    mend = f"its chat template does not speak of {', '.join(unknown)}; mend the name, or leave it out"
+    require(not unknown, f"{key}.chat_template_kwargs", model.chat_template_kwargs, mend)
     return found
 
 

@@ -120,4 +120,8 @@ class Boards:
     def close(self) -> None:
         """The run has finished."""
         while self._open:
-            self._open.popitem()[1].close()
+            name, board = self._open.popitem()
+            try:
+                board.close()
+            except Exception as error:
+                log.warning("report_to: %s cannot be closed (%s)", name, " ".join(str(error).split())[:200])

@@ -86,9 +86,9 @@ class Checkpoints:
         """Step of the last checkpoint, which is not written again."""
         self._group = distributed.side_group() if config.asynchronous else None
         self._writer: threading.Thread | None = None
-        self._failure: CheckpointFailed | None = None
+        self._failure: Exception | None = None
         self.seconds = 0.0
-        """How long the run stood still for the last checkpoint."""
+        """How long the last checkpoint took, written in the background or not."""
 
     def save(self, parts: Mapping[str, Saveable], progress: Progress) -> None:
         """Write a checkpoint of this step, unless there is one.
@@ -113,13 +113,12 @@ class Checkpoints:
         self.newest = progress.step
         if self._config.asynchronous:
             states = [(path, _copy(state)) for path, state in states]
-            work = (partial, states, progress.step, stages)
+            work = (started, partial, states, progress.step, stages)
             self._writer = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
             self._writer.start()
         else:
-            self._write(partial, states, progress.step, stages)
+            self._write(started, partial, states, progress.step, stages)
             self.wait()
-        self.seconds = time.monotonic() - started
 
     @contextmanager
     def tolerated(self) -> Iterator[None]:
@@ -133,7 +132,7 @@ class Checkpoints:
                 log.warning("%s; the run goes on without it (checkpoint.on_error: continue)", error)
 
     def wait(self) -> None:
-        """Return when no checkpoint is being written any more. Raises CheckpointFailed for the last one."""
+        """Return when no checkpoint is being written any more. Raises what the last one failed of."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -141,7 +140,17 @@ class Checkpoints:
             failure, self._failure, self.newest = self._failure, None, None
             raise failure
 
-    def _write(self, partial: Path, states: Sequence[tuple[Path, Any]], step: int, stages: Mapping[str, int]) -> None:
+    def _write(self, started: float, *work: Any) -> None:
+        """Perhaps in a thread of its own, whose errors nobody would see: `wait` raises them."""
+        try:
+            self._write_all(*work)
+        except Exception as error:
+            self._failure = error
+        self.seconds = time.monotonic() - started
+
+    def _write_all(
+        self, partial: Path, states: Sequence[tuple[Path, Any]], step: int, stages: Mapping[str, int]
+    ) -> None:
         """This rank's files; then, if every rank has written its own, the manifest, the name and `latest`."""
         written: dict[str, dict[str, Any]] = {}
         problem = ""
@@ -163,7 +172,7 @@ class Checkpoints:
         if problems:
             if distributed.is_main():
                 shutil.rmtree(partial, ignore_errors=True)  # its room is needed
-            self._failure = CheckpointFailed(f"the checkpoint of step {step} could not be written: {problems[0]}")
+            raise CheckpointFailed(f"the checkpoint of step {step} could not be written: {problems[0]}")
 
     def _publish(self, partial: Path, manifest: Manifest) -> None:
         """Make what all ranks wrote a checkpoint. Rank 0 alone; raises OSError."""
@@ -172,7 +181,8 @@ class Checkpoints:
         manifest.save(partial)
         for folder in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
             sync(folder)
-        for lines in self.directory.parent.glob("*.jsonl"):
+        run = self.directory.parent
+        for lines in (*run.glob("*.jsonl"), *run.glob("eval/*.jsonl")):
             sync(lines)  # no step that the checkpoint holds may be missing there
         target = self.directory / step_tag(manifest.step)
         old = [_retired(target)] if target.exists() else []
@@ -180,15 +190,17 @@ class Checkpoints:
         sync(self.directory)
         write_atomically(self.directory / "latest", target.name)
         sync(self.directory)
-        steps = checkpoint_steps(self.directory)[: -self._config.keep]
+        # A later one was left by a start that was killed before `latest` moved: it is in nobody's place.
+        steps = [step for step in checkpoint_steps(self.directory) if step <= manifest.step][: -self._config.keep]
         old += [_retired(path) for step in steps if (path := self.directory / step_tag(step)) != self.best()]
         for checkpoint in old:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def mark_best(self, step: int) -> None:
-        """`best` names the checkpoint of this step, which `save` has written, from now on; it is kept at any age."""
+        """`best` names the checkpoint of this step from now on, and it is kept at any age. Where it could not be
+        written (checkpoint.on_error) the best one before it stays."""
         self.wait()
-        if distributed.is_main():
+        if distributed.is_main() and (self.directory / step_tag(step)).is_dir():
             write_atomically(self.directory / "best", step_tag(step))
 
     def best(self) -> Path | None:

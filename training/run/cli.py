@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -35,12 +37,16 @@ TOOLS = {
 }
 """Flags that take the place of the run."""
 MORE = "--help all: every setting. --print_config > my.yaml: all of them with comments, a file to start from."
+UNKNOWN = re.compile(
+    r"unrecognized arguments: --([\w.]+)|(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'"
+)
+"""How jsonargparse calls a setting that there is not."""
 
 
 def fail(message: str) -> NoReturn:
     """End with exit code 2 and one readable message, from one rank only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -48,7 +54,10 @@ class _Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are one message without the usage page."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(" ".join(message.split()) + " (--help all lists every key)")
+        said = " ".join(message.split())
+        if meant := alike(said, [action.dest for action in self._actions]):
+            said += f"; did you mean {' or '.join(meant)}?"
+        fail(said + " (--help all lists every key)")
 
     def print_page(self, *, everything: bool, epilog: str) -> NoReturn:
         """The help on the settings that people change, or on every one."""
@@ -61,6 +70,21 @@ class _Parser(jsonargparse.ArgumentParser):
         self.usage, self.epilog = "%(prog)s [--config FILE] [--KEY VALUE ...]", epilog
         self.print_help()
         raise SystemExit(0)
+
+
+def alike(message: str, known: Sequence[str]) -> list[str]:
+    """Settings that may be meant by the unknown one of jsonargparse's message: the one of its section that is written
+    most like it, or those of that name in other sections."""
+    found = UNKNOWN.search(message)
+    if found is None:
+        return []
+    key = ".".join(part for part in found.groups() if part)
+    section, _, name = key.rpartition(".")
+    beside = [one for one in known if one.rpartition(".")[0] == section]
+    elsewhere = [one for one in known if one.rpartition(".")[2] == name]
+    return (
+        difflib.get_close_matches(key, beside, 1, 0.8) or elsewhere[:3] or difflib.get_close_matches(key, known, 1, 0.8)
+    )
 
 
 def make_parser(description: str) -> _Parser:
@@ -112,7 +136,10 @@ def instantiate(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -
     files = [word for flag, word in itertools.pairwise(arguments) if flag == "--config"]
     for file in files + [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]:
         try:
-            check_sections(read_yaml(Path(file)), as_dict(RunConfig()))
+            content = read_yaml(Path(file))
+            if not isinstance(content, Mapping):
+                raise ValueError(f"{file}: no settings in it; write a line KEY: VALUE for each")
+            check_sections(content, as_dict(RunConfig()))
         except ValueError as error:
             fail(str(error))
     values = parser.instantiate_classes(parser.parse_args(list(arguments)))

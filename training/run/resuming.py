@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -36,12 +37,17 @@ log = logging.getLogger(__name__)
 DATA, DAMAGED = "data.json", ".damaged"
 CHUNK = 1 << 24
 """Bytes of a file read at a time while it is checked."""
+PLACES, PLACE = 64, 1 << 16
+"""Of a file of weights, so many places of so many bytes are looked at; all of one that is not larger than that."""
 FREE_SETTINGS = re.compile(
-    r"steps|report_to|export\..*|sft\.(steps|output)|(actor|critic)\.zero_stage|actor\.micro_batch_tokens|threads|runs_dir|cache_dir|name"
-    r"|checkpoint\..*|(teacher|teachers\[\d+\])\.(address|interface|port|threads|timeout_s)"
-    r"|time_limit_s|stuck_timeout_s"
+    r"steps|report_to|export\..*|sft\.(steps|output)|(actor|critic)\.zero_stage|actor\.micro_batch_tokens|threads"
+    r"|runs_dir|cache_dir|name"
+    r"|checkpoint\..*|(teacher|teachers\[\d+\])\.(address|interface|port|threads|timeout_s|devices|tensor_parallel)"
+    r"|(teacher|teachers\[\d+\])\.(url|max_batch_tokens|max_cache_tokens|logit_chunk)|time_limit_s|stuck_timeout_s"
+    r"|eval\.batch|sampling\.prompts_at_once|student\.gradient_checkpointing"
 )
-"""Settings that may differ when a run is resumed."""
+"""Settings that may differ when a run is resumed: what its numbers are made of stays. Where memory runs out, those that
+help are among them (training/run/supervisor.py)."""
 
 
 class NoWholeCheckpoint(ValueError):
@@ -97,11 +103,11 @@ class OpenRun:
         return load(self.found, parts)
 
 
-def open_run(folder: RunFolder, config: RunConfig, stages: Mapping[str, int]) -> OpenRun:
+def open_run(folder: RunFolder, config: RunConfig, stages: Mapping[str, int], number: int = 2) -> OpenRun:
     """Claim the folder, find the checkpoint to go on from, and make the folder agree with it. Collective.
 
-    `stages` are the ZeRO stages of the engines by name. Raises ValueError where another program writes there, and where
-    there are checkpoints and the run cannot go on from any of them.
+    `stages` are the ZeRO stages of the engines by name, `number` is the run's own stage. Raises ValueError where
+    another program writes there, and where there are checkpoints and the run cannot go on from any of them.
     """
     distributed.together(lambda: claim(folder.path) if distributed.is_main() else None, ValueError)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
@@ -110,7 +116,7 @@ def open_run(folder: RunFolder, config: RunConfig, stages: Mapping[str, int]) ->
         found.check(stages, config.student.dtype)
     if distributed.is_main():
         if found is None:
-            start_afresh(folder, config)
+            start_afresh(folder, config, number)
         else:
             folder.forget_after(found.progress.step)
     distributed.barrier()
@@ -257,19 +263,23 @@ def load(found: Found, parts: Mapping[str, Saveable]) -> Progress:
     return found.progress
 
 
-def check_settings(folder: RunFolder, config: RunConfig) -> None:
-    """A run goes on only with the settings that it was started with. Raises ValueError naming what differs.
+def check_settings(folder: RunFolder, config: RunConfig, number: int = 2) -> None:
+    """A run of stage `number` goes on only with the settings, models and data that it was started with. Raises
+    ValueError naming what differs.
 
     A setting that is younger than the run had its default then.
     """
     if not folder.config.is_file() or not checkpoint_steps(folder.checkpoints):
         return
-    now, began = _data_state(config), f"when {folder.path} was started"
-    for key, then in (folder.read_json(DATA) or {}).items():
-        if key in now and now[key] != then:
+    states, began = folder.read_json(DATA) or {}, f"when {folder.path} was started"
+    if (stage := states.pop("stage", number)) != number:
+        raise ValueError(f"name = {folder.path.name!r}: {folder.path} is a run of stage {stage}; choose another --name")
+    for key, (path, now) in _inputs(config).items():
+        if key in states and now not in ("", states[key]):
+            what, means = ("file", "rows") if key.startswith("data.") else ("model", "numbers")
             raise ValueError(
-                f"{key} = {getattr(config.data, key.removeprefix('data.'))!r}: not what it was {began}, "
-                "so its steps would mean other rows; put the old file back, or choose another --name"
+                f"{key} = {path!r}: not what it was {began}, so its steps would mean other {means}; put the old {what} "
+                "back, or choose another --name"
             )
     written = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     defaults = RunConfig(teachers=(ExtraTeacherConfig(name=""),) * len(written.get("teachers") or ()))
@@ -284,17 +294,33 @@ def check_settings(folder: RunFolder, config: RunConfig) -> None:
         )
 
 
-def start_afresh(folder: RunFolder, config: RunConfig) -> None:
+def start_afresh(folder: RunFolder, config: RunConfig, number: int = 2) -> None:
     """Write the resolved configuration and drop what a run left here that never reached a checkpoint."""
     write_atomically(folder.config, dump_config(as_dict(config)))
-    folder.write_json(DATA, _data_state(config))
+    folder.write_json(DATA, {"stage": number, **{key: state for key, (_, state) in _inputs(config).items() if state}})
     folder.forget_after(0)
     for stale in [*(folder.path / "eval").glob("*.json"), folder.path / "summary.json", folder.path / IDS]:
         stale.unlink(missing_ok=True)
 
 
-def _data_state(config: RunConfig) -> dict[str, str]:
-    """What is in each file, folder or data set, by the key that names it."""
+def _inputs(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Path of each model and each file, folder or data set, by the key that names it, and what is in it; "" for
+    nothing, and for the demo."""
+    models = {"student.path": config.student.path, "teacher.path": config.teacher.path}
+    models |= {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(config.teachers)}
     names = ("prompts", "warmup", "heldout", "open", "validation", "text")
-    paths = {f"data.{name}": str(getattr(config.data, name) or DEMO) for name in names}
-    return {key: state for key, path in paths.items() if path != DEMO and (state := content(path))}
+    data = {f"data.{name}": str(getattr(config.data, name) or DEMO) for name in names}
+    found = {key: (path, _weights(Path(path))) for key, path in models.items()}
+    return found | {key: (path, "" if path == DEMO else content(path)) for key, path in data.items()}
+
+
+def _weights(model: Path) -> str:
+    """Which weights a model directory holds, by places all over its files, which may be large; "" where it has none."""
+    digest, files = xxhash.xxh3_128(), sorted(model.glob("*.safetensors"))
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            size = opened.seek(0, os.SEEK_END)
+            for place in range(0, size, max(size // PLACES, PLACE)):
+                opened.seek(place)
+                digest.update(opened.read(PLACE))
+    return digest.hexdigest() if files else ""

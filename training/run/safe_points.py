@@ -7,6 +7,7 @@ run takes it again exactly.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -36,12 +37,12 @@ class TimeLimit:
     def __init__(self, limit_s: float | None, environment: Mapping[str, str] = os.environ) -> None:
         """`limit_s`: seconds from now. The end of the SLURM job counts as well, where SLURM says it; the earlier one
         is taken."""
-        now = time.time()
-        ends = [now + limit_s] if limit_s is not None else []
+        self._ends: list[tuple[Callable[[], float], float]] = []
+        if limit_s is not None:
+            self._ends.append((time.monotonic, time.monotonic() + limit_s))  # whatever is done to the clock
         if environment.get("SLURM_JOB_END_TIME", "").isdigit():
-            ends.append(float(environment["SLURM_JOB_END_TIME"]))
-        self._end = min(ends, default=None)
-        self._margin_s = 0.0 if self._end is None else min(60.0, max(self._end - now, 0.0) / 20)
+            self._ends.append((time.time, float(environment["SLURM_JOB_END_TIME"])))
+        self._margin_s = min(60.0, max(self._left_s(), 0.0) / 20)
         self._step_s = self._checkpoint_s = 0.0
 
     def took_step(self, seconds: float) -> None:
@@ -54,10 +55,11 @@ class TimeLimit:
 
     def is_over(self, *, next_step: bool) -> bool:
         """Whether it is time for the last checkpoint; with `next_step`, whether one more step would be too much."""
-        if self._end is None:
-            return False
         needed_s = self._margin_s + LONGER * (self._checkpoint_s + (self._step_s if next_step else 0.0))
-        return time.time() + needed_s > self._end
+        return needed_s > self._left_s()
+
+    def _left_s(self) -> float:
+        return min((end - clock() for clock, end in self._ends), default=math.inf)
 
 
 class SafePoints:
@@ -68,6 +70,7 @@ class SafePoints:
         self.limit = limit
         self._stop, self._entered = stop, entered
         self._step, self._open = step, False
+        self._began_s = 0.0
         self.advanced = False
         """Whether this start has finished a step."""
         self.reason = ""
@@ -76,6 +79,7 @@ class SafePoints:
     def begin(self, step: int) -> None:
         """A step begins (from 0)."""
         self._step, self._open = step, True
+        self._began_s = time.monotonic()
 
     def close(self) -> None:
         """The step is about to change the models: it has to be finished now."""
@@ -95,10 +99,11 @@ class SafePoints:
         if self._open and self._leaving(next_step=False):
             raise StepAbandoned(self.reason)
 
-    def after_step(self, seconds: float) -> bool:
-        """Whether to stop before the next step; this one took `seconds`. Collective."""
+    def after_step(self) -> bool:
+        """Whether to stop before the next step. This one took as long as its validation, too, which is not left.
+        Collective."""
         self.advanced = True
-        self.limit.took_step(seconds)
+        self.limit.took_step(time.monotonic() - self._began_s)
         return self._leaving(next_step=True)
 
     def _leaving(self, *, next_step: bool) -> bool:

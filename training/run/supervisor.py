@@ -45,13 +45,14 @@ NO_MEMORY = (
 )
 """What torch's errors say, besides its OutOfMemoryError, where memory could not be had."""
 ADVICE = {
-    "sample": "lower sampling.group_size, sampling.max_new_tokens or prompts_per_step, or take more ranks",
+    "sample": "set sampling.prompts_at_once, or take more ranks; in a new run lower sampling.group_size, "
+    "sampling.max_new_tokens or prompts_per_step",
     "evaluation": "lower eval.batch",
 }
 """What to lower, by the phase that ran out; elsewhere GENERAL."""
 GENERAL = (
-    "lower actor.micro_batch_tokens (a group is never cut: then sampling.group_size or sampling.max_new_tokens), set "
-    "student.gradient_checkpointing, raise actor.zero_stage, set actor.offload, or take more ranks; "
+    "lower actor.micro_batch_tokens, set student.gradient_checkpointing, raise actor.zero_stage, or take more ranks; "
+    "in a new run set actor.offload, or lower sampling.group_size or sampling.max_new_tokens (a group is never cut); "
     "`python training/main.py --plan` says what a run needs"
 )
 
@@ -93,6 +94,13 @@ class Supervisor:
         """The loop has given up with a checkpoint of `step` steps and has said why; returns the exit code."""
         self.starts.end("too many updates in a row had a non-finite loss or score", FAILED, step)
         return FAILED
+
+    def finished(self, step: int) -> None:
+        """Nothing is left that the ranks do together; rank 0 may still write a report, or upload, for as long as that
+        takes."""
+        if self._watchdog is not None:
+            self._watchdog.rest()
+        self.starts.end("finished", 0, step)
 
     def run(self, work: Callable[[], int]) -> int:
         """Exit code of `work`, however it ends; a mistake in the input (SystemExit) goes through. The folder is free
@@ -177,9 +185,9 @@ def lowered(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def lower(config: RunConfig, folder: Path) -> bool:
-    """Halve the token budget for the next start of this run; False where that was done before."""
+    """Halve the token budget for the next start of this run; False where `config`, this start's, is halved already."""
     if (folder / TOKEN_BUDGET).is_file():
-        return False
+        return lowered(config, folder) != config  # another rank of this start ran out as well, and was first
     write_atomically(
         folder / TOKEN_BUDGET, json.dumps({"micro_batch_tokens": max(config.actor.micro_batch_tokens // 2, 1)})
     )

@@ -52,6 +52,7 @@ class Watchdog:
         self._interval_s = min(1.0, max(0.2, timeout_s / 10))
         self.place, self._phases = Place(), 0
         self._told, self._beat_s = self.place, time.monotonic()
+        self._resting = threading.Event()
         self._store: PrefixStore | None = None
         if distributed.world_size() > 1:
             # A connection of its own: the process group's may be waiting for an answer.
@@ -67,6 +68,10 @@ class Watchdog:
         self._phases += 1
         self.place = Place(step, self.place.order + 1 if step == self.place.step else 1, phase)
 
+    def rest(self) -> None:
+        """Nobody is waited for any more: what a rank still does, it does alone."""
+        self._resting.set()
+
     def missing(self) -> str:
         """Which ranks do not answer, after a look of some seconds; for a collective that has failed."""
         if self._store is None:
@@ -77,8 +82,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         before, looked_s = None, 0.0
-        while True:
-            time.sleep(self._interval_s)
+        while not self._resting.wait(self._interval_s):
             self._tell()
             now = time.monotonic()
             age_s = now - self._beat_s

@@ -63,6 +63,11 @@ class Actor:
         policy = load_policy(
             path, student.dtype, gradient_checkpointing=student.gradient_checkpointing, adapter=student.adapter
         )
+        if student.adapter.rank == 0 and getattr(policy.model, "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"student.path = {str(path)!r}: its weights are quantised, and only an adapter beside them can be "
+                "trained; set student.adapter.rank, or give the unquantised checkpoint"
+            )
         self.end_tokens = end_tokens(policy, self.asked)
         """Whatever ends a response."""
         if config.actor.zero_stage == 3:
@@ -112,9 +117,7 @@ class Actor:
 
     def texts(self, responses: Sequence[tuple[int, ...]]) -> list[str]:
         """Response texts, special symbols removed, stripped."""
-        return [
-            text.strip() for text in self.tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
-        ]
+        return [self.asked.said(response) for response in responses]
 
     def logprobs(
         self, rollout: Rollout, *, start_of_run: bool = False, temperature: float | None = None
@@ -170,8 +173,9 @@ class Actor:
     def _optimizer_step(self, plan: _Update, shares: bool, between: Callable[[], None]) -> dict[str, float]:
         """One optimizer step; its metrics over all ranks."""
         measured, log = self._gradient_shares(plan) if shares else {}, MetricSums()
-        norm, rate, applied = self.engine.update(self._jobs(plan, log), plan.step, between=between)
-        done = {"grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
+        jobs = self._jobs(plan, log)
+        norm, rate, applied = self.engine.update(jobs, plan.step, between=between)
+        done = {"grad_norm": norm, "learning_rate": rate, "skipped": float(bool(jobs) and not applied)}
         return log.over_ranks() | measured | done
 
     def _jobs(self, plan: _Update, log: MetricSums) -> list[Job]:

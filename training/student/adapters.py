@@ -33,7 +33,7 @@ def merged_model(path: str | Path, dtype: torch.dtype) -> Any:
     for module in model.modules():  # peft reads the model's configuration itself, dropout and all (trap 19)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model
+    return model.requires_grad_(True)  # peft has frozen it
 
 
 def quantization(dtype: torch.dtype) -> Any:
@@ -57,7 +57,9 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets: Any = config.targets if config.targets == "all-linear" else config.targets.split(",")
+    targets: Any = "all-linear"
+    if config.targets != targets:
+        targets = [name.strip() for name in config.targets.split(",")]
     other = other_inputs(model)
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM",
@@ -67,6 +69,12 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
         inject_adapter_in_model(lora, model)
     except ValueError as error:
         raise ValueError(f"student.adapter.targets = {config.targets!r}: {error}") from None
+    names = [name for name, _ in _layers(model)]
+    for target in targets if isinstance(targets, list) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):  # peft asks for one of them alone
+            raise ValueError(
+                f"student.adapter.targets = {config.targets!r}: no matrix in it is called {target!r}; mend the name"
+            )
     embedding = model.get_input_embeddings().weight
     for name, layer in _layers(model):
         if layer.get_base_layer().weight is embedding:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,8 +47,9 @@ Job = Callable[[], dict[str, torch.Tensor]]
 """A forward pass that returns weighted loss terms by name."""
 
 
-def start_distributed() -> None:
-    """Join the trainer's process group: gloo on CPU, NCCL on CUDA."""
+def start_distributed(stuck_timeout_s: float = 900.0) -> None:
+    """Join the trainer's process group: gloo on CPU, NCCL on CUDA. No collective gives up before the watchdog does,
+    which says who is missing."""
     distributed.ensure_launcher_environment()
     deepspeed_logger.setLevel(logging.ERROR)
     # On CPU, DeepSpeed would compile a shared-memory collective (a minute, and a compiler on every node) that gloo
@@ -57,7 +59,8 @@ def start_distributed() -> None:
     if torch.cuda.is_available():
         # A launcher may show each task its own GPU only, which is then number 0.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    timeout = timedelta(seconds=max(2 * stuck_timeout_s, 1800.0))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ class Engine:
             between()
             self.engine.set_gradient_accumulation_boundary(i == len(jobs) - 1)
             self.engine.backward(torch.stack([*job().values()]).sum() * scale)
+            distributed.beat()
         if self.zero_stage == 0:
             grads = [p.grad for p in self._trained if p.grad is not None]
             norm = float(sum(torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in grads)) ** 0.5

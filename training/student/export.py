@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -80,7 +81,10 @@ def _write(actor: Actor, state: dict[str, torch.Tensor], adapter: dict[str, torc
 def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
     """Fill a directory beside `target`, then put it in its place, so that `target` is never half-written."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+    beside = f".{target.name}.export-"
+    for left in target.parent.glob(f"{glob.escape(beside)}*"):  # by a start that was killed: as large as a model
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=beside, ignore_cleanup_errors=True) as temporary:
         fresh, old = Path(temporary) / "new", Path(temporary) / "old"
         fresh.mkdir()
         write(fresh)

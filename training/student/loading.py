@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from configs.io.hub import has_tokenizer, tokenizer_home
 from configs.schema import AdapterConfig
 from inference.attention.packing import Group, pack_row
 from inference.model.rounding import rounded_down
@@ -31,7 +32,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 NOISE = 2.0
 """Times what one rounding of the embeddings changes in transformers' own computation, where that is more: what a
 model makes of rounding grows with the size of its logits and with its depth."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def load_policy(
@@ -55,7 +55,13 @@ def load_policy(
     else:
         config = AutoConfig.from_pretrained(path)
         without_dropout(config)
-        model, found = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, config=config, output_loading_info=True, **options
+            )
+        except (ImportError, OSError, ValueError) as error:  # quantised in a way whose library is not here
+            said = " ".join(str(error).split())[:300]
+            raise ValueError(f"student.path = {str(path)!r}: transformers does not load it ({said})") from None
         if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
             raise ValueError(
                 f"student.path = {str(path)!r}: its weights lack {len(missing)} tensors ({missing[0]}, ...); "
@@ -88,7 +94,7 @@ def without_dropout(config: Any) -> None:
 def unknown_columns(path: str | Path, count: int) -> torch.Tensor | None:
     """bool [count], true for columns of the vocabulary that no entry of the model's tokenizer has: rows that only fill
     the matrix up. None where there is none, and where the directory holds no tokenizer."""
-    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one up
+    if not has_tokenizer(tokenizer_home(path)):  # transformers would make an empty one up
         return None
     unknown_V = torch.ones(count, dtype=torch.bool)
     unknown_V[[token for token in load_tokenizer(path).get_vocab().values() if token < count]] = False

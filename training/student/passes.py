@@ -28,7 +28,11 @@ def each_token(passes: Passes, groups: Sequence[Group], one: Callable[[PackedRow
     """
     rows = rows_in_step(groups, passes.tokens)
     with torch.no_grad():
-        return in_batch_order(rows, [one(row.to(passes.device)).cpu() for row in rows])
+        found = []
+        for row in rows:
+            found.append(one(row.to(passes.device)).cpu())
+            distributed.beat()  # many rows of a long text may take longer than the watchdog waits
+        return in_batch_order(rows, found)
 
 
 def rows_in_step(groups: Sequence[Group], max_tokens: int) -> list[PackedRow]:

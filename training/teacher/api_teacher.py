@@ -85,6 +85,8 @@ class ApiTeacher:
         self._cache = ReplyCache(cache)
         self._lock = threading.Lock()
         self._next_slot = 0.0
+        self.on_reply: Callable[[], None] = lambda: None
+        """Called when a question is done with."""
 
     def ask(self, questions: Sequence[Messages], check: Callable[[str], object] | None = None) -> list[str | None]:
         """The reply to each list of messages, in order; None where every attempt failed (logged and counted).
@@ -103,6 +105,7 @@ class ApiTeacher:
             try:
                 for future in waiting:
                     future.result()
+                    self.on_reply()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -244,6 +247,9 @@ def check_access() -> None:
 
 def answer_questions(config: ApiConfig, questions: Path, output: Path, system: str, cache: Path) -> int:
     """Ask every question of a JSONL file, write those answered; returns how many were not."""
+    require(
+        questions.resolve() != output.resolve(), "--output", str(output), "is --questions itself; name another file"
+    )
     rows = read_questions(questions, answers=False)
     teacher = ApiTeacher(config, cache)
     replies = teacher.ask([_question(row, system) for row in rows])

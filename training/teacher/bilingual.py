@@ -47,7 +47,7 @@ class Translator:
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         if config.source_language is not None:
-            self._tokenizer.src_lang = config.source_language
+            self._speak(config.source_language)
         if config.target_language is not None:
             token = self._tokenizer.convert_tokens_to_ids(config.target_language)
             known = token is not None and token != self._tokenizer.unk_token_id
@@ -70,6 +70,16 @@ class Translator:
         if text not in self._kept:
             (self._kept[text],) = self([text])
         return self._kept[text]
+
+    def _speak(self, language: str) -> None:
+        """Tell the tokenizer of its source language. Raises ValueError where it does not know it, or any."""
+        knows = hasattr(self._tokenizer, "src_lang")
+        try:
+            self._tokenizer.src_lang = language
+            knows = knows and self._tokenizer.unk_token_id not in self._tokenizer("")["input_ids"]
+        except (KeyError, ValueError):  # each tokenizer has its own way to say so
+            knows = False
+        require(knows, f"{KEY}.source_language", language, f"no language of {self._config.path}'s tokenizer")
 
     @torch.no_grad()
     def _batch(self, texts: Sequence[str]) -> list[str]:

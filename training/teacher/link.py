@@ -144,9 +144,11 @@ class TeacherLink:
         """The teacher's own answers as texts, and whether each has ended; temperature 0 is greedy. A character that
         the limit has cut is left out."""
         written = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
-        texts = self._tokenizer.batch_decode([list(tokens) for tokens, _ in written], skip_special_tokens=True)
-        ended = [ended for _, ended in written]
-        return [((t if e else t.rstrip("\ufffd")).strip(), e) for t, e in zip(texts, ended, strict=True)]
+        texts = [self.facts.teacher.said(tokens) for tokens, _ in written]
+        return [
+            (text if ended else text.rstrip("\ufffd").strip(), ended)
+            for text, (_, ended) in zip(texts, written, strict=True)
+        ]
 
     def responses(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float, seed: int

@@ -6,7 +6,6 @@ states worth learning from; the samples carry the importance weight of what was 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from configs.prompts import Format
 from configs.schema import RunConfig, SamplingConfig, require
 from rewards.minillm import mixed_logprobs, mixture_importance, response_mixture_importance
 from training.data.order import random_stream
+from training.distributed import environment_world_size
 from training.experience import Prompt, Rollout, TeacherView
 from training.student.actor import Actor
 from training.teacher.link import TeacherLink
@@ -36,7 +36,7 @@ def check_cache(config: RunConfig, asked: Format, prompts: Sequence[Prompt]) -> 
     sampling = config.sampling
     if sampling.teacher_mix == 0 or sampling.mix_by != "token":
         return
-    mine = config.prompts_per_step // int(os.environ.get("WORLD_SIZE", "1"))
+    mine = config.prompts_per_step // environment_world_size()
     count = min(sampling.prompts_at_once or mine, mine)
     longest = sorted(len(asked.prompt(prompt.asked)) for prompt in prompts)[-count:]
     needed = sum(longest) + count * sampling.group_size * sampling.max_new_tokens

@@ -13,9 +13,11 @@ import torch
 
 from configs.checks import require
 from configs.schema import RunConfig
+from inference.model.files import safetensors_files
 from rewards.base import RewardInput
 from rewards.parts import PARTS, part_weights
 from rewards.parts.dictionary import dictionary
+from training import distributed
 from training.run.stopping import RunFailed
 
 
@@ -39,7 +41,9 @@ def _judged(inputs: RewardInput, config: RunConfig) -> list[float]:
     from training.teacher.api_teacher import judge_of
 
     pairs = list(zip(inputs.questions_B, inputs.texts_B, strict=True))
-    scores = judge_of(config.rewards.judge, config.cache_dir).marks(pairs)
+    judge = judge_of(config.rewards.judge, config.cache_dir)
+    judge.teacher.on_reply = distributed.beat  # a slow endpoint is not a stuck rank
+    scores = judge.marks(pairs)
     out: list[float] = []
     for first in range(0, len(scores), inputs.group_size):
         group = scores[first : first + inputs.group_size]
@@ -101,6 +105,8 @@ def check_extra_rewards(config: RunConfig) -> None:
     if "bilingual" in weights:
         path = Path(str(rewards.bilingual.path))
         require((path / "config.json").is_file(), "rewards.bilingual.path", str(path), "no model directory")
+        files = "no model.safetensors in it, nor an index of its shards; save it with save_pretrained"
+        require(bool(safetensors_files(path)), "rewards.bilingual.path", str(path), files)
     if "judge" in weights:
         from training.teacher.api_teacher import check_access
 

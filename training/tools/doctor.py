@@ -118,7 +118,7 @@ def doctor(config: RunConfig) -> int:
 
 def small_step(config: RunConfig) -> RunConfig:
     """The same run with few prompts a step, one optimizer step on them, and a learning rate of 0."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = distributed.environment_world_size()
     rank = min(PROMPTS_PER_RANK, config.prompts_per_step // world)
     return replace(
         config,
@@ -357,9 +357,9 @@ def tokenizers(probe: Probe) -> Finding:
         return Finding(taken_for_one, f"one tokenizer ({prints[0][:8]}): student tokens are teacher tokens")
     if taken_for_one:
         return Finding(False, f"two tokenizers ({prints[0][:8]}, {prints[1][:8]}), but the run takes them for one")
-    other = load_tokenizer(teacher)
+    other = probe.run.models.teacher.facts.teacher
     texts = [prompt.text for prompt in probe.rollout.prompts_N]
-    changed = [t for t in texts if other.decode(other(t)["input_ids"], skip_special_tokens=True).strip() != t.strip()]
+    changed = [t for t in texts if other.said(other.tokenizer(t)["input_ids"]) != t.strip()]
     return Finding(
         not changed,
         f"two tokenizers ({prints[0][:8]}, {prints[1][:8]}): text is tokenised again for the teacher, "

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from configs.io.hub import has_tokenizer
 from configs.schema import DEMO, RunConfig, TeacherConfig, require
 from inference.model.families import Architecture, parse_architecture
 from inference.model.files import model_directory
@@ -59,11 +60,12 @@ def read_models(config: RunConfig) -> tuple[RunConfig, ModelFacts, list[str]]:
 
     def text_config(key: str, path: str) -> Any:
         try:
-            return AutoConfig.from_pretrained(path).get_text_config()
+            return AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{key}.path = {path!r}: {' '.join(str(error).split())}") from None
 
     student = text_config("student", config.student.path)
+    _check_causal("student", config.student.path, student)
     asked = {"teacher": config.teacher, **{f"teachers[{i}]": one for i, one in enumerate(teachers)}}
     (_, _, teacher), *others = [(key, one, _served(key, one, text_config(key, one.path))) for key, one in asked.items()]
     same, how = _same_tokenizer(config, student.vocab_size == teacher.vocab_size)
@@ -82,13 +84,22 @@ def _served(key: str, teacher: TeacherConfig, described: Any) -> Architecture | 
     except ValueError as error:
         if teacher.backend == "megatron":
             raise ValueError(f"{key}.path = {teacher.path!r}: {error}; set {key}.backend to auto") from None
+    _check_causal(key, teacher.path, described)
     return described
+
+
+def _check_causal(key: str, path: str, described: Any) -> None:
+    """Raises ValueError where transformers makes no causal language model of a configuration."""
+    from transformers import AutoModelForCausalLM
+
+    if type(described) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{key}.path = {path!r}: model_type = {described.model_type!r} is no causal language model")
 
 
 def _same_tokenizer(config: RunConfig, same_size: bool) -> tuple[bool, str]:
     """Whether student tokens are teacher tokens, and how that is known."""
     paths = [Path(config.student.path), Path(config.teacher.path)]
-    if all((path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file() for path in paths):
+    if all(map(has_tokenizer, paths)):
         return tokenizer_fingerprint(paths[0]) == tokenizer_fingerprint(paths[1]), "compared"
     return same_size, "no tokenizer files: by the size of the vocabularies"
 

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from configs.io.files import write_atomically
+from configs.io.hub import read_tokenizer
 from configs.io.jsonl import read_texts
 
 if TYPE_CHECKING:
@@ -96,10 +97,10 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = read_tokenizer(AutoTokenizer, path)
     except Exception as error:  # half-written files raise nearly anything
         raise ValueError(f"{path}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{path}: {type(tokenizer).__name__} does not say where its tokens lie; give a fast tokenizer")
     return tokenizer
 
@@ -171,6 +172,8 @@ def extend(path: str | Path, texts: Sequence[str], pieces: int, output: Path, li
     held = list(texts[9::10])
     corpus = [text for place, text in enumerate(texts) if place % 10 != 9]
     tokenizer = load_tokenizer(path)
+    tokenizer.backend_tokenizer.no_truncation()  # some are saved as they were trained with: texts cut, and filled up
+    tokenizer.backend_tokenizer.no_padding()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     while True:
         model, new, ratio = _try(path, tokenizer, content, learn(content, corpus, pieces), corpus, held)

@@ -15,7 +15,7 @@ import pytest
 
 from eval.euroeval.data import OFFICIAL
 from rewards.answers import exact_match, token_f1
-from tests.support.runs import ROOT, environment, finish
+from tests.support.runs import ROOT, environment
 
 if importlib.util.find_spec("euroeval") is None:
     pytest.skip("needs the extra: pip install -c constraints.txt 'euroeval>=16.11,<17'", allow_module_level=True)
@@ -26,24 +26,22 @@ Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def worked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def worked(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> dict[str, Any]:
     """What tests/support/euroeval_worker.py found, by part."""
     folder = tmp_path_factory.mktemp("euroeval")
     env = environment() | {"HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, str(ROOT / "tests" / "support" / "euroeval_worker.py"), str(folder)]
+    worker = ROOT / "tests" / "support" / "euroeval_worker.py"
+    command = [sys.executable, str(worker), str(folder), str(finished_run.parent)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1700, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
 
 
 @pytest.fixture(scope="module")
-def scored(finished_run: Path) -> dict[str, Any]:
-    """Stage 3 of the tiny demo: the newest run's student on the demo's splits."""
-    command = [sys.executable, str(ROOT / "eval" / "run_euroeval.py"), "--runs_dir", str(finished_run.parent)]
-    cache = finished_run.parent / "euroeval-cache"
-    done = finish([*command, "--iterations", "2", "--cache_dir", str(cache)], timeout=1700)
+def scored(worked: dict[str, Any], finished_run: Path) -> dict[str, Any]:
+    """Stage 3 of the tiny demo; as a command: tests/test_readme.py."""
     path = finished_run / "eval" / "euroeval.json"
-    return {"path": str(path), "stdout": done.stdout, "stderr": done.stderr, **json.loads(path.read_text())}
+    return {"path": str(path), **worked["demo"], **json.loads(path.read_text())}
 
 
 # --- the scores, once more -----------------------------------------------------------------------------------------
@@ -142,6 +140,7 @@ def test_scores_are_those_of_the_generations(worked: dict[str, Any]) -> None:
 
 
 def test_the_demo_student_goes_through_all_four_tasks(scored: dict[str, Any], finished_run: Path) -> None:
+    assert (scored["status"], scored["errors"]) == (0, [])
     check_scores(scored)
     assert (scored["settings"]["kind"], scored["settings"]["split"]) == ("base", "test")
     for task, data in scored["data"].items():
@@ -152,9 +151,9 @@ def test_the_demo_student_goes_through_all_four_tasks(scored: dict[str, Any], fi
         assert "the data are demo, not EuroEval's; 2 iterations, not 10" in found["why_not"]
         assert len(iterations(scored, task)[0]) == 48
     assert (finished_run / "eval" / "heldout.json").is_file()
-    assert "Traceback" not in scored["stderr"]
+    assert "Traceback" not in scored["err"]
     for word in ("foqa", "fone", "scala-fo", "fosent", "not comparable with EuroEval's leaderboard"):
-        assert word in scored["stdout"]
+        assert word in scored["out"]
     records = (finished_run / "eval" / "euroeval" / "euroeval_benchmark_results.jsonl").read_text().split("\n")
     assert [json.loads(line)["dataset"] for line in records if line] == list(OFFICIAL)
     assert not list((finished_run / "eval" / "euroeval").glob("*-*/"))  # no journal is left

@@ -8,13 +8,18 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from configs.io.results import Result, Value
 from eval import run_euroeval
 from eval.euroeval.data import OFFICIAL, SPLITS, TASKS, check_splits, fingerprint, stage
+from eval.euroeval.run import _key, _with_finished
+from eval.measures import model_dirs
+from eval.measures.model import Model
 from eval.run_euroeval import INSTALL, main
 from training.data.demo.splits import ROWS, build_demo_splits, write_demo_splits
 
@@ -200,6 +205,41 @@ def test_the_extra_is_missing(
         run_euroeval.importlib.util, "find_spec", lambda name, *more: None if name == "euroeval" else find(name, *more)
     )
     refused(["--model", str(model), "--data", str(splits)], INSTALL, tmp_path, capsys)
+
+
+def test_results_of_a_hub_id_lie_where_those_of_a_measure_do(
+    splits: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so where eval/compare.py looks for them; not in a folder named after the commit in the hub's cache."""
+    find, asked = run_euroeval.importlib.util.find_spec, []
+    monkeypatch.setattr(model_dirs, "find_model", lambda key, path: model if path == "org/name" else Path(path))
+    monkeypatch.setattr(
+        run_euroeval.importlib.util, "find_spec", lambda name, *more: name == "euroeval" or find(name, *more)
+    )
+
+    def evaluate(found: Model, *more: object) -> None:
+        asked.append(found.folder)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(run_euroeval, "evaluate", evaluate)
+    assert main(["--model", "org/name", "--data", str(splits), "--runs_dir", str(tmp_path / "runs")]) == 2
+    assert asked == [Model(path="org/name", runs_dir=tmp_path / "runs").folder]
+
+
+def test_tasks_that_are_not_asked_for_this_time_stay_in_the_file(tmp_path: Path) -> None:
+    """Where they were asked in the same way; of another model or with other settings they go."""
+    file, about = tmp_path / "euroeval.json", {"sha256": {"test": "x"}}
+    same, other = _key("this model", about), _key("another", about)
+    blank = Result(measure="euroeval", model="m", data={}, settings={}, versions={}, values={}, rows=[])
+    rows = [{"task": "foqa", "key": same}, {"task": "fone", "key": same}, {"task": "fosent", "key": other}]
+    names = [str(row["task"]) for row in rows]
+    values = {f"{name}/f1": Value(float(place)) for place, name in enumerate(names)}
+    replace(blank, data=dict.fromkeys(names, about), values=values, rows=rows).write(file)
+    kept = _with_finished(blank, file, {"foqa": same}, "this model")
+    assert [row["task"] for row in kept.rows] == list(kept.data) == ["foqa", "fone"]
+    assert kept.numbers == {"foqa/f1": 0.0, "fone/f1": 1.0}
+    anew = _with_finished(blank, file, {"foqa": _key("this model", {"sha256": {"test": "y"}})}, "this model")
+    assert [row["task"] for row in anew.rows] == ["fone"]
 
 
 # --- the demo's splits ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from configs.io.results import Result, Value
 from eval.compare import main as compare
 from eval.experiments.plan import Plan, Task, read_plan
 from eval.experiments.table import draw, main_table, page, paired, paired_table, read_table
-from eval.run_experiment import array_task, is_finished, main
+from eval.run_experiment import Runner, array_task, is_finished, main
 from tests.support.runs import ROOT, TINY, environment
 
 ABLATION = read_plan(ROOT / "configs" / "ablation.yaml")
@@ -136,6 +136,38 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        ({"perplexty": {"text": "a"}}, "measures: 'perplexty': no such measure; there are perplexity, "),
+        ({"perplexity": {"text": "a", "batches": 3}}, "perplexity: no option 'batches'; there are dtype, text, batch"),
+        ({"language": {"text": "a"}}, "measures: language needs words"),
+        ({"language": None}, "measures: language needs text, words"),
+        ({"perplexity": {"text": "${data.txt}"}}, "${data.txt}: give --with data.txt=VALUE"),
+    ],
+)
+def test_mistakes_below_measures_are_named_before_the_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], measures: dict[str, Any], message: str
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    variants = [{"name": "a", "what": "w", "settings": {}}]
+    plan.write_text(yaml.safe_dump({"seeds": [0], "columns": {}, "variants": variants, "measures": measures}))
+    assert main([str(plan), "--runs_dir", str(tmp_path / "runs")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_file_of_prepare_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of two that differ in their suffix alone."""
+    plan, started = tmp_path / "plan.yaml", []
+    made = {f"${{runs}}/text.{suffix}": ["a.py", suffix] for suffix in ("jsonl", "csv")}
+    variants = [{"name": "a", "what": "w", "settings": {}}]
+    plan.write_text(yaml.safe_dump({"seeds": [0], "columns": {}, "variants": variants, "prepare": made}))
+    monkeypatch.setattr(Runner, "run", lambda self, commands: started.append(list(commands.values())))
+    assert main([str(plan), "--runs_dir", str(tmp_path / "runs")]) == 1
+    assert started == [[["a.py", "csv"], ["a.py", "jsonl"]]]  # in YAML's order; no run where they are not made
+
+
 # --- the tables ----------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +185,8 @@ def plan(tmp_path: Path) -> Plan:
         {"name": "seqkd", "group": "baselines", "what": "supervised", "settings": {}},
     ]
     values = {"seeds": [0, 1], "columns": columns, "variants": variants, "whole": "grpo-minillm",
-              "groups": {"parts": "Parts", "baselines": "Baselines"}, "measures": {"perplexity": {}}}  # fmt: skip
+              "groups": {"parts": "Parts", "baselines": "Baselines"},
+              "measures": {"perplexity": {"text": "t"}}}  # fmt: skip
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return read_plan(path)
 
@@ -223,6 +256,30 @@ def test_tables_are_those_worked_out_by_hand(plan: Plan, runs: Path) -> None:
     picture = draw(plan, table)
     assert picture.startswith(b"\x89PNG")
     assert len(picture) < 200_000
+
+
+def with_evaluation(run: Path, **found: Any) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | found))
+
+
+def test_a_start_counts_once_for_each_seed(plan: Plan, runs: Path) -> None:
+    """Also where two seeds sampled the same share of right answers by chance."""
+    made_up_run(runs, "grpo-minillm-seed2", 54.0, 0.7)
+    for seed, f1 in enumerate((78.0, 78.0, 81.0)):
+        with_evaluation(runs / f"grpo-minillm-seed{seed}", eval_before={"f1": f1})
+    table = read_table(plan, [Task(plan.variants[0], seed) for seed in range(3)], runs)
+    # 78, 78, 81: mean 79, deviation sqrt(3); the bits are measured once, and have none.
+    assert main_table(plan, table)[2] == "| *start* | 79.0 ± 1.7 |  | 1.000 |  |  |  |"
+
+
+def test_several_teachers_have_a_row_each(plan: Plan, runs: Path) -> None:
+    large = runs / "seqkd-seed0"
+    config = yaml.safe_load((large / "config.yaml").read_text())
+    (large / "config.yaml").write_text(yaml.safe_dump(config | {"teacher": {"path": "models/large"}}))
+    with_evaluation(large, teacher_eval={"f1": 90.0})
+    lines = main_table(plan, read_table(plan, [Task(variant, 0) for variant in plan.variants], runs))
+    assert lines[3:5] == ["| *teacher teacher* | 80.0 |  | – |  |  |  |", "| *teacher large* | 90.0 |  | – |  |  |  |"]
 
 
 def test_which_runs_are_finished(runs: Path) -> None:

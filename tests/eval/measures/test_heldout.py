@@ -23,7 +23,7 @@ from configs.prompts import Format, as_text, render
 from configs.schema import DataConfig
 from eval.heldout import main
 from eval.measures.heldout import HeldoutSettings, answers, heldout
-from eval.measures.model import Model, prompt_tokens
+from eval.measures.model import Model
 from eval.pages.compare_scores import read_heldout
 from eval.pages.comparison import unlike
 from training.data.prompts import load_prompts
@@ -145,7 +145,7 @@ def test_batched_answers_equal_single_ones(tmp_path: Path) -> None:
     model = Model(path=str(save_model(tmp_path / "model")))
     settings = HeldoutSettings(data=tmp_path, max_new_tokens=6, batch=3)
     asked = [as_text(render(question, settings.template)) for question in QUESTIONS]
-    prompts = [prompt_tokens(model.tokenizer, text, False) for text in asked]
+    prompts = [list(Format(model.tokenizer).prompt(text)) for text in asked]
     assert len({len(prompt) for prompt in prompts}) == 3
     expected = []
     for prompt in prompts:

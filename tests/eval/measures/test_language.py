@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from eval.measures.language import (
     openings,
     vocabulary,
 )
-from eval.measures.model import Model
+from eval.measures.model import Model, context_length
 from training.data.demo.models import RECIPES, new_model, train_tokenizer
 from training.data.demo.text import heldout_text
 
@@ -74,6 +75,19 @@ def test_openings_are_half_of_a_text() -> None:
         ("Í dag", " er mánadagur."),
     ]
     assert len(openings(TEXTS, 1)) == 1
+
+
+def test_words_are_those_of_the_rows_in_every_layout(tmp_path: Path) -> None:
+    """Not the keys of SQuAD's answers, and the answers of the layouts that call them something else."""
+    rows: list[dict[str, Any]] = [
+        {"question": "Hvar?", "answers": {"text": ["Í Havn"], "answer_start": [0]}},
+        {"instruction": "Sig", "input": "eina", "output": "søgu"},
+        {"messages": [{"role": "user", "content": "Hvør"}, {"role": "assistant", "content": "Anna"}]},
+        {"text": "Setningur"},
+    ]
+    file = tmp_path / "words.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert vocabulary([file]) == {"hvar", "í", "havn", "sig", "eina", "søgu", "hvør", "anna", "setningur"}
 
 
 def test_the_measure_tells_faroese_from_its_neighbours_and_from_noise(tmp_path: Path) -> None:
@@ -166,3 +180,10 @@ def test_the_measure_counts_what_was_sampled(model: Model, tmp_path: Path) -> No
     assert found.values["language_rate"].value == pytest.approx(rate.continuations)
     assert found.values["known_words"].value == pytest.approx(rate.words)
     assert found.data["known"] == len(KNOWN)
+
+
+def test_an_opening_that_the_model_has_no_room_for_is_named(model: Model) -> None:
+    room = context_length(model.network)
+    assert room is not None
+    with pytest.raises(ValueError, match=f"the model has room for {room}; give shorter texts"):
+        continue_texts(model.network, model.tokenizer, ["Anna", "Anna er heima. " * room])

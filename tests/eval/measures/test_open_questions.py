@@ -57,5 +57,5 @@ def test_answers_are_counted_by_pattern(tmp_path: Path, settings: OpenSettings) 
 
 def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path, settings: OpenSettings) -> None:
     settings.data.write_text(json.dumps({"question": "Hvat " * 70, "pattern": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens"):
+    with pytest.raises(ValueError, match="2 of the 64 that the model has room for: every prompt"):
         open_questions(Model(path=str(save_model(tmp_path / "model"))), settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,27 @@ def test_every_token_of_a_long_text_is_scored_once(model_dir: Path) -> None:
             bits -= float(logprobs[place - 1, window[place]]) / math.log(2)
         first = begin + len(window)
     assert found.nats / math.log(2) == pytest.approx(bits, rel=1e-4)
+
+
+def test_long_texts_of_a_large_vocabulary_go_in_smaller_passes(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(path=str(model_dir))
+    texts = [*TEXTS, " ".join(TEXTS * 3), " ".join(TEXTS * 2)]
+    whole = score_texts(model.network, model.tokenizer, texts, batch=8)
+    shapes: list[tuple[int, int]] = []
+    hook = model.network.register_forward_pre_hook(
+        lambda module, inputs, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    monkeypatch.setattr(sys.modules[perplexity.__module__], "LOGITS", 40 * model.network.config.vocab_size)
+    again = score_texts(model.network, model.tokenizer, texts, batch=8)
+    hook.remove()
+    assert len(shapes) > 2
+    assert all(rows * tokens <= 40 or rows == 1 for rows, tokens in shapes)
+    assert sum(rows for rows, _ in shapes) == 5  # all but the text of a single word
+    found, expected = ([(one.tokens, one.nats) for one in scores if one is not None] for scores in (again, whole))
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    assert [nats for _, nats in found] == pytest.approx([nats for _, nats in expected], rel=1e-5)
 
 
 def test_a_start_token_is_given_and_not_scored(model_dir: Path) -> None:

@@ -143,6 +143,29 @@ def test_a_chat_model_is_asked_in_its_template(model_dir: Path, tmp_path: Path) 
     assert len(ends_of(model, tokenizer, True)) < len(ends_of(model, tokenizer, False))
 
 
+def test_a_model_that_can_think_aloud_is_asked_not_to(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its translation would be the line `<think>`."""
+    chat, prompts = tmp_path / "chat", []
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}heima{% endif %}"
+    )
+    AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(chat)
+    tokenizer.save_pretrained(chat)
+    plain = generation.generate
+
+    def listening(network: Any, asked: list[list[int]], *more: Any) -> Any:
+        prompts.append(tokenizer.decode(asked[0]))
+        return plain(network, asked, *more)
+
+    monkeypatch.setattr(generation, "generate", listening)
+    call = arguments(chat, tmp_path, "--directions", "fao-eng", "--sentences", "1")
+    assert main(call) == main([*call, "--chat_template_kwargs", "{}"]) == 0
+    assert [prompt.endswith("heima") for prompt in prompts] == [True, False]
+
+
 def test_flores_folder_and_csv_hold_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "flores200_dataset" / "devtest"
     folder.mkdir(parents=True)

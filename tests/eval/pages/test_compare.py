@@ -16,6 +16,7 @@ from eval.compare import main
 from eval.measures.intervals import translations
 from eval.measures.model_dirs import output_folder
 from eval.pages.compare_models import Entrant, entrants_of, published, with_own_names
+from eval.pages.compare_page import render_comparison
 from eval.pages.compare_scores import ORDER, Score, measure
 from eval.pages.comparison import compare, gap_closed
 from eval.pages.page_parts import number, signed
@@ -73,6 +74,20 @@ def test_other_questions_are_marked_and_not_paired(tmp_path: Path) -> None:
     assert gap_closed(found, "heldout/f1", found.entrants[1]) is None
 
 
+def test_a_question_that_is_there_twice_takes_no_interval_away(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "one", str(tmp_path / "start"))
+    for name, right in (("before", 4), ("after", 20)):
+        content = evaluation(right)
+        for row in content["rows"][-2:]:
+            row |= {"id": None, "question": "Hvat?", "context": None}
+        write_json(run / "eval" / f"{name}.json", content)
+    found = compare(entrants_of([run], [], tmp_path))
+    after = found.cell(found.entrants[1], "heldout/f1")
+    assert after is not None
+    assert after.change is not None
+    assert (after.paired, after.change.value) == (40, pytest.approx(40.0))
+
+
 def test_bits_of_another_text_are_marked(tmp_path: Path) -> None:
     run, _ = write_everything(tmp_path)
     write_json(run / "eval" / "perplexity.json", perplexity(1.8, sha256="another"))
@@ -116,6 +131,29 @@ def test_a_chain_of_stages_is_one_row_each(tmp_path: Path) -> None:
     assert names == ["Student before", "After stage1", "After stage2", "After other", "Teacher"]
 
 
+def test_runs_of_two_students_are_compared_with_their_own_starts_and_teachers(tmp_path: Path) -> None:
+    first = write_run(tmp_path, "one", str(tmp_path / "a" / "student"))
+    second = write_run(tmp_path, "two", str(tmp_path / "b" / "student"), right=(16, 24, 32))
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    (second / "config.yaml").write_text(yaml.safe_dump(config | {"teacher": {"path": str(tmp_path / "other")}}))
+    found = compare(entrants_of([first, second], [], tmp_path))
+    rows = {one.name: one for one in found.entrants}
+    starts = ["Student before", "Student before (student)"]
+    assert list(rows) == [*starts, "After one", "After two", "Teacher", "Teacher (other)"]
+    one, two = (found.cell(rows[name], "heldout/f1") for name in ("After one", "After two"))
+    assert one is not None
+    assert two is not None
+    assert one.change is not None
+    assert two.change is not None
+    assert ([one.base, two.base], found.baselines) == (starts, starts)
+    assert (one.change.value, two.change.value) == (pytest.approx(40.0), pytest.approx(20.0))
+    # 10 to 50 on the way to 95; 40 to 60 on the way to 80.
+    assert gap_closed(found, "heldout/f1", rows["After one"]) == pytest.approx(100 * 40 / 85)
+    assert gap_closed(found, "heldout/f1", rows["After two"]) == pytest.approx(50.0)
+    page = render_comparison(found, {}, "t")
+    assert "<strong>After two.</strong> Held-out questions, F1, %: 40.0 to 60.0, +20.0" in page
+
+
 def test_published_and_incomparable_numbers_are_marked(tmp_path: Path) -> None:
     run, model = write_everything(tmp_path)
     found = compare([*entrants_of([run], [str(model)], tmp_path), *published()])
@@ -132,11 +170,12 @@ def test_published_and_incomparable_numbers_are_marked(tmp_path: Path) -> None:
 
 
 def test_foqa_is_paired_by_question(tmp_path: Path) -> None:
-    """Two iterations that drew some questions twice: a question counts as often as it was drawn, in both models."""
+    """Two iterations that drew some questions twice: a question counts as often as it was drawn, in both models; quotes
+    that are not ASCII count as the harness counts them, or the change would not be that of the values beside it."""
     run, _ = write_everything(tmp_path)
     for folder, right in ((output_folder(tmp_path / "start", tmp_path), "q1"), (run / "eval", "q1 q2")):
         rows = [
-            {"iteration": n, "id": name, "prediction": {"prediction_text": "Havn" if name in right else "?"},
+            {"iteration": n, "id": name, "prediction": {"prediction_text": "Havn" if name in right else "“Havn”"},
              "answers": {"text": ["Havn", "Tórshavn"]}}
             for n, name in ((0, "q1"), (0, "q2"), (0, "q2"), (1, "q3"))
         ]  # fmt: skip
@@ -278,6 +317,19 @@ def test_translations_are_scored_from_their_sentences(tmp_path: Path) -> None:
     assert cell.change.value > 0
     assert cell.score.examples is not None
     assert (cell.score.examples.columns == examples.columns).all()
+
+
+def test_translations_with_other_examples_in_the_prompt_are_marked(tmp_path: Path) -> None:
+    run, _ = write_everything(tmp_path)
+    for folder, examples in ((output_folder(tmp_path / "start", tmp_path), "e0"), (run / "eval", "e1")):
+        content = json.loads((folder / "translate.json").read_text())
+        content["data"]["eng-fao"]["examples_sha256"] = examples
+        write_json(folder / "translate.json", content)
+    found = compare(entrants_of([run], [], tmp_path))
+    cell = found.cell(found.entrants[1], "translate/eng-fao/chrf")
+    assert cell is not None
+    [note] = [found.notes[mark] for mark in cell.marks]
+    assert note == "not comparable with Student before: other examples in the prompt"
 
 
 def test_curves_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.pages.report_plots import draw_plots, moving_average, smoothing_window
+from eval.pages.report_plots import draw_plots, moving_average, slug_of, smoothing_window
 from eval.pages.run_files import read_run
 from eval.report import main
 from tests.support.compare_files import result, write_json
@@ -216,6 +216,12 @@ def test_moving_average_by_hand() -> None:
     assert moving_average([1, 2, 6, nan, 8], 3) == pytest.approx([1.5, 3, 4, 7, 8])
     assert moving_average([1, 2, 6], 1) == [1, 2, 6]
     assert (smoothing_window(9), smoothing_window(10), smoothing_window(100)) == (1, 1, 11)
+
+
+def test_charts_of_names_that_are_not_ascii_have_files_of_their_own() -> None:
+    assert slug_of("bits/Føroyskt_á") == "bits-føroyskt-á"
+    assert len({slug_of(f"bits/{name}") for name in ("á", "í", "да", "нет")}) == 4
+    assert slug_of("!?") == "curve"
 
 
 def test_one_step_and_no_step() -> None:

@@ -155,3 +155,38 @@ def test_whatever_is_in_the_configuration(values: dict[str, Any], name: str, goo
         said = str(error)
     assert not said or said.startswith("student.path")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer"])
+def test_code_in_a_model_directory_is_not_offered_to_be_run(
+    part: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask at a terminal, and one `y` would run it."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda said: asked.append(said) or "n")
+    if part == "AutoConfig":
+        changed(model_type="unheard_of", auto_map={part: "own.Own"})(model)
+    else:
+        own = {"tokenizer_class": "OwnTokenizer", "auto_map": {part: ["own.Own", None]}}
+        (model / "tokenizer_config.json").write_text(json.dumps(own))
+    (model / "own.py").write_text("raise RuntimeError('it was run')")
+    with pytest.raises(ValueError, match=r"^student\.path = .*custom code"):
+        check_model_files("student.path", model)
+    assert not asked
+
+
+def test_an_adapter_is_named_by_what_it_lacks(model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    described = adapter / "adapter_config.json"
+    described.write_text(json.dumps({"base_model_name_or_path": str(model)}))
+    with pytest.raises(ValueError, match=r"^student\.path = .*no weights \(adapter_model\.safetensors\)"):
+        model_directory("student.path", str(adapter))
+    (adapter / "adapter_model.safetensors").touch()
+    assert model_directory("student.path", str(adapter)) == adapter
+    shard(model).unlink()
+    with pytest.raises(ValueError, match=r"^student\.path = '.*/model': .*index\.json names"):
+        model_directory("student.path", str(adapter))
+    described.write_text("{}")
+    with pytest.raises(ValueError, match=r"^student\.path = .*no base_model_name_or_path"):
+        model_directory("student.path", str(adapter))

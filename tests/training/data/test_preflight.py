@@ -13,14 +13,13 @@ from configs.prompts import Format
 from configs.schema import DataConfig, RunConfig, SamplingConfig, SFTConfig, StudentConfig, TeacherConfig
 from inference.attention.packing import Group
 from tests.support.tiny_tokenizers import build_tokenizer, save_tiny
-from training.data.preflight import check_context, check_room
+from training.data.preflight import check_context, check_output, check_room, check_served_room, check_vocabulary
 from training.experience import Prompt
-from training.stage2 import check_served_room
 from training.supervised import cloned, read_text
 from training.teacher.mixing import check_cache
 
 
-def test_a_prompt_that_a_teacher_has_no_room_for_is_named() -> None:
+def test_a_prompt_that_a_teacher_has_no_room_for_is_named(tmp_path: Path) -> None:
     tokenizer = build_tokenizer("byte_level")
     tokenizer.chat_template = "<s>{{ messages[0]['content'] }}</s>"
     asked, config = Format(tokenizer, "chat"), RunConfig(sampling=SamplingConfig(max_new_tokens=8))
@@ -33,10 +32,36 @@ def test_a_prompt_that_a_teacher_has_no_room_for_is_named() -> None:
     ):
         check_room("teacher.path = 'x'", asked, 29, config, [prompt])
     check_room("teacher.path = 'x'", asked, None, config, [prompt])
+    (tmp_path / "config.json").write_text(json.dumps({"n_positions": 30}))
     served = SimpleNamespace(info=lambda: SimpleNamespace(max_positions=29))
-    link = SimpleNamespace(client=served, facts=SimpleNamespace(path="x", teacher=asked))
-    with pytest.raises(ValueError, match=r"teacher\.path = 'x', as it is served, needs 22 .*context of 29 leaves 21"):
+    link = SimpleNamespace(client=served, facts=SimpleNamespace(path=tmp_path, teacher=asked))
+    with pytest.raises(ValueError, match=r"teacher\.path = .*, as it is served, needs 22 .*context of 29 leaves 21"):
         check_served_room("teacher.path", link, config, [prompt])  # type: ignore[arg-type]
+    (tmp_path / "config.json").write_text(json.dumps({"n_positions": 29}))
+    check_served_room("teacher.path", link, config, [prompt])  # type: ignore[arg-type]  # looked through once
+
+
+REFUSES = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}ok"
+)
+
+
+def test_a_teachers_template_takes_every_prompt_before_the_first_step() -> None:
+    """A student that is asked in plain text takes them all, so that nothing else would show it before that prompt comes
+    up. A conversation is asked as the turns that it is."""
+    refusing = build_tokenizer("byte_level")
+    refusing.chat_template = REFUSES
+    turns = ({"role": "system", "content": "Svara stutt."}, {"role": "user", "content": "Hvat?"})
+    prompts = [
+        Prompt(index=0, text="Hvat?", tokens=(1,), answers=(), question="Hvat?"),
+        Prompt(index=1, text="system: Svara stutt.", tokens=(1,), answers=(), question="Hvat?", turns=turns),
+    ]
+    check_room("teachers[0].path = 'x'", Format(refusing, "chat"), 500, RunConfig(), prompts[:1])
+    check_room("teachers[0].path = 'x'", Format(refusing, "plain"), 500, RunConfig(), prompts)
+    with pytest.raises(
+        ValueError, match=r"^teachers\[0\]\.path = 'x': its chat template failed \(no system\) for 'system: Svara stutt"
+    ):
+        check_room("teachers[0].path = 'x'", Format(refusing, "chat"), 500, RunConfig(), prompts)
 
 
 def test_text_and_answers_longer_than_the_students_context_are_named(tmp_path: Path) -> None:
@@ -111,3 +136,41 @@ def test_raw_text_and_answers_have_rows_in_the_students_embedding(tmp_path: Path
         ValueError, match=r"student\.path = .*: its tokenizer gives token 400, and the model has 400 rows"
     ):
         read_text(config, Format(tokenizer))
+
+
+def test_a_text_is_looked_through_only_where_the_tokenizer_has_more_than_the_model(tmp_path: Path) -> None:
+    """At every start, on every rank, the whole file would be read. The teacher's tokenizer may have grown as well."""
+
+    class Unread:
+        highest = property(lambda self: pytest.fail("the whole text was read"))
+
+    model = save_tiny(tmp_path / "model", "byte_level")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    check_vocabulary("student.path", model, Format(tokenizer), iter(()), Unread())  # type: ignore[arg-type]
+    tokenizer.add_tokens(["Streymoy"])
+    asked = Format(tokenizer)
+    prompts = (asked.prompt(text) for text in ("the sea", "Streymoy"))
+    with pytest.raises(
+        ValueError, match=r"^teachers\[0\]\.path = .*: its tokenizer gives token 400, and the model has"
+    ):
+        check_vocabulary("teachers[0].path", model, asked, prompts)
+    check_vocabulary("teachers[0].path", model, asked, (asked.prompt("the sea"),))
+
+
+def test_an_output_that_would_be_lost_is_refused(tmp_path: Path) -> None:
+    """The export takes the place of the whole folder."""
+
+    def check(output: Path, student: Path = tmp_path / "none") -> None:
+        check_output(RunConfig(sft=SFTConfig(output=str(output)), student=StudentConfig(path=str(student))))
+
+    models = tmp_path / "models"
+    (models / "mine").mkdir(parents=True)
+    check(tmp_path / "new")
+    check(models / "mine")
+    (models / "mine" / "config.json").write_text("{}")
+    check(models / "mine")
+    for output in (models, models / "mine" / "config.json"):
+        with pytest.raises(ValueError, match=r"^sft\.output = .*: what is there is no model"):
+            check(output)
+    with pytest.raises(ValueError, match=r"^sft\.output = .*: is student\.path itself"):
+        check(models / "mine", models / "mine")

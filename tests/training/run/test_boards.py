@@ -146,6 +146,24 @@ def test_a_board_that_fails_is_left_or_opened_again(
     ]
 
 
+def test_a_board_that_cannot_be_closed_is_no_failure_of_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its server is gone when the run has finished; the other boards are closed all the same."""
+    closed: list[str] = []
+
+    def close() -> None:
+        raise OSError("no network")
+
+    monkeypatch.setitem(boards.BOARDS, "one", lambda *_: boards.Board(lambda *_: None, lambda: closed.append("one")))
+    monkeypatch.setitem(boards.BOARDS, "gone", lambda *_: boards.Board(lambda *_: None, close))
+    board = Boards(folder, ["one", "gone"])
+    board.log({"a": 1.0}, 1)
+    board.close()
+    assert closed == ["one"]
+    assert [record.getMessage() for record in caplog.records] == ["report_to: gone cannot be closed (no network)"]
+
+
 @pytest.mark.skipif(not REAL["wandb"], reason="wandb is not installed")
 def test_the_real_wandb_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")

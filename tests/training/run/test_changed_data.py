@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from configs.schema import DataConfig, ExtraTeacherConfig, RunConfig, StudentConfig
+from configs.schema import (
+    DataConfig,
+    EvalConfig,
+    ExtraTeacherConfig,
+    RunConfig,
+    SamplingConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from tests.support.runs import metrics
 from training.run.resuming import check_settings, start_afresh
 from training.run.run_folder import RunFolder
@@ -83,6 +93,67 @@ def test_a_copy_elsewhere_is_another_setting(started: tuple[RunFolder, RunConfig
     copy.write_bytes(Path(config.data.prompts).read_bytes())
     with pytest.raises(ValueError, match=r"data\.prompts: .* then, .* now"):
         check_settings(folder, replace(config, data=replace(config.data, prompts=str(copy))))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"eval": EvalConfig(batch=1)},
+        {"sampling": SamplingConfig(prompts_at_once=1)},
+        {"student": StudentConfig(gradient_checkpointing=True)},
+        {"teacher": TeacherConfig(tensor_parallel=4, max_batch_tokens=1, max_cache_tokens=1, logit_chunk=1)},
+        {"teacher": TeacherConfig(devices="0")},
+        {"teacher": TeacherConfig(url="http://another-node:8000/v1")},
+    ],
+)
+def test_what_helps_where_memory_runs_out_or_a_node_changes_may_differ(
+    changed: dict[str, Any], started: tuple[RunFolder, RunConfig]
+) -> None:
+    folder, config = started
+    check_settings(folder, replace(config, **changed))
+
+
+def retrained(model: Path) -> None:
+    """One number in the middle of the weights; size and time of the file as before."""
+    file = model / "model.safetensors"
+    before = file.stat()
+    tensors = load_file(file)
+    tensors["middle"][500_000] += 1.0
+    save_file(tensors, file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "teachers"])
+def test_models_that_were_trained_on_are_refused(
+    name: str, started: tuple[RunFolder, RunConfig], tmp_path: Path
+) -> None:
+    """The reference and an adapter's frozen weights are read from student.path at each start."""
+    folder, config = started
+    for path in ("student", "teacher", "teachers"):
+        (tmp_path / path).mkdir()
+        tensors = {"a": torch.zeros(10), "middle": torch.zeros(900_000), "z": torch.zeros(9)}
+        save_file(tensors, tmp_path / path / "model.safetensors")
+    config = replace(
+        config,
+        student=StudentConfig(path=str(tmp_path / "student")),
+        teacher=TeacherConfig(path=str(tmp_path / "teacher")),
+        teachers=(ExtraTeacherConfig(name="b", path=str(tmp_path / "teachers")),),
+    )
+    start_afresh(folder, config)
+    (tmp_path / "student" / "README.md").write_text("a card")
+    check_settings(folder, config)
+    retrained(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"^{name}(\[0\])?\.path = .*put the old model back, or choose another"):
+        check_settings(folder, config)
+
+
+def test_a_run_of_another_stage_is_refused(started: tuple[RunFolder, RunConfig]) -> None:
+    """Stage 2 would go on from the optimizer's state after stage 1, with a reference from before it."""
+    folder, config = started
+    start_afresh(folder, config, 1)
+    check_settings(folder, config, 1)
+    with pytest.raises(ValueError, match=r"^name = 'run': .*run is a run of stage 1; choose another --name$"):
+        check_settings(folder, config)
 
 
 def test_a_real_run_is_not_gone_on_with(tmp_path: Path, train: Callable[..., Any]) -> None:

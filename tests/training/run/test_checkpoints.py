@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ import pytest
 import torch
 
 from configs.schema import CheckpointConfig
+from training import distributed
+from training.run import checkpoints as checkpoints_module
+from training.run.checkpoint_files import write_state
 from training.run.checkpoints import CheckpointFailed, Checkpoints
 from training.run.resuming import NoWholeCheckpoint, find, load
 from training.run.run_folder import Progress
@@ -172,6 +176,16 @@ def test_a_run_killed_between_the_name_and_latest_goes_on_from_the_one_before(tm
     assert resumed(tmp_path) == (20, 21.0)
 
 
+def test_what_latest_names_stays_where_a_later_step_was_never_named(tmp_path: Path) -> None:
+    """Killed between the name of step 50 and `latest`, a run goes on from 20 and is stopped at 30, with one to keep."""
+    write(tmp_path, 20, 50, keep=10)
+    (tmp_path / "checkpoints" / "latest").write_text("step-000020")
+    write(tmp_path, 30, keep=1)
+    assert resumed(tmp_path) == (30, 30.0)
+    write(tmp_path, 50, keep=1)
+    assert names(tmp_path) == {"step-000050", "latest"}
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Writing more than `size` bytes into a file fails, as on a full disk (EFBIG in place of ENOSPC)."""
@@ -211,6 +225,64 @@ def test_in_the_background_it_is_the_state_of_its_step(tmp_path: Path) -> None:
     checkpoints.save({"student": Tensors(20.0)}, Progress(step=20, tokens={"sampled": 140}))
     checkpoints.wait()
     assert resumed(tmp_path) == (20, 20.0)
+
+
+def test_whatever_fails_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is gone, say: else the run would finish without its last checkpoints, and nobody would know."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(asynchronous=True))
+
+    def lost(*_: Any) -> list[str]:
+        raise RuntimeError("Connection closed by peer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed, "gather_strings", lost)
+        checkpoints.save({"student": Tensors(10.0)}, Progress(step=10))
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            checkpoints.wait()
+    checkpoints.save({"student": Tensors(10.0)}, Progress(step=10, tokens={"sampled": 70}))
+    checkpoints.wait()
+    assert resumed(tmp_path) == (10, 10.0)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_how_long_it_took_is_until_it_is_written(
+    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a job has to leave room for all of it, not for a copy in memory."""
+
+    def slow(path: Path, state: Any) -> Any:
+        time.sleep(0.2)
+        return write_state(path, state)
+
+    monkeypatch.setattr(checkpoints_module, "write_state", slow)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(asynchronous=asynchronous))
+    checkpoints.save({"student": Tensors(10.0)}, Progress(step=10))
+    checkpoints.wait()
+    assert checkpoints.seconds >= 0.6, "three files"
+
+
+def test_a_best_one_that_was_never_written_does_not_push_out_the_one_before(tmp_path: Path) -> None:
+    """checkpoint.on_error: continue; the next start marks the best step again."""
+    checkpoints = write(tmp_path, 10, keep=1)
+    checkpoints.mark_best(10)
+    with largest_file(100_000), pytest.raises(CheckpointFailed):
+        checkpoints.save({"student": Tensors(20.0, size=100_000)}, Progress(step=20))
+    checkpoints = write(tmp_path, keep=1)
+    checkpoints.mark_best(20)
+    checkpoints.save({"student": Tensors(30.0)}, Progress(step=30))
+    assert checkpoints.best() == tmp_path / "checkpoints" / "step-000010"
+
+
+def test_every_file_of_lines_is_on_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the validations too: after a power cut none may lack a step that the checkpoint holds."""
+    (tmp_path / "eval").mkdir()
+    lines = [tmp_path / "metrics.jsonl", tmp_path / "eval" / "validation.jsonl"]
+    for file in lines:
+        file.write_text("{}\n")
+    synced: list[Path] = []
+    monkeypatch.setattr(checkpoints_module, "sync", synced.append)
+    write(tmp_path, 10)
+    assert set(lines) <= set(synced)
 
 
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
-from tests.support import student_models
-from tests.support.runs import ROOT, command, environment, finish_ranks, metrics, timeless
-from tests.support.teacher_models import save_tokenizer
+from tests.support.runs import ROOT, command, environment, metrics, timeless
 from tests.training.run.test_leaving import processes_of, wait_until
 
 pytestmark = pytest.mark.alone
@@ -91,17 +86,20 @@ def last_end(folder: Path) -> dict[str, Any]:
 
 def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> None:
     """Two starts of one run. A rank that is stopped is named within the time-out; one that is killed, at once."""
-    limits = ["--stuck_timeout_s", "15", "--teacher.timeout_s", "14"]
+    limits = ["--stuck_timeout_s", "10", "--teacher.timeout_s", "9"]
     with running(tmp_path, demo_cache, *FOREVER, *limits, ranks=2) as process:
         wait_for(lambda: steps_done(tmp_path) >= 3, tmp_path, process)
-        os.kill(ranks_of(tmp_path)[1], signal.SIGSTOP)
+        stopped = ranks_of(tmp_path)[1]
+        os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
         wait_for(lambda: "rank 1 has not arrived" in said(tmp_path), tmp_path, process, 240)
-        assert time.monotonic() - began > 12
+        assert time.monotonic() - began > 8
         line = next(line for line in said(tmp_path).splitlines() if "rank 1 has not arrived" in line)
         assert re.search(
             r"rank 0 is stuck in phase (sample|reference|teacher|update|checkpoint) of step \d+ for ", line
         )
+        wait_for(lambda: "Killing subprocess" in said(tmp_path), tmp_path, process)
+        os.kill(stopped, signal.SIGCONT)  # or DeepSpeed's launcher waits 30 s for it before it kills it
         assert process.wait(400) == 75, "the run has got on, so a new start is worth it"
         assert all_gone(tmp_path)
     end = last_end(tmp_path)
@@ -122,38 +120,6 @@ def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> N
     second = [row for row in rows if row["event"] == "start"][1]
     assert second["from_step"] % 2 == 0, "it went on from a checkpoint"
     assert second["from_step"] >= 2
-
-
-def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
-    """USR1 in the middle of a step: it is left, and the next start takes it as an unbroken run does; that start has a
-    limited time, and ends by itself before it is over."""
-    passes = ["--actor.micro_batch_tokens", "64"]  # many places to leave at
-    begun = time.monotonic()
-    with running(tmp_path, demo_cache, *FOREVER, *passes) as process:
-        wait_for(lambda: steps_done(tmp_path) >= 1, tmp_path, process)
-        started_s = time.monotonic() - begun
-        time.sleep(metrics(tmp_path / NAME)[0]["seconds/total"] / 3)
-        os.kill(process.pid, signal.SIGUSR1)
-        assert process.wait(400) == 75
-        assert all_gone(tmp_path)
-    (first,) = starts(tmp_path)
-    assert (first["reason"], first["exit_code"], first["from_step"]) == ("SIGUSR1", 75, 0)
-    assert f"left step {first['step'] + 1} before it changed anything (SIGUSR1)" in said(tmp_path)
-    assert (tmp_path / NAME / "checkpoints" / "latest").read_text() == f"step-{first['step']:06d}"
-
-    end = time.time() + 3 * started_s + 30
-    slurm = {"SLURM_JOB_END_TIME": str(int(end)), "SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "17"}
-    with running(tmp_path, demo_cache, *FOREVER, *passes, **slurm) as process:
-        assert process.wait(3 * started_s + 30) == 75
-        assert time.time() < end
-    second = starts(tmp_path)[1]
-    assert (second["reason"], second["exit_code"], second["from_step"]) == ("time limit", 75, first["step"])
-    assert (second["slurm_job"], second["slurm_restart_count"]) == ("17", 1)
-    rows = timeless(metrics(tmp_path / NAME))
-    assert [row["step"] for row in rows] == list(range(1, second["step"] + 1))
-    for one, two in zip(timeless(metrics(finished_run)), rows[:3], strict=True):
-        for key in one:
-            assert two[key] == pytest.approx(one[key], abs=1e-3), key
 
 
 def test_a_lost_teacher(tmp_path: Path, demo_cache: Path) -> None:
@@ -227,28 +193,34 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, demo_cache: Path) -> None
     }
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/support/fault_worker.py measures on two ranks, by its name."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{**student_models._SIZES, "max_position_embeddings": 1024})
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    save_tokenizer(folder / "model")
-    program = [
-        sys.executable,
-        str(ROOT / "tests" / "support" / "fault_worker.py"),
-        str(folder / "model"),
-        str(folder / "out.json"),
-    ]
-    finish_ranks(program, 2, folder, 900)
-    return json.loads((folder / "out.json").read_text())
+def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
+    """USR1 in the middle of a step: it is left, and the next start takes it as an unbroken run does; that start has a
+    limited time, and ends by itself before it is over. Last here, when the other files of `make test` are through."""
+    passes = ["--actor.micro_batch_tokens", "64"]  # many places to leave at
+    begun = time.monotonic()
+    with running(tmp_path, demo_cache, *FOREVER, *passes) as process:
+        wait_for(lambda: steps_done(tmp_path) >= 1, tmp_path, process)
+        started_s = time.monotonic() - begun
+        time.sleep(metrics(tmp_path / NAME)[0]["seconds/total"] / 3)
+        os.kill(process.pid, signal.SIGUSR1)
+        assert process.wait(400) == 75
+        assert all_gone(tmp_path)
+    (first,) = starts(tmp_path)
+    assert (first["reason"], first["exit_code"], first["from_step"]) == ("SIGUSR1", 75, 0)
+    assert f"left step {first['step'] + 1} before it changed anything (SIGUSR1)" in said(tmp_path)
+    assert (tmp_path / NAME / "checkpoints" / "latest").read_text() == f"step-{first['step']:06d}"
 
-
-@pytest.mark.parametrize("zero", [0, 1])
-def test_a_loss_that_is_not_finite_on_one_rank(zero: int, two_ranks: dict[str, Any]) -> None:
-    found = two_ranks[f"not finite, zero {zero}"]
-    assert found["skipped"] == 1.0
-    assert found["after"] == found["start"], "left out on every rank"
-    assert found["next"] == found["clean"]
-    assert found["next"] != found["after"]
+    limit_s = 3 * started_s + 30
+    end = time.time() + limit_s
+    slurm = {"SLURM_JOB_END_TIME": str(int(end)), "SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "17"}
+    with running(tmp_path, demo_cache, *FOREVER, *passes, **slurm) as process:
+        assert process.wait(limit_s) == 75
+        assert time.time() < end
+    second = starts(tmp_path)[1]
+    assert (second["reason"], second["exit_code"], second["from_step"]) == ("time limit", 75, first["step"])
+    assert (second["slurm_job"], second["slurm_restart_count"]) == ("17", 1)
+    rows = timeless(metrics(tmp_path / NAME))
+    assert [row["step"] for row in rows] == list(range(1, second["step"] + 1))
+    for one, two in zip(timeless(metrics(finished_run)), rows[:3], strict=True):
+        for key in one:
+            assert two[key] == pytest.approx(one[key], abs=1e-3), key

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +21,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.forked import finish_forked
-from tests.support.runs import ROOT, command, environment, finish, metrics, timeless
+from tests.support.forked import Forked, finish_forked
+from tests.support.runs import command, metrics, timeless
 from tests.training.run.test_leaving import processes_of
 
 PROMPTS, PER_STEP = 10, 4
@@ -40,6 +39,7 @@ class Killed:
 
     def __init__(self, line: list[str], run: Path, seed: int) -> None:
         self._line, self._run, self._random = line, run, random.Random(seed)
+        self._output = run.parent / "output.txt"
         self._start_s, self._step_s, self._write_s = 15.0, 0.5, 0.02  # guesses; the first two are measured
         self.hits: Counter[str] = Counter()
         """Where the kills came down."""
@@ -47,10 +47,7 @@ class Killed:
     def start_and_kill(self, moment: str) -> None:
         """Returns when no process is left. A run that ends before its moment fails the test."""
         before, begun = self._steps(), time.monotonic()
-        with (self._run.parent / "output.txt").open("ab") as output:
-            process = subprocess.Popen(
-                self._line, cwd=ROOT, env=environment(), stdout=output, stderr=output, start_new_session=True
-            )
+        process = Forked(self._line, self._output, self._output)
         try:
             if moment == "start":
                 end = begun + self._random.uniform(0.1, 1.0) * self._start_s
@@ -77,11 +74,11 @@ class Killed:
         if rows := metrics_so_far(self._run):
             self._step_s = float(rows[-1]["seconds/total"])
 
-    def _wait(self, process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    def _wait(self, process: Forked, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 600
         while not condition():
-            assert process.poll() is None, (self._run.parent / "output.txt").read_text()[-3000:]
-            assert time.monotonic() < end, f"still waiting\n{(self._run.parent / 'output.txt').read_text()[-3000:]}"
+            assert process.poll() is None, self._output.read_text()[-3000:]
+            assert time.monotonic() < end, f"still waiting\n{self._output.read_text()[-3000:]}"
             time.sleep(0.002)
 
     def _writing(self) -> bool:
@@ -107,11 +104,11 @@ def few_prompts(finished_run: Path, folder: Path) -> Path:
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("kills", "steps"), [(4, 16), pytest.param(20, 60, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_the_unbroken_one(
-    kills: int, steps: int, finished_run: Path, demo_cache: Path, tmp_path: Path
+    kills: int, steps: int, finished_run: Path, demo_cache: Path, tmp_path: Path, train: Callable[..., object]
 ) -> None:
     (tmp_path / "killed").mkdir()
     settings = [*SETTINGS, "--steps", str(steps), "--data.prompts", str(few_prompts(finished_run, tmp_path))]
-    finish_forked(command(tmp_path / "unbroken", demo_cache, *settings), timeout=1500)
+    train(tmp_path / "unbroken", *settings)
     line = command(tmp_path / "killed", demo_cache, *settings)
     run, unbroken = (tmp_path / name / "ppo-minillm" for name in ("killed", "unbroken"))
     killed = Killed(line, run, seed=kills)
@@ -119,7 +116,7 @@ def test_killed_runs_end_as_the_unbroken_one(
         killed.start_and_kill(MOMENTS[(kill + 2) % len(MOMENTS)])
     print(f"\n{kills} kills: {dict(killed.hits)}")
     assert killed.hits["write"] >= max(1, kills // 10), "some kills have to come down in the middle of a checkpoint"
-    finish(line, timeout=1500)
+    finish_forked(line, timeout=1500)
 
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, steps + 1)), "no step twice, none missing"

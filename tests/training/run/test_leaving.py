@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forked import Forked
 from tests.support.runs import ROOT, command, environment
 
 
@@ -54,13 +55,18 @@ def test_no_teacher_outlives_its_trainer(
     run = tmp_path / "grpo-minillm"
     steps = ("--steps", "100000", "--checkpoint.every", "1000", "--teacher.tensor_parallel", str(teachers))
     steps += ("--eval.questions", "2")
-    process = subprocess.Popen(
-        command(tmp_path, demo_cache, *steps, ranks=ranks),
-        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    line, quiet = command(tmp_path, demo_cache, *steps, ranks=ranks), subprocess.DEVNULL
+    process: subprocess.Popen[bytes] | Forked
+    if ranks is None:
+        process = Forked(line, tmp_path / "log", tmp_path / "log")
+    else:
+        process = subprocess.Popen(
+            line, cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True
+        )
     try:
         assert wait_until((run / "metrics.jsonl").is_file, 400), "the run never made a step"
-        assert len(processes_of(tmp_path)) >= 1 + teachers, "trainer and teacher ranks"
+        assert process.poll() is None
+        assert len(processes_of(tmp_path)) >= (ranks or 0) + teachers, "a forked trainer has no command line of its own"
         os.kill(process.pid, number)
         exit_code = process.wait(timeout=200)
         assert code is None or exit_code == code
@@ -68,5 +74,7 @@ def test_no_teacher_outlives_its_trainer(
         if code in (75, 130):
             assert (run / "checkpoints" / "latest").is_file(), "stopped with a checkpoint"
     finally:
+        process.kill()
+        process.wait()
         for pid in processes_of(tmp_path):
             os.kill(pid, signal.SIGKILL)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from configs.io.results import read_result
-from tests.support.forked import finish_forked
-from tests.support.runs import ROOT, command, finish, metrics, timeless
+from tests.support.forked import finish_forked, finish_ranks
+from tests.support.runs import ROOT, command, metrics, timeless
 from tests.support.teacher_servers import SECRET
 
 PYTHON = sys.executable
@@ -39,7 +42,7 @@ def test_the_run_folder_holds_what_the_documentation_says(finished_run: Path) ->
     assert (finished_run / "report.html").stat().st_size > 10_000
     assert yaml.safe_load((finished_run / "config.yaml").read_text())["student"]["path"] != "demo"
     samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
-    assert len(samples[0]["responses"]) == 8
+    assert len(samples[0]["responses"]) == 4
     assert list((finished_run / "tensorboard").glob("events.*"))
     assert (finished_run / "checkpoints" / "latest").read_text() == "step-000003"
 
@@ -72,7 +75,8 @@ def test_two_ranks_under_zero_3_sample_and_learn_what_one_rank_does(
 ) -> None:
     """The other stages: tests/training/student/test_ranks.py."""
     options = ("--steps", "3", "--actor.zero_stage", "3", "--sampling.prompts_at_once", "3")
-    finish(command(tmp_path, demo_cache, *demo_teacher, *options, ranks=2), GRPO_KD_TEACHER_SECRET=SECRET)
+    line = command(tmp_path, demo_cache, *demo_teacher, *options)
+    finish_ranks(line, 2, tmp_path, 600, GRPO_KD_TEACHER_SECRET=SECRET)
     run = tmp_path / "grpo-minillm"
 
     def first_samples(path: Path) -> list[dict[str, object]]:
@@ -92,6 +96,29 @@ def test_the_same_command_again_on_a_finished_run_says_so_quickly(finished_run: 
     assert (finished_run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_start_that_finds_a_summary_has_nothing_left_to_do(
+    finished_run: Path, tmp_path: Path, demo_cache: Path
+) -> None:
+    """What a run gives back is there before summary.json; only the report reads that, and is made if it is missing."""
+    summary = (finished_run / "summary.json").stat().st_mtime_ns
+    assert (finished_run / "export" / "README.md").stat().st_mtime_ns < summary
+    run = tmp_path / finished_run.name
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("checkpoints", "report.html"))
+    done = finish_forked(command(tmp_path, demo_cache, "--steps", "3", "--checkpoint.every", "2"))
+    assert "student after" in done.stdout
+    assert (run / "report.html").is_file()
+
+
+def test_steps_without_a_signal_are_no_failure(tmp_path: Path, train: Callable[..., Any]) -> None:
+    """Every response is worth the same and such groups are left out: nothing is learnt, and every loss is finite."""
+    (tmp_path / "alike.py").write_text("def alike(inputs):\n    return [0.0] * len(inputs.lengths_B)\n")
+    options = ["--reward", "teacher_logprob", "--rewards.teacher_weight", "0", "--grpo.no_signal", "skip"]
+    options += ["--rewards.custom", f"{tmp_path / 'alike.py'}:alike", "--actor.max_skipped", "1", "--steps", "2"]
+    train(tmp_path, *options, "--eval.questions", "2")
+    rows = metrics(tmp_path / "grpo-teacher_logprob")
+    assert [(row["groups/without_signal"], row["skipped"]) for row in rows] == [(8, 0), (8, 0)]
+
+
 def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo_cache: Path) -> None:
     other = ("--steps", "3", "--actor.learning_rate", "0.5")
     done = finish_forked(command(finished_run.parent, demo_cache, *other), code=2)
@@ -101,7 +128,7 @@ def test_other_settings_under_the_same_name_are_refused(finished_run: Path, demo
 
 
 def test_the_export_is_scored_as_the_trainer_did(finished_run: Path) -> None:
-    done = finish([PYTHON, str(ROOT / "eval" / "heldout.py"), "--runs_dir", str(finished_run.parent)])
+    done = finish_forked([PYTHON, str(ROOT / "eval" / "heldout.py"), "--runs_dir", str(finished_run.parent)])
     assert "f1" in done.stdout
     ours = read_result(finished_run / "eval" / "after.json")
     judged = read_result(finished_run / "eval" / "heldout.json")
@@ -114,7 +141,8 @@ def test_the_export_is_scored_as_the_trainer_did(finished_run: Path) -> None:
 def test_stage_1_with_the_teachers_answers_asks_no_question_twice(tmp_path: Path, demo_cache: Path) -> None:
     start = [PYTHON, str(ROOT / "training" / "sft.py"), "--demo_size", "tiny"]
     rest = ["--runs_dir", str(tmp_path), "--cache_dir", str(demo_cache), "--sft.samples", "2", "--sft.steps", "5"]
-    finish_forked([*start, *rest, "--threads", "1"])
+    rest += ["--threads", "1", "--eval.questions", "24"]
+    finish_forked([*start, *rest])
     newest = max(demo_cache.glob("teacher-answers-*.json"), key=lambda file: file.stat().st_mtime_ns)
     known, written = json.loads(newest.read_text()), newest.stat().st_mtime_ns
     assert len(known) > 1000
@@ -123,6 +151,6 @@ def test_stage_1_with_the_teachers_answers_asks_no_question_twice(tmp_path: Path
     assert set(scores) == {"f1", "exact_match", "reverse_kl", "open_right", "open_different", "open_kl"}
     assert scores["reverse_kl"] > 0
     # A second time the file is read, and not written again.
-    finish_forked([*start, *rest, "--threads", "1", "--name", "again"])
+    finish_forked([*start, *rest, "--name", "again"])
     assert newest.stat().st_mtime_ns == written
     assert (tmp_path / "again" / "export" / "model.safetensors").is_file()

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+from tqdm import tqdm
 
 from configs.io.lines import LineFile
 from configs.schema import ActorConfig, RunConfig
 from inference.client import TeacherLost
+from training import distributed, stage2
 from training.run.checkpoints import CheckpointFailed
-from training.run.safe_points import TimeLimit
+from training.run.run_folder import Progress, RunFolder
+from training.run.safe_points import SafePoints, TimeLimit
 from training.run.starts import Starts
-from training.run.stopping import StopRequest
+from training.run.stopping import StopRequest, Unfailing
 from training.run.supervisor import Supervisor, lowered
+from training.run.watchdog import Place, Watchdog
+from training.student import deepspeed_engine
 
 
 class Now:
@@ -26,7 +37,8 @@ class Now:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 1000.0
-        monkeypatch.setattr(time, "time", lambda: self.seconds)
+        for name in ("time", "monotonic"):
+            monkeypatch.setattr(time, name, lambda: self.seconds)
 
 
 def test_without_an_end_the_time_is_never_over() -> None:
@@ -56,6 +68,25 @@ def test_the_earlier_end_counts_and_a_minute_is_the_most_that_is_kept(monkeypatc
         now.seconds = 10_941
         assert limit.is_over(next_step=True)
         now.seconds = 1000
+
+
+def test_a_clock_that_is_set_does_not_move_the_end_of_a_limit_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = TimeLimit(3600, {})
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86400)
+    assert not limit.is_over(next_step=True)
+
+
+def test_a_step_takes_as_long_as_its_validation_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is not left: a job whose time ends in it would lose what came behind its last checkpoint."""
+    now = Now(monkeypatch)
+    points = SafePoints(StopRequest(listen=False), TimeLimit(400, {}), lambda phase, step: None, 0)
+    points.begin(0)
+    now.seconds = 1100
+    points.enter("validation")
+    now.seconds = 1200
+    assert points.after_step(), "200 s are left, 20 of them are kept free, and the next may take 1.25 times 200"
+    assert points.reason == "time limit"
 
 
 def test_a_start_that_said_nothing_was_killed(tmp_path: Path) -> None:
@@ -100,7 +131,10 @@ def test_memory_that_runs_out_in_a_pass_halves_the_budget_of_the_next_start_once
     assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
     less = RunConfig(actor=ActorConfig(micro_batch_tokens=100))
     assert lowered(less, tmp_path) == less, "what the user has lowered further stays"
-    assert ends(supervisor, torch.OutOfMemoryError("8 GB asked for")) == 1
+    assert ends(supervisor, torch.OutOfMemoryError("8 GB asked for")) == 75, "another rank of the same start"
+    again = Supervisor(lowered(CONFIG, tmp_path), tmp_path, StopRequest())
+    again.watch(0).enter(phase)
+    assert ends(again, torch.OutOfMemoryError("8 GB asked for")) == 1
     assert lowered(CONFIG, tmp_path).actor.micro_batch_tokens == 2500
     assert "8 GB asked for" in caplog.text
     assert "lower actor.micro_batch_tokens" in caplog.text
@@ -163,3 +197,72 @@ def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert (tmp_path / "rows").read_text() == "one\n"
     lines.flush()
     assert (tmp_path / "rows").read_text() == "one\nsecond\nthird\n"
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_who_is_left_alone_is_not_stuck(rests: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the last collective rank 0 writes a report, or uploads a model, longer than stuck_timeout_s."""
+    said: list[str] = []
+    port = distributed.free_port()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    PrefixStore("watchdog", store).set("1", json.dumps(asdict(Place())))
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    watchdog = Watchdog(1.0, said.append)
+    if rests:
+        watchdog.rest()
+    end = time.monotonic() + (3.0 if rests else 30.0)
+    while time.monotonic() < end and not said:
+        time.sleep(0.05)
+    watchdog.rest()
+    assert bool(said) != rests, said
+
+
+def test_a_signal_that_came_with_the_last_step_is_not_forgotten() -> None:
+    """While the last checkpoint is written, say: the evaluation behind it may take longer than the scheduler waits."""
+    stop = StopRequest(listen=False)
+    stop.defer()
+    stop._handle(signal.SIGUSR1, None)
+    with pytest.raises(SystemExit) as raised:
+        stop.undefer()
+    assert raised.value.code == 75
+
+
+@pytest.mark.parametrize(("status", "said"), [("stopped", True), ("finished", False)])
+def test_a_run_that_has_stopped_needs_no_room_for_its_summary(
+    status: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its checkpoint may have taken the last of it: exit code 75 and not 1. One that has finished has to say so."""
+
+    def full(name: str, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(folder, "write_json", full)
+    run: Any = SimpleNamespace(config=CONFIG, folder=folder)
+    with contextlib.nullcontext() if said else pytest.raises(OSError, match="No space left"):
+        stage2._write_summary(run, Progress(step=3), {"status": status})
+    assert ("summary.json cannot be written (No space left" in caplog.text) == said
+
+
+def test_a_log_on_a_full_disk_ends_nothing() -> None:
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        list(tqdm(range(3), file=full, mininterval=0))
+    stream: Any = Unfailing(full)
+    print("a line", file=stream, flush=True)
+    assert list(tqdm(range(3), file=stream, mininterval=0)) == [0, 1, 2]
+    assert not stream.isatty()
+    with contextlib.suppress(OSError):
+        full.close()
+
+
+def test_no_collective_gives_up_before_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher may be waited for as long as teacher.timeout_s says; torch's own limit is half an hour."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(distributed, "ensure_launcher_environment", lambda: None)
+    monkeypatch.setattr(deepspeed_engine.deepspeed, "init_distributed", lambda **options: found.update(options))
+    for stuck_s, seconds in ((7200.0, 14400), (60.0, 1800)):
+        deepspeed_engine.start_distributed(stuck_s)
+        assert found["timeout"].total_seconds() == seconds

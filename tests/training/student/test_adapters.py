@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from inference.attention.packing import groups_of, pack_row
 from tests.support.model_zoo import make
 from tests.support.runs import metrics
 from tests.support.student_models import build, plain_logprobs, save
+from training.data.preflight import context_length
 from training.student.adapters import adapter_off, adapter_parameters, plain_parameters, save_adapter, save_plain
 from training.student.loading import load_policy
 from training.student.policy import Policy
@@ -116,6 +118,11 @@ def test_a_target_that_no_module_has_is_named(tmp_path: Path) -> None:
     save("llama", tmp_path)
     with pytest.raises(ValueError, match=r"student.adapter.targets = 'wq'"):
         load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=4, targets="wq"))
+    with pytest.raises(ValueError, match=r"student.adapter.targets = .*no matrix in it is called 'v_prj'"):
+        load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=4, targets="q_proj,v_prj"))
+    policy = load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=4, targets="q_proj, v_proj"))
+    adapted = {name.split(".")[-4] for name, p in policy.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("targets", ["lm_head,q_proj", "embed_tokens,q_proj"])
@@ -170,3 +177,8 @@ def test_a_run_trains_the_adapter_alone_and_exports_a_plain_student(
     train(tmp_path, *options, "--steps", "3")  # goes on from step 2
     assert [row["step"] for row in metrics(run)] == [1, 2, 3]
     assert metrics(run)[:2] == rows
+    if stage == "1":  # what it leaves may be the start of another run; its model says how long a prompt may be
+        beside = Path(shutil.copytree(run / "export" / "adapter", tmp_path / "adapter"))
+        train(tmp_path, "--student.path", str(beside), "--name", "next", "--steps", "1", "--eval.questions", "4")
+        assert load_file(tmp_path / "next" / "export" / "model.safetensors").keys() == after.keys()
+        assert context_length(beside) == context_length(run / "export") > 0

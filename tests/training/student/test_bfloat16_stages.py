@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.runs import ROOT, environment
+from tests.support.forked import finish_forked
 from tests.support.student_models import save
 from tests.support.teacher_models import save_tokenizer
 
 WORKER = """
 import json, sys
-sys.path.insert(0, {root!r})
 import torch
 from configs.schema import ActorConfig, RunConfig, StudentConfig
 from inference.attention.packing import Group
@@ -26,16 +24,16 @@ from training.student.deepspeed_engine import start_distributed
 torch.set_num_threads(1)
 start_distributed()
 groups = [Group((3, 4, 5), ((6, 7, 8, 2),)), Group((9,), ((10, 11, 2),))]
-out = {{}}
+out = {}
 for stage in (0, 1, 2, 3):
     config = RunConfig(
         student=StudentConfig(path=sys.argv[1], dtype="bfloat16"),
         actor=ActorConfig(zero_stage=stage, learning_rate=0.01),
     )
     actor = Actor(config, sys.argv[1], total_steps=2, learning_rate=0.01)
-    before = {{n: v.detach().clone() for n, v in actor.plain_parameters()}}
+    before = {n: v.detach().clone() for n, v in actor.plain_parameters()}
     first = actor.update([UpdateInput(None, [], groups, SUPERVISED)], 0)
-    after = {{n: v.detach().clone() for n, v in actor.plain_parameters()}}
+    after = {n: v.detach().clone() for n, v in actor.plain_parameters()}
     second = actor.update([UpdateInput(None, [], groups, SUPERVISED)], 1)
     moved = torch.cat([(after[name] - before[name]).float().flatten() for name in before])
     out[stage] = [first["grad_norm"], second["loss/bc"], second["grad_norm"], float(moved.abs().sum())]
@@ -47,10 +45,8 @@ def test_bfloat16_takes_the_same_steps_under_every_stage(tmp_path: Path) -> None
     """DeepSpeed's optimizer without ZeRO counts a step on zeros at its start (0.73 of the first real step)."""
     save("llama", tmp_path)
     save_tokenizer(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER.format(root=str(ROOT)), str(tmp_path)],
-        env=environment(), capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+    (tmp_path / "worker.py").write_text(WORKER)
+    done = finish_forked([sys.executable, str(tmp_path / "worker.py"), str(tmp_path)])
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     out = json.loads(lines[0].removeprefix("RESULT "))

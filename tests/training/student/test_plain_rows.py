@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,23 @@ def test_plain_rows_sample_and_score_what_packed_rows_do(family: str, tmp_path: 
     torch.testing.assert_close(scored, expected, atol=1e-5, rtol=0)
 
 
+def test_a_window_that_only_a_mask_says_is_seen_however_long_it_is(tmp_path: Path) -> None:
+    """PhiMoE's class names its window to the mask alone. The tokens that a model is tried on at the start are fewer."""
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64, sliding_window=16,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, "float32").eval()
+    prompt, response = tuple(range(3, 33)), (40, 41, 42)
+    with torch.no_grad():
+        found = policy(pack_row(groups_of([prompt], [response], 1))).logprobs_S
+        torch.testing.assert_close(found, plain_logprobs(model, prompt, response), atol=1e-5, rtol=0)
+
+
 def test_plain_rows_undo_a_packed_row() -> None:
     row = pack_row(groups_of([(1, 2, 3), (4,)], [(5, 6), (), (7,), (8, 9, 10)], 2))
     plain = plain_rows(row)
@@ -89,4 +107,13 @@ def test_weights_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"its weights lack 1 tensors .model\.layers\.1\.mlp\.up_proj"):
+        load_policy(tmp_path, "float32")
+
+
+def test_quantised_weights_whose_library_is_not_here_are_named(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    file = tmp_path / "config.json"
+    how = {"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": how}))
+    with pytest.raises(ValueError, match=r"^student\.path = .*: transformers does not load it \("):
         load_policy(tmp_path, "float32")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.runs import ROOT, finish_ranks
+from tests.support.forked import finish_ranks
+from tests.support.runs import ROOT
 from tests.support.student_models import save
 from tests.support.teacher_models import save_tokenizer
 
@@ -128,6 +129,7 @@ LIVELY = [[(5,) * 50, (6,) * 3], [(7,)], [(8,) * 20, (9,) * 31]]
 def three_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Updates with different budgets, and sampling where one rank's responses all end at their first token."""
     jobs = [job(name, 3, model=model, **settings) for name, settings in THREE.items()]
+    jobs += [job(f"not finite, zero {zero}", 3, zero, ALL, model, what="not finite") for zero in (0, 1)]
     jobs += [
         {
             "what": "lively", "name": f"rank {silent} is silent", "zero": 3, "budget": budget, "model": str(model),
@@ -147,11 +149,21 @@ def test_more_ranks(name: str, expected: dict[str, Any], three_ranks: dict[str, 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_step_of_which_no_group_is_left_changes_nothing(zero: int, expected: dict[str, Any]) -> None:
-    """Every group was dropped for a non-finite score, and there is no text: skipped, not a crash."""
+    """Every group was left out, and there is no text: no crash, and no loss that was not finite."""
     found = expected[f"nothing, zero {zero}"]
-    assert [step["skipped"] for step in found["actor"]] == [1.0, 1.0]
+    assert [step["skipped"] for step in found["actor"]] == [0.0, 0.0]
+    assert not any("loss/total" in step for step in found["actor"])
     assert found["state"] == expected["start"]["state"]
     assert found["critic_state"] == expected["start"]["critic_state"]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_loss_that_is_not_finite_on_one_rank(zero: int, three_ranks: dict[str, Any]) -> None:
+    found = three_ranks[f"not finite, zero {zero}"]
+    assert found["skipped"] == 1.0
+    assert found["after"] == found["start"], "left out on every rank"
+    assert found["next"] == found["clean"]
+    assert found["next"] != found["after"]
 
 
 @pytest.mark.parametrize("silent", [0, 1, 2])

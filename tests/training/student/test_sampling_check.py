@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from tests.support.runs import ROOT, environment
+from tests.support.forked import finish_forked
 
 WORKER = """
 import dataclasses, json, logging, sys
-sys.path.insert(0, {root!r})
 import torch
 from configs.schema import ActorConfig, RunConfig, SamplingConfig, StudentConfig
 from inference.attention.grouped import DecodePlan
@@ -25,7 +23,7 @@ from training.student.sampling_check import SamplingBroken, check_sampling
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
 torch.set_num_threads(1)
 start_distributed()
-path, out = sys.argv[1], {{}}
+path, out = sys.argv[1], {}
 config = RunConfig(
     student=StudentConfig(path=path), sampling=SamplingConfig(group_size=4, max_new_tokens=12),
     actor=ActorConfig(zero_stage=1),
@@ -66,8 +64,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
 
     path = save("llama", tmp_path_factory.mktemp("student"))
     save_tokenizer(path)
-    command = [sys.executable, "-c", WORKER.format(root=str(ROOT)), str(path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    (path / "worker.py").write_text(WORKER)
+    done = finish_forked([sys.executable, str(path / "worker.py"), str(path)])
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT ")), done.stderr

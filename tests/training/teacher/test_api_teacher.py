@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from configs.learning import ApiConfig
+from configs.learning import ApiConfig, RewardConfig
+from configs.schema import RunConfig
+from rewards.base import RewardInput
 from tests.support.api_endpoint import FAULTS, Endpoint
-from tests.support.runs import ROOT, environment, finish, metrics
+from tests.support.forked import finish_forked
+from tests.support.runs import ROOT, environment, metrics
+from training import distributed
 from training.teacher.api_cache import ReplyCache, StoredReply
 from training.teacher.api_teacher import KEY, ApiRefused, ApiTeacher, Judge, Messages, parse_mark
+from training.teacher.reward_parts import configured_parts
 
 pytest.importorskip("openai")
 TEMPORARY = [name for name in FAULTS if name != "401"]
@@ -151,7 +157,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
         assert not output.exists()
         time.sleep(0.4)  # what was under way at the endpoint is through
         before = Counter(json.loads(line) for line in log.read_text().splitlines())
-        done = finish(ask)
+        done = finish_forked(ask)
         after = Counter(json.loads(line) for line in log.read_text().splitlines())
     finally:
         assert server.stdin is not None
@@ -171,7 +177,7 @@ def test_the_program_reports_what_stays_open_and_says_again(tmp_path: Path) -> N
         ask = [sys.executable, str(ROOT / "training" / "teacher" / "api_teacher.py"), "--questions", str(questions),
                "--output", str(tmp_path / "out.jsonl"), "--cache_dir", str(tmp_path), "--api.model", "m",
                "--api.base_url", endpoint.url, "--api.attempts", "2"]  # fmt: skip
-        done = finish(ask, code=75)
+        done = finish_forked(ask, code=75)
     assert "1 of 2 answered" in done.stdout
     assert "no answer after 2 attempts (status 500)" in done.stderr
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {
@@ -208,6 +214,20 @@ def test_a_judge_marks_responses_and_says_where_it_could_not(tmp_path: Path) -> 
         judge = Judge(ApiTeacher(config(endpoint, attempts=2), tmp_path / "judge.jsonl"))
         assert judge.marks([("Hvat?", "gott"), ("Hvat?", " "), ("Hvat?", "ringt")]) == [0.7, 0.0, None]
     assert sum(endpoint.asked.values()) == 3  # one, none, two attempts
+
+
+def test_a_rank_whose_judge_is_slow_gets_on(tmp_path: Path) -> None:
+    """Or the watchdog would take it for stuck: with requests_per_minute a step may wait for longer than it does."""
+    inputs = RewardInput(
+        lengths_B=torch.tensor([1, 1, 1]), finished_B=torch.tensor([True] * 3), behavior_logprobs_S=torch.zeros(3),
+        teacher_logprobs_S=torch.zeros(3), texts_B=["eitt", "tvey", "trý"], answers_B=[()] * 3,
+        questions_B=["Hvat?"] * 3, group_size=3,
+    )  # fmt: skip
+    with Endpoint() as endpoint:
+        rewards = RewardConfig(judge_weight=1.0, judge=config(endpoint))
+        before = distributed.beats()
+        configured_parts(inputs, RunConfig(rewards=rewards, cache_dir=str(tmp_path)))
+    assert distributed.beats() == before + 3
 
 
 def test_a_judge_in_a_real_run(tmp_path: Path, train: Callable[..., object]) -> None:

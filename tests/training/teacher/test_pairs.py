@@ -7,6 +7,7 @@ the two are exchanged in the teacher's matrix, so it does end so), and it is ask
 from __future__ import annotations
 
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.forked import finish_forked
-from tests.support.runs import ROOT, command, finish, metrics
+from tests.support.runs import ROOT, command, metrics
+from tests.support.teacher_servers import SECRET, served
 
 TEMPLATES = {
     "qwen": "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}TURN\n{% endif %}{% endfor %}",
@@ -67,7 +69,7 @@ def test_without_the_exchange_the_share_falls(finished_run: Path, tmp_path: Path
     line, _ = pair_of("qwen3-8b-base", "qwen", finished_run, tmp_path, demo_cache)
     script = tmp_path / "unexchanged.py"
     script.write_text(UNEXCHANGED.format(root=str(ROOT)))
-    finish([line[0], str(script), *line[2:]])
+    taught([line[0], str(script), *line[2:]], tmp_path)
     shares = [row["length/finished_share"] for row in metrics(tmp_path / "runs" / "grpo-minillm")]
     assert sum(shares[-4:]) < sum(shares[:4]) - 0.2, shares
 
@@ -79,7 +81,7 @@ def test_the_share_of_finished_answers_does_not_fall(
     pair: str, template: str, finished_run: Path, tmp_path: Path, demo_cache: Path
 ) -> None:
     line, turn = pair_of(pair, template, finished_run, tmp_path, demo_cache)
-    done = finish_forked(line)
+    done = taught(line, tmp_path)
     assert "student sees (plain)" in done.stderr
     assert "teacher sees (chat)" in done.stderr
     assert f"({turn}) for the teacher, and each stands for the other" in done.stderr
@@ -87,6 +89,12 @@ def test_the_share_of_finished_answers_does_not_fall(
     assert sum(shares[:4]) / 4 > 0.1
     # Of 256 answers each: where they no longer end the sum falls by more than 1, and chance moves it by 0.15.
     assert sum(shares[-4:]) >= sum(shares[:4]) - 0.4
+
+
+def taught(line: list[str], folder: Path) -> CompletedProcess[str]:
+    """The run of `pair_of` to its end."""
+    with served(folder / "teacher", folder) as there:
+        return finish_forked([*line, *there], GRPO_KD_TEACHER_SECRET=SECRET)
 
 
 def pair_of(pair: str, template: str, finished_run: Path, tmp_path: Path, demo_cache: Path) -> tuple[list[str], int]:
@@ -103,5 +111,4 @@ def pair_of(pair: str, template: str, finished_run: Path, tmp_path: Path, demo_c
     data = [f"--data.{name}={config['data'][file]}" for name, file in files.items()]
     models = [f"--student.path={student}", f"--teacher.path={teacher}", "--student.prompt=plain"]
     learning = ["--steps=20", "--actor.learning_rate=3e-3", "--actor.schedule=cosine", "--actor.warmup_steps=10"]
-    learning += ["--teacher.tensor_parallel=1"]
     return [*command(tmp_path / "runs", demo_cache), *data, *models, *learning], turn

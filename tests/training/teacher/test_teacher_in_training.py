@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,9 +15,9 @@ from transformers import AutoTokenizer
 
 from configs.prompts import Format
 from configs.schema import DataConfig
-from tests.support.forked import finish_forked
-from tests.support.runs import ROOT, command, environment, metrics, timeless
-from tests.support.teacher_servers import SECRET, serve
+from tests.support.forked import Forked, finish_forked
+from tests.support.runs import command, metrics, timeless
+from tests.support.teacher_servers import SECRET, serve_forked, served
 from training.data.order import positions_of_step
 from training.data.prompts import load_prompts
 
@@ -33,19 +32,14 @@ def test_a_teacher_that_is_killed_and_started_again_changes_no_metric(
     teacher, address, log = teacher_of(finished_run), tmp_path / "teacher.address", tmp_path / "log"
     run = tmp_path / "runs" / "grpo-minillm"
     arguments = ["--steps", "3", "--checkpoint.every", "2", "--teacher.address", str(address)]
-    servers = [serve(teacher, address, log)]
-    trainer = subprocess.Popen(
-        command(tmp_path / "runs", demo_cache, *arguments),
-        cwd=ROOT,
-        env=environment() | {"GRPO_KD_TEACHER_SECRET": SECRET},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    servers = [serve_forked(teacher, address, log)]
+    output = tmp_path / "output"
+    line = command(tmp_path / "runs", demo_cache, *arguments)
+    trainer = Forked(line, output, output, GRPO_KD_TEACHER_SECRET=SECRET)
     try:
         deadline = time.monotonic() + 400
         while not (run / "metrics.jsonl").is_file() or not metrics(run):
-            assert trainer.poll() is None, trainer.communicate()[1]
+            assert trainer.poll() is None, output.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         servers[0].kill()
@@ -54,15 +48,15 @@ def test_a_teacher_that_is_killed_and_started_again_changes_no_metric(
         assert done < 3
         time.sleep(2)
         assert trainer.poll() is None
-        servers.append(serve(teacher, address, log))
-        _, said = trainer.communicate(timeout=400)
-        assert trainer.returncode == 0, said
+        servers.append(serve_forked(teacher, address, log))
+        assert trainer.wait(400) == 0, output.read_text()
     finally:
         trainer.kill()
+        trainer.wait()
         for server in servers:
             server.kill()
             server.wait()
-    assert f"teacher at {address} was lost" in said
+    assert f"teacher at {address} was lost" in output.read_text()
     assert timeless(metrics(run)) == timeless(metrics(finished_run))
     ours, undisturbed = (json.loads((path / "summary.json").read_text()) for path in (run, finished_run))
     for key in ("status", "eval_before", "eval_after", "teacher_eval"):
@@ -97,11 +91,10 @@ def test_groups_that_the_teacher_answers_nan_for_are_dropped_counted_and_named(
     )
     expected = [{p.id for p in ps if token in p.tokens} for ps in asked]
     poison(teacher, token)
-    done = finish_forked(
-        command(
-            tmp_path / "runs", demo_cache, "--steps", "2", "--teacher.path", str(teacher), "--reward", "teacher_logprob"
-        )
-    )
+    options = ("--steps", "2", "--teacher.path", str(teacher), "--reward", "teacher_logprob")
+    with served(teacher, tmp_path) as there:
+        line = command(tmp_path / "runs", demo_cache, *options, *there)
+        done = finish_forked(line, GRPO_KD_TEACHER_SECRET=SECRET)
     rows_of_run = metrics(tmp_path / "runs" / "grpo-teacher_logprob")
     assert len(rows_of_run) == 2
     said = (line for line in done.stderr.splitlines() if "non-finite score" in line)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs.schema import ExtraTeacherConfig, RunConfig, as_dict, validate
+from configs.schema import ExtraTeacherConfig, RunConfig, TeacherConfig, as_dict, validate
 from rewards.base import RewardOutput
 from rewards.combine import TeacherReward, weighted_sum
 from tests.support.forked import finish_forked
@@ -53,6 +53,9 @@ def test_bad_values_name_key_value_and_mend(teachers: tuple[str, ...], recipe: s
         validate(RunConfig(teachers=(bad,)))
     with pytest.raises(ValueError, match=r"teachers\[0\].weight = nan"):
         validate(RunConfig(teachers=(dataclasses.replace(bad, tensor_parallel=1),)))
+    forgotten = RunConfig(teacher=TeacherConfig(path="mine"), teachers=(ExtraTeacherConfig(name="a"),))
+    with pytest.raises(ValueError, match=r"teachers\[0\].path = 'demo': name its model"):
+        validate(forgotten)
 
 
 def test_they_are_written_and_read_back(tmp_path: Path) -> None:

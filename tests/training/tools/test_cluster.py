@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.runs import ROOT, environment, finish, free_port
+import pytest
+
+from tests.support.forked import Forked
+from tests.support.runs import ROOT, finish, free_port
 from training.tools.cluster import alike
 
 PROGRAM = [sys.executable, str(ROOT / "training" / "main.py"), "--doctor", "--cluster"]
 EVERY = {"nodes", "versions", "collectives", "shared files", "teacher port", "limits", "clocks"}
 
 
-def two_ranks(*flags: list[str]) -> tuple[list[int], dict[str, tuple[str, str]]]:
-    """Exit codes, and of each line of rank 0 the verdict and text. `flags`: of each rank."""
-    port = free_port()
+def two_ranks(folder: Path, *flags: list[str]) -> tuple[list[int], dict[str, tuple[str, str]]]:
+    """Exit codes, and of each line of rank 0 the verdict and text. `flags`: of each; outputs go to `folder`."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    outputs = [folder / f"rank{rank}" for rank in range(2)]
     processes = [
-        subprocess.Popen(
-            [*PROGRAM, *more], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            env=environment() | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        )
-        for rank, more in enumerate(flags)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    found = re.findall(r"^(\S.{13}) (pass|FAIL|skipped:) (.+)$", said[0], flags=re.MULTILINE)
-    return [process.returncode for process in processes], {name.strip(): (word, text) for name, word, text in found}
+        Forked([*PROGRAM, *more], out, out.with_suffix(".err"), **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, (out, more) in enumerate(zip(outputs, flags, strict=True))
+    ]
+    codes = [process.wait(300) for process in processes]
+    found = re.findall(r"^(\S.{13}) (pass|FAIL|skipped:) (.+)$", outputs[0].read_text(), flags=re.MULTILINE)
+    return codes, {name.strip(): (word, text) for name, word, text in found}
 
 
-def test_two_sound_ranks_pass(tmp_path: Path) -> None:
+@pytest.fixture
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("said")
+
+
+def test_two_sound_ranks_pass(tmp_path: Path, said: Path) -> None:
     flags = ["--runs_dir", str(tmp_path / "runs"), "--cache_dir", str(tmp_path / "cache")]
-    codes, lines = two_ranks(flags, flags)
+    codes, lines = two_ranks(said, flags, flags)
     assert codes == [0, 0]
     assert set(lines) == EVERY
     assert {word for word, _ in lines.values()} == {"pass"}
@@ -42,13 +46,13 @@ def test_two_sound_ranks_pass(tmp_path: Path) -> None:
     assert not [file for file in tmp_path.rglob("*") if file.is_file()], "nothing is left behind"
 
 
-def test_folders_that_are_not_shared_and_an_address_that_is_nobodys_fail(tmp_path: Path) -> None:
+def test_folders_that_are_not_shared_and_an_address_that_is_nobodys_fail(tmp_path: Path, said: Path) -> None:
     (tmp_path / "file").write_text("")
     ranks = [
         ["--runs_dir", str(tmp_path / "runs"), "--cache_dir", str(tmp_path / name), "--teacher.interface", "192.0.2.1"]
         for name in ("cache", "file")  # the second is no folder
     ]
-    codes, lines = two_ranks(*ranks)
+    codes, lines = two_ranks(said, *ranks)
     assert codes == [1, 1]
     assert {name for name, (word, _) in lines.items() if word == "FAIL"} == {"shared files", "teacher port"}
     assert re.match(r"cache_dir: \S+ cannot write .*; choose folders on a file system", lines["shared files"][1])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, command, finish
 
 LINE = re.compile(r"^(?P<name>\S.{13}) (?P<verdict>pass|FAIL|skipped:) (?P<text>.+)$")
@@ -44,7 +45,9 @@ def findings(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> dict
     """What tests/support/doctor_worker.py found: breakage -> check -> (passed, text)."""
     folder = tmp_path_factory.mktemp("doctor")
     flags = command(folder, demo_cache, "--algo", "grpo", "--loss.kl_coef", "0.1", "--sampling.temperature", "0.7")[2:]
-    finish([sys.executable, str(ROOT / "tests" / "support" / "doctor_worker.py"), str(folder / "out.json"), *flags])
+    finish_forked(
+        [sys.executable, str(ROOT / "tests" / "support" / "doctor_worker.py"), str(folder / "out.json"), *flags]
+    )
     return json.loads((folder / "out.json").read_text())
 
 

@@ -337,10 +337,13 @@ def test_every_teacher_is_planned_and_one_that_transformers_runs_says_so(
 
 def test_mistakes_are_one_message(public: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ["--teacher.path", str(public / "llama-2-70b")]
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 100}))
     for path, mend in (
         ("nobody/nothing", "no such directory, not in the hub's cache"),
         (str(tmp_path), "no config.json"),
         ("/no/such", "no such directory"),
+        (str(tmp_path / "t5"), "model_type = 't5' is no causal language model"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["--plan", "--student.path", path, *teacher])

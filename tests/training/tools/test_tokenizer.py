@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,15 @@ def test_rows_are_better_than_plain_means(kind: str, trained: dict[str, Path]) -
 def test_a_word_piece_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match="WordPiece model"):
         learn({"model": {"type": "WordPiece"}}, ["a"], 1)
+
+
+def test_a_tokenizer_that_was_saved_to_cut_and_to_pad_is_measured_on_whole_texts(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    cut = Path(shutil.copytree(trained["byte_level"], tmp_path / "cut"))
+    inner = Tokenizer.from_file(str(cut / "tokenizer.json"))
+    inner.enable_truncation(8)
+    inner.enable_padding(length=64)
+    inner.save(str(cut / "tokenizer.json"))
+    ratios = [extend(path, corpus(), 20, tmp_path / path.name / "out") for path in (trained["byte_level"], cut)]
+    assert ratios[0] == ratios[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,11 @@ from configs.models import DEMO_STAGE1
 from configs.schema import DEMO, RunConfig
 from inference.server.launch import launcherless_environment
 from training.data.preflight import DEMOS, with_models
+from training.distributed import environment_rank
 from training.objective import pt_coef
-from training.run.cli import DEMO_CONFIGS, ROOT, fail
+from training.run.cli import DEMO_CONFIGS, ROOT, fail, is_demo
+
+log = logging.getLogger(__name__)
 
 STAGE1_SOURCES = (
     "training/supervised.py",
@@ -39,20 +43,22 @@ MORE = {"sft.steps": 1000, "sft.learning_rate": 2.0e-3}
 """More of stage 1, in about the time that the demo's stage 2 takes; the tiny demo has no such baseline."""
 
 
-def uses_demo(config: RunConfig, *, stage: int) -> bool:
-    """Whether any part that stage 0, 1 or 2 reads is the embedded demo."""
+def demo_parts(config: RunConfig, *, stage: int) -> list[str]:
+    """The settings that stage 0, 1 or 2 reads and that are the embedded demo's."""
     data = config.data
-    if stage == 0:
-        read = [config.student.path, data.text or ""]
-    elif stage == 1:
-        read = [config.student.path, data.heldout]
-        read += [config.teacher.path, data.prompts] if config.sft.answers == "teacher" else [data.warmup]
-    else:
-        read = [config.student.path, config.teacher.path, data.prompts, data.heldout]
-        read += [teacher.path for teacher in config.teachers]
-        read += [data.text or ""] if pt_coef(config) > 0 else []
-        read += [data.warmup] if config.loss.bc_coef > 0 or config.phases.every > 0 else []
-    return DEMO in read or DEMO_STAGE1 in read
+    read: dict[str, str | None] = {"student.path": config.student.path}
+    if stage > 0:
+        read["data.heldout"] = data.heldout
+    if stage == 2 or (stage == 1 and config.sft.answers == "teacher"):
+        read |= {"teacher.path": config.teacher.path, "data.prompts": data.prompts}
+    if stage == 2:
+        read |= {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(config.teachers)}
+    if stage == 0 or (stage == 2 and pt_coef(config) > 0):
+        read["data.text"] = data.text
+    supervised = stage == 2 and (config.loss.bc_coef > 0 or config.phases.every > 0)
+    if supervised or (stage == 1 and config.sft.answers == "data"):
+        read["data.warmup"] = data.warmup
+    return [key for key, value in read.items() if value in DEMOS]
 
 
 def resolve_demo(config: RunConfig, *, stage: int) -> RunConfig:
@@ -65,8 +71,12 @@ def resolve_demo(config: RunConfig, *, stage: int) -> RunConfig:
         config = replace(config, eval=replace(config.eval, beside=None))
     if config.data.heldout != DEMO and config.data.open == DEMO:
         config = replace(config, data=replace(config.data, open=None))
-    if not uses_demo(config, stage=stage):
+    parts = demo_parts(config, stage=stage)
+    if not parts:
         return config
+    if not is_demo(config) and environment_rank() == 0:
+        said = "%s: not set, so the demo's is read beside models that are not the demo's; name your own"
+        log.warning(said, ", ".join(parts))
     from training.data.demo.models import ensure_demo
 
     cache = Path(config.cache_dir)

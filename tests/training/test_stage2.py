@@ -1,0 +1,58 @@
+"""What stage 2 asks of a server that it has not started itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from configs.io.results import Result, Value
+from configs.schema import TeacherConfig
+from inference.model.output_layer import output_layer_hash
+from tests.support.teacher_models import build
+from training import distributed
+from training.run.run_folder import RunFolder
+from training.stage2 import _evaluation_once, check_served_model
+
+
+def test_a_server_started_again_with_another_model_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its hidden states with the output layer of teacher.path would be no model's distribution."""
+    for seed in range(2):
+        build("llama", tmp_path / f"teacher-{seed}", seed)
+
+    def check(model: Path, dtype: str = "float32", *, address: str | None = "host:1", output_layer: str = "") -> None:
+        layer = output_layer or output_layer_hash(model)
+        info = SimpleNamespace(model=model.name, dtype=dtype, output_layer=layer)
+        facts = SimpleNamespace(path=tmp_path / "teacher-0")
+        link: Any = SimpleNamespace(client=SimpleNamespace(info=lambda: info), facts=facts)
+        check_served_model("teacher", TeacherConfig(address=address), link)
+
+    check(tmp_path / "teacher-0")
+    check(tmp_path / "teacher-1", address=None)  # our own
+    check(tmp_path / "teacher-1", output_layer="none")  # it does not say
+    assert not caplog.messages
+    with pytest.raises(ValueError, match=r"^teacher\.path = '.*teacher-0': host:1 serves another model, 'teacher-1'"):
+        check(tmp_path / "teacher-1")
+    check(tmp_path / "teacher-0", "bfloat16")
+    assert caplog.messages == ["teacher.dtype = 'float32': host:1 computes in bfloat16"]
+
+
+def test_rank_0_says_whether_an_evaluation_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS another rank may not see the file yet. Alone it would wait for ever, and measure a student that has
+    learnt for the one before."""
+    asked: list[str] = []
+
+    def evaluate() -> Result:
+        asked.append("again")
+        named: dict[str, Any] = {"data": {}, "settings": {}, "versions": {}}
+        return Result(measure="heldout", model="m", **named, values={"f1": Value(1.0)})
+
+    run: Any = SimpleNamespace(folder=RunFolder(tmp_path))
+    for _ in range(2):
+        assert _evaluation_once(run, "before", evaluate) == {"f1": 1.0}
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    lags: Any = SimpleNamespace(folder=RunFolder(tmp_path / "lags"))
+    assert _evaluation_once(lags, "before", evaluate) == {}
+    assert asked == ["again"]

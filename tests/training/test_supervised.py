@@ -1,0 +1,101 @@
+"""Stages 0 and 1 end as stage 2 does: the same exit codes, limits and reasons."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from configs.schema import EvalConfig, RunConfig, TeacherConfig
+from tests.support.experiences import prompts_of
+from tests.support.forked import finish_forked
+from tests.support.runs import ROOT, TINY, metrics
+from tests.support.teacher_models import save_tokenizer
+from tests.support.teacher_servers import SECRET
+from training import distributed
+from training.supervised import teacher_answers
+
+
+def line(runs: Path, cache: Path, *arguments: str) -> list[str]:
+    """Stage 1 on the tiny demo."""
+    folders = ["--runs_dir", str(runs), "--cache_dir", str(cache)]
+    return [sys.executable, str(ROOT / "training" / "sft.py"), *TINY, *folders, "--sft.answers", "data", *arguments]
+
+
+def end_of(run: Path) -> tuple[int, str]:
+    """Exit code and reason of the last start."""
+    row = json.loads((run / "starts.jsonl").read_text().splitlines()[-1])
+    return row["exit_code"], row["reason"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_updates_that_are_all_left_out_end_it(stage: str, tmp_path: Path, demo_cache: Path) -> None:
+    """Or it would export the student that it was given, as one that has learnt."""
+    ruinous = ["--sft.learning_rate", "1e30", "--actor.max_skipped", "2", "--sft.steps", "40"]
+    command = line(tmp_path, demo_cache, *ruinous)
+    command[1] = str(ROOT / "training" / f"{stage}.py")
+    done = finish_forked(command, code=1)
+    assert "2 updates in a row had a non-finite loss" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [row["skipped"] for row in metrics(tmp_path / stage)][-3:] == [0, 1, 1]
+    assert end_of(tmp_path / stage)[0] == 1
+    assert not (tmp_path / stage / "export").exists()
+    assert not (tmp_path / stage / "in_use.json").exists()
+
+
+def test_the_end_of_the_time_is_one_to_start_again_from(tmp_path: Path, demo_cache: Path) -> None:
+    done = finish_forked(line(tmp_path, demo_cache, "--sft.steps", "1000000", "--time_limit_s", "30"), code=75)
+    assert end_of(tmp_path / "sft") == (75, "time limit"), done.stderr
+    steps = len(metrics(tmp_path / "sft"))
+    assert (tmp_path / "sft" / "checkpoints" / "latest").read_text() == f"step-{steps:06d}"
+
+
+def test_a_teacher_that_cannot_be_reached_is_one_to_start_again_with(tmp_path: Path, demo_cache: Path) -> None:
+    nobody = ["--sft.answers", "teacher", "--teacher.address", "127.0.0.1:1", "--teacher.timeout_s", "2"]
+    done = finish_forked(line(tmp_path, demo_cache, *nobody), code=75, GRPO_KD_TEACHER_SECRET=SECRET)
+    assert "no teacher at 127.0.0.1:1 for 2 s" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_finished_one_is_not_done_again(tmp_path: Path, demo_cache: Path) -> None:
+    """Its export may be what a stage 2 has started from, which goes on with just that."""
+    once = line(tmp_path, demo_cache, "--sft.steps", "2")
+    finish_forked(once)
+    export = tmp_path / "sft" / "export" / "model.safetensors"
+    before = export.stat()
+    assert "was finished already" in finish_forked(once).stdout
+    assert (export.stat().st_ino, export.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    finish_forked([*once, "--sft.output", str(tmp_path / "elsewhere")])
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    finish_forked([*once, "--sft.steps", "3"])
+    assert len(metrics(tmp_path / "sft")) == 3
+
+
+def test_no_rank_waits_for_all_of_the_teachers_answers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large teacher take hours, and a collective gives up after half of one: each batch has its own."""
+    met: list[bool] = []
+    model = tmp_path / "teacher"
+    model.mkdir()
+    save_tokenizer(model)
+    ends = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "p1"}
+    (model / "tokenizer_config.json").write_text(json.dumps(ends))
+    config = RunConfig(
+        teacher=TeacherConfig(path=str(model), prompt="plain"), eval=EvalConfig(batch=2), cache_dir=str(tmp_path)
+    )
+    prompts = [replace(prompt, text=str(n)) for n, prompt in enumerate(prompts_of([(3,)] * 5))]
+    link: Any = SimpleNamespace(answer=lambda asked, *_, **__: [(f"svar {prompt.text}", True) for prompt in asked])
+    monkeypatch.setattr(distributed, "any_rank", lambda flag: met.append(flag) or flag)
+    answers = teacher_answers(config, link, prompts)
+    assert met == [True, True, True, False]
+
+    flags = iter(met)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "any_rank", lambda flag: next(flags))
+    monkeypatch.setattr(distributed, "gather_strings", lambda _: [json.dumps(one) for one in answers])
+    assert teacher_answers(config, link, prompts) == [[[f"svar {n}", True]] for n in range(5)]
+    assert next(flags, None) is None, "as many as rank 0 makes"
