@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -109,10 +110,14 @@ def write_state(path: Path, state: Any) -> Written:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a directory, to disk."""
+    """Force a file, or the names in a directory, to disk. Some network file systems refuse that for a directory, where
+    they keep names at once."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -283,6 +284,22 @@ def test_every_file_of_lines_is_on_disk_before_a_checkpoint_is(tmp_path: Path, m
     monkeypatch.setattr(checkpoints_module, "sync", synced.append)
     write(tmp_path, 10)
     assert set(lines) <= set(synced)
+
+
+def test_a_file_system_that_does_not_sync_names_keeps_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FUSE and CIFS may; what is in a file has to be forced to disk."""
+    fsync = os.fsync
+
+    def refuse(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").resolve().is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write(tmp_path, 10)
+    assert resumed(tmp_path) == (10, 10.0)
 
 
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
