@@ -105,7 +105,7 @@ def run(config: RunConfig) -> int:
         check_settings(folder, config)
         config = lowered(config, folder.path)
     except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        fail(str(error))
     if distributed.environment_rank() == 0:
         for line in data_warnings(config, inputs.heldout):
             log.warning("%s", line)

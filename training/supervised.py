@@ -144,7 +144,7 @@ def run_stage(
         config = lowered(config, folder.path)
         summary = folder.read_json("summary.json") or {}
     except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        fail(str(error))
     done = summary.get("status") == "finished" and summary["steps"] >= config.sft.steps
     if done and exported(config, folder).is_dir():
         if distributed.environment_rank() == 0:
@@ -165,7 +165,7 @@ def run_stage(
         except ValueError as error:
             if not names_setting(config, error):
                 raise
-            fail(" ".join(str(error).split()))
+            fail(str(error))
         if distributed.is_main():
             print(f"stage {number}: {line}", flush=True)
         return 0

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         if prepare:
             write_teacher(config, folder / "job" / "teacher.yaml")
     except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        fail(str(error))
     print(folder, config.run_name, config.teacher.tensor_parallel, sep="\n", flush=True)
     return 0
 

@@ -299,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
         cache = Path(options.cache_dir) / "api" / "answers.jsonl"
         missing = answer_questions(options.api, Path(options.questions), Path(options.output), options.system, cache)
     except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        fail(str(error))
     return REQUEUE if missing else 0
 
 

@@ -106,7 +106,7 @@ def doctor(config: RunConfig) -> int:
             config, facts, inputs = prepare(config)
             setup = Setup(small_step(config), inputs, facts, RunFolder(Path(folder)), stop)
         except (ValueError, OSError) as error:
-            fail(" ".join(str(error).split()))
+            fail(str(error))
         try:
             probe = start(setup, stack)
             found = [_one(name, check, probe) for name, check in CHECKS.items()]
