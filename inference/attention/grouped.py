@@ -8,6 +8,7 @@ Shapes: T tokens in the row, H query heads, H_kv key-value heads (H_kv divides H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,8 +83,12 @@ class _Slots:
         return block.flatten(0, 1) if self.full else block.flatten(0, 1).index_select(0, self._kept)
 
 
-def _parts(row: PackedRow) -> list[tuple[list[int], list[list[int]]]]:
-    """Row indices of each group's prompt, and of each of its responses that has inputs."""
+Part = tuple[list[int], list[list[int]]]
+"""Row indices of a group's prompt, and of each of its responses that has inputs."""
+
+
+def _parts(row: PackedRow) -> list[Part]:
+    """The groups of a row."""
     segments, start, parts = row.segments_T.tolist(), 0, []
     for length in row.group_lengths:
         members: dict[int, list[int]] = {}
@@ -94,48 +99,95 @@ def _parts(row: PackedRow) -> list[tuple[list[int], list[list[int]]]]:
     return parts
 
 
-class PackedPlan:
-    """Attention within each group of a packed row: the prompt is causal, a response sees the prompt and itself.
+BLOCK_START = {"cpu": 1 << 13}
+"""Scores of a head that take as long as what a block more starts (measured forward and backward, two layers of four
+heads); on a device it is the launches, and a guess."""
 
-    Prompts are one padded block. Responses are another, [N, G, r], whose queries see the one copy of their prompt's
-    keys and their own (inference/attention/prompt_cache.py): no work is done between responses, and no prompt is
-    copied. Only attention is padded, nothing else. On CUDA a half-precision row goes through flash-attn's or torch's
-    variable-length kernel where there is one (inference/attention/varlen.py).
+
+@dataclass(frozen=True)
+class _Shape:
+    """Groups of one padded block."""
+
+    groups: int
+    members: int
+    prompt: int
+    response: int
+
+    @property
+    def scores(self) -> int:
+        """Of one head, padding included."""
+        own = self.members * self.response * (self.prompt + self.response)
+        return self.groups * (self.prompt * self.prompt + own)
+
+    def __add__(self, other: _Shape) -> _Shape:
+        longest = (max(getattr(self, n), getattr(other, n)) for n in ("members", "prompt", "response"))
+        return _Shape(self.groups + other.groups, *longest)
+
+
+def _alike(parts: list[Part], device: torch.device) -> list[list[Part]]:
+    """The groups of each block: those of similar lengths, so that short answers are not padded to long ones.
+
+    Prompts and responses that stay below the same powers of two are together; then the two blocks that cost least
+    together are one, as long as that costs less than to start both.
     """
+    blocks: dict[tuple[int, int], tuple[_Shape, list[Part]]] = {}
+    for prompt, responses in parts:
+        shape = _Shape(1, len(responses), len(prompt), max(map(len, responses), default=0))
+        key = shape.prompt.bit_length(), shape.response.bit_length()
+        known, members = blocks.get(key, (None, []))
+        blocks[key] = shape if known is None else known + shape, [*members, (prompt, responses)]
+    found, start = list(blocks.values()), BLOCK_START.get(device.type, 1 << 20)
+    while len(found) > 1:
+        costs = {
+            (one, other): (found[one][0] + found[other][0]).scores - found[one][0].scores - found[other][0].scores
+            for other in range(len(found))
+            for one in range(other)
+        }
+        one, other = min(costs, key=costs.__getitem__)
+        if costs[one, other] > start:
+            break
+        (shape, members), (more, others) = found[one], found.pop(other)
+        found[one] = shape + more, members + others
+    return [members for _, members in found]
 
-    def __init__(self, row: PackedRow) -> None:
-        parts, self._device = _parts(row), row.tokens_T.device
+
+class _Block:
+    """Groups whose prompts are one padded block, and whose responses are another, [N, G, r]."""
+
+    def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
+        self._device = device
         firsts = [prompt[0] for prompt, _ in parts]
-        self._prompts = _Slots([prompt for prompt, _ in parts], firsts, self._device)
+        self.prompts = _Slots([prompt for prompt, _ in parts], firsts, device)
         self._members = max(len(responses) for _, responses in parts)
-        self._responses: _Slots | None = None
-        tokens = self._prompts.tokens
+        self.responses: _Slots | None = None
+        self.tokens = self.prompts.tokens
+        """Row indices in the order of what `attend` gives."""
         if self._members:
             lists = [r for _, rs in parts for r in (*rs, *[[]] * (self._members - len(rs)))]
             fill = [one[0] if one else firsts[i // self._members] for i, one in enumerate(lists)]
-            self._responses = _Slots(lists, fill, self._device)
-            tokens = tokens + self._responses.tokens
-        self._place_T = None
-        if tokens != list(range(len(tokens))):
-            self._place_T = torch.argsort(torch.tensor(tokens, dtype=torch.int64, device=self._device))
+            self.responses = _Slots(lists, fill, device)
+            self.tokens = self.tokens + self.responses.tokens
         self._masks: dict[tuple[int | None, torch.dtype], tuple[torch.Tensor | None, ...]] = {}
-        self._varlen = VarlenLayout(parts, self._device) if flash_attention(self._device) is not None else None
+
+    def prompt_cache(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the prompts, [N, H_kv, P, D]."""
+        key, value = (self.prompts.take(t).transpose(1, 2).contiguous() for t in (key_TKD, value_TKD))
+        return key, value
 
     def attend(
-        self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule
-    ) -> torch.Tensor:
-        """See `AttentionPlan.attend`."""
-        kernel = flash_attention(self._device)
-        half = query_THD.dtype in (torch.bfloat16, torch.float16)
-        if kernel is not None and self._varlen is not None and half and rule.softcap is None:
-            if isinstance(self, PrefillPlan):  # nobody else wants them as a block
-                self._keep(layer, key_TKD, value_TKD)
-            return self._varlen.attend(kernel, query_THD, key_TKD, value_TKD, scale=rule.scale, window=rule.window)
-        prompt_key, prompt_value = self._keep(layer, key_TKD, value_TKD)
+        self,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        prompt_cache: tuple[torch.Tensor, torch.Tensor],
+        rule: ScoreRule,
+    ) -> list[torch.Tensor]:
+        """Attention output of this block's prompts, [tokens, H, D], and then of its responses."""
+        prompt_key, prompt_value = prompt_cache
         if (asked := (rule.window, query_THD.dtype)) not in self._masks:
             self._masks[asked] = self._make_masks(*asked)
         causal, prompt_mask, own_mask = self._masks[asked]
-        query = self._prompts.take(query_THD).transpose(1, 2)
+        query = self.prompts.take(query_THD).transpose(1, 2)
         if rule.softcap is None:
             out = F.scaled_dot_product_attention(
                 query, prompt_key, prompt_value, attn_mask=causal, is_causal=causal is None, scale=rule.scale,
@@ -144,48 +196,89 @@ class PackedPlan:
         else:
             seen = _band(prompt_key.shape[2], None, self._device) if causal is None else causal
             out = _capped_attention(query * rule.scale, prompt_key, prompt_value, seen, rule.softcap)
-        outputs = [self._prompts.real(out.transpose(1, 2))]
-        if self._responses is not None:
+        outputs = [self.prompts.real(out.transpose(1, 2))]
+        if self.responses is not None:
             N, G, K = len(prompt_key), self._members, key_TKD.shape[1]
-            query = self._responses.take(query_THD).unflatten(2, (K, -1)).unflatten(0, (N, G))
-            key, value = (self._responses.take(t).unflatten(0, (N, G)).permute(0, 3, 1, 2, 4)
+            query = self.responses.take(query_THD).unflatten(2, (K, -1)).unflatten(0, (N, G))
+            key, value = (self.responses.take(t).unflatten(0, (N, G)).permute(0, 3, 1, 2, 4)
                           for t in (key_TKD, value_TKD))  # fmt: skip
             own: torch.Tensor = SharedPromptAttention.apply(
                 query.permute(0, 3, 1, 2, 4, 5).contiguous(), prompt_key, prompt_value, key.contiguous(),
                 value.contiguous(), prompt_mask, own_mask, rule.scale, rule.softcap,
             )  # fmt: skip
-            own = own.permute(0, 2, 3, 1, 4, 5).reshape(*self._responses.shape, *query_THD.shape[1:])
-            outputs.append(self._responses.real(own))
-        whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        return whole if self._place_T is None else whole.index_select(0, self._place_T)
-
-    def _keep(self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the prompts, [N, H_kv, P, D]; `PrefillPlan` keeps them."""
-        key, value = (self._prompts.take(t).transpose(1, 2).contiguous() for t in (key_TKD, value_TKD))
-        return key, value
+            own = own.permute(0, 2, 3, 1, 4, 5).reshape(*self.responses.shape, *query_THD.shape[1:])
+            outputs.append(self.responses.real(own))
+        return outputs
 
     def _make_masks(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Within a prompt (bool, None: causal), from responses to their prompt (None: all of it), within a response.
 
         The last two are added to scores. Padding is on the right, so a causal mask hides it from every real query.
         """
-        P, dtype = self._prompts.shape[1], torch.promote_types(dtype, torch.float32)
+        P, dtype = self.prompts.shape[1], torch.promote_types(dtype, torch.float32)
         causal = _band(P, window, self._device) if window is not None and window < P else None
-        if self._responses is None:
+        if self.responses is None:
             return causal, None, None
-        r = self._responses.shape[1]
+        r = self.responses.shape[1]
         own = torch.zeros(r, r, dtype=dtype, device=self._device)
         own.masked_fill_(~_band(r, window, self._device), -torch.inf)
-        lengths_N = self._prompts.lengths[:, None, None]
+        lengths_N = self.prompts.lengths[:, None, None]
         column = torch.arange(P, device=self._device)
         hidden = (column >= lengths_N).expand(-1, r, -1)
         if window is not None:
             hidden = hidden | (lengths_N + torch.arange(r, device=self._device)[:, None] - column >= window)
         # Told from lengths that the host knows, so that nobody waits for the device.
-        if self._prompts.full and (window is None or P + r - 1 < window):
+        if self.prompts.full and (window is None or P + r - 1 < window):
             return causal, None, own
         prompt = torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, -torch.inf)
         return causal, prompt.repeat(1, self._members, 1), own
+
+
+class PackedPlan:
+    """Attention within each group of a packed row: the prompt is causal, a response sees the prompt and itself.
+
+    Prompts are one padded block. Responses are another, whose queries see the one copy of their prompt's keys and their
+    own (inference/attention/prompt_cache.py): no work is done between responses, and no prompt is copied. Only
+    attention is padded, nothing else, and groups of very different lengths are not padded to each other. On CUDA a
+    half-precision row goes through flash-attn's or torch's variable-length kernel where there is one
+    (inference/attention/varlen.py).
+    """
+
+    def __init__(self, row: PackedRow) -> None:
+        parts, device = _parts(row), row.tokens_T.device
+        self._blocks = [_Block(one, device) for one in self._together(parts, device)]
+        tokens = [i for block in self._blocks for i in block.tokens]
+        self._place_T = None
+        if tokens != list(range(len(tokens))):
+            self._place_T = torch.argsort(torch.tensor(tokens, dtype=torch.int64, device=device))
+        self._varlen = VarlenLayout(parts, device) if flash_attention(device) is not None else None
+
+    def _together(self, parts: list[Part], device: torch.device) -> list[list[Part]]:
+        """The groups of each block."""
+        return _alike(parts, device)
+
+    def attend(
+        self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule
+    ) -> torch.Tensor:
+        """See `AttentionPlan.attend`."""
+        kernel = flash_attention(query_THD.device)
+        half = query_THD.dtype in (torch.bfloat16, torch.float16)
+        if kernel is not None and self._varlen is not None and half and rule.softcap is None:
+            if isinstance(self, PrefillPlan):  # nobody else wants them as a block
+                self._keep(layer, self._blocks[0], key_TKD, value_TKD)
+            return self._varlen.attend(kernel, query_THD, key_TKD, value_TKD, scale=rule.scale, window=rule.window)
+        outputs: list[torch.Tensor] = []
+        for block in self._blocks:
+            prompt_cache = self._keep(layer, block, key_TKD, value_TKD)
+            outputs += block.attend(query_THD, key_TKD, value_TKD, prompt_cache, rule)
+        whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return whole if self._place_T is None else whole.index_select(0, self._place_T)
+
+    def _keep(
+        self, layer: int, block: _Block, key_TKD: torch.Tensor, value_TKD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a block's prompts; `PrefillPlan` keeps them."""
+        return block.prompt_cache(key_TKD, value_TKD)
 
 
 def _capped_attention(
@@ -232,21 +325,29 @@ class PrefillPlan(PackedPlan):
         lengths_N = torch.tensor(row.group_lengths, device=row.tokens_T.device)
         self.cache = PromptCache(row.group_lengths, lengths_N, keys={}, values={})
 
-    def _keep(self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.cache.keys[layer], self.cache.values[layer] = kept = super()._keep(layer, key_TKD, value_TKD)
+    def _together(self, parts: list[Part], device: torch.device) -> list[list[Part]]:
+        return [parts]
+
+    def _keep(
+        self, layer: int, block: _Block, key_TKD: torch.Tensor, value_TKD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.cache.keys[layer], self.cache.values[layer] = kept = super()._keep(layer, block, key_TKD, value_TKD)
         return kept
 
 
 class DecodePlan:
     """One query of each active response against its prompt's cache and its own preallocated suffix.
 
-    The prompt's cache is never copied or expanded. All responses of a batch are at the same step t; finished ones
-    leave the row (`rows_A`), so only attention, and no matrix product of the model, still sees their slots.
+    The prompt's cache is never expanded. All responses of a batch are at the same step t; finished ones leave the row
+    (`rows_A`), so only attention, and no matrix product of the model, still sees their slots. Where half of the groups
+    have finished, attention leaves them too.
     """
 
     def __init__(self, prompts: PromptCache, group_size: int, max_new_tokens: int) -> None:
         self._prompts = prompts
         self._group = group_size
+        self._held_N = torch.arange(len(prompts.lengths), device="cpu")
+        """Numbers of the groups whose caches are here, on the host."""
         self.max_new_tokens = max_new_tokens
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
@@ -258,19 +359,39 @@ class DecodePlan:
         """Own slots that a query reads."""
 
     def advance(self, rows_A: torch.Tensor) -> torch.Tensor:
-        """Start the next step with the active responses `rows_A` (int64 [A], indices in [0, N*G)).
+        """Start the next step with the active responses `rows_A` (int64 [A] on the host, ascending, indices in
+        [0, N*G), each of which was active before).
 
-        Returns their positions, int64 [A].
+        Returns their positions, int64 [A], where the cache is.
         """
         self._step += 1
         if self._step >= self.max_new_tokens:
             raise ValueError(f"step {self._step} is past the {self.max_new_tokens} preallocated slots")
         self._read = self._step + 1
-        self._rows_A = rows_A
-        self._everybody = len(rows_A) == len(self._prompts.lengths_N) * self._group
         # What the full view hides (padding) does not change from step to step; a window moves.
         self._hidden = {w: hidden for w, hidden in self._hidden.items() if w is None}
-        return self._prompts.lengths_N[rows_A // self._group] + self._step
+        active = torch.unique(rows_A // self._group)
+        if 2 * len(active) <= len(self._held_N):
+            self._keep_only(active)
+        place_A = torch.searchsorted(self._held_N, rows_A // self._group)
+        self._rows_A = (place_A * self._group + rows_A % self._group).to(self._prompts.lengths_N.device)
+        self._everybody = len(rows_A) == len(self._held_N) * self._group
+        return self._prompts.lengths_N[self._rows_A // self._group] + self._step
+
+    def _keep_only(self, groups_N: torch.Tensor) -> None:
+        """Let go of the caches of all other groups, and of the padding that only their prompts needed."""
+        places = torch.searchsorted(self._held_N, groups_N)
+        self._held_N, self._hidden = groups_N, {}
+        lengths = tuple(self._prompts.lengths[place] for place in places.tolist())
+        places = places.to(self._prompts.lengths_N.device)
+        keys, values = (
+            {layer: cache.index_select(0, places)[:, :, : max(lengths)].contiguous() for layer, cache in caches.items()}
+            for caches in (self._prompts.keys, self._prompts.values)
+        )
+        self._prompts = PromptCache(lengths, self._prompts.lengths_N[places], keys=keys, values=values)
+        for caches in (self._keys, self._values):
+            for layer, cache in caches.items():
+                caches[layer] = cache.index_select(0, places)
 
     def attend(
         self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule

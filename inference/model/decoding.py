@@ -34,7 +34,7 @@ class Decoding:
     def step(self, rows_A: Sequence[int], tokens_A: Sequence[int]) -> torch.Tensor:
         """[A, Hidden] what predicts the token after these."""
         device = self._teacher.device
-        positions = self._plan.advance(torch.tensor(rows_A, device=device))
+        positions = self._plan.advance(torch.tensor(rows_A))
         return self._teacher.forward(torch.tensor(tokens_A, device=device), positions, self._plan)
 
 

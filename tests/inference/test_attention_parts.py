@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inference.attention import grouped
 from inference.attention import prompt_cache as shared_prompt
-from inference.attention.grouped import DecodePlan, PackedPlan, PrefillPlan, ScoreRule, _parts
+from inference.attention.grouped import DecodePlan, PackedPlan, PrefillPlan, ScoreRule, _alike, _parts
 from inference.attention.packing import Group, PackedRow, pack_row
 from inference.attention.varlen import VarlenLayout, torch_kernel
 from training.student.token_logprobs import TokenLogprobs
@@ -53,11 +54,13 @@ def dense(row: PackedRow, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, win
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize("weights_at_a_time", [1, 1 << 24])
+@pytest.mark.parametrize(("weights_at_a_time", "apart"), [(1, False), (1 << 24, False), (1 << 24, True)])
 def test_attention_and_its_gradients_equal_the_dense_formula(
-    window: int | None, weights_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+    window: int | None, weights_at_a_time: int, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_prompt, "MAX_WEIGHTS", weights_at_a_time)
+    if apart:
+        monkeypatch.setattr(grouped, "_alike", lambda parts, _: [[part] for part in reversed(parts)])
     row = a_row()
     inputs = heads(row)
     want = dense(row, *inputs, window)
@@ -70,6 +73,20 @@ def test_attention_and_its_gradients_equal_the_dense_formula(
         strict=True,
     ):
         assert torch.allclose(mine, theirs, atol=1e-12)
+
+
+def test_short_groups_are_not_padded_to_long_ones() -> None:
+    short = [Group(prompt=(1,) * 12, responses=((2,) * 4,) * 8)] * 20
+    texts = [Group(prompt=(1,) * 200, responses=((2,) * 3,) * 8)] * 2
+    tales = [Group(prompt=(1,) * 11, responses=((2,) * 40, *[(2,) * 30] * 7))] * 4
+    tale = Group(prompt=(1,) * 11, responses=((2,) * 20,) * 8)
+
+    def blocks(*groups: Group) -> list[int]:
+        return [len(block) for block in _alike(_parts(pack_row(groups)), torch.device("cpu"))]
+
+    assert blocks(*short, *texts, *tales) == [20, 2, 4]
+    assert blocks(*short) == [20]
+    assert blocks(short[0], tale) == [2]  # too little to win
 
 
 def varlen_attention(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.attention.grouped import DecodePlan, PackedPlan, PrefillPlan, register_with_transformers
+from inference.attention.grouped import DecodePlan, PackedPlan, PrefillPlan, ScoreRule, register_with_transformers
 from inference.attention.packing import Group, groups_of, in_batch_order, pack, pack_row
 from tests.support.student_models import FAMILIES, build, plain_logprobs
 
@@ -25,8 +25,9 @@ def test_rows_of_every_layout_are_put_to_the_test() -> None:
     groups = groups_of(PROMPTS, FLAT, 3)
     plans = [PackedPlan(row) for row in pack(groups, 1000) + pack(groups, 12)]
     # Padded and unpadded blocks; prompts of one token; a group with fewer responses that have inputs than another.
-    assert {plan._prompts.full for plan in plans} == {True, False}
-    assert {plan._responses.full for plan in plans if plan._responses is not None} == {True, False}
+    blocks = [block for plan in plans for block in plan._blocks]
+    assert {block.prompts.full for block in blocks} == {True, False}
+    assert {block.responses.full for block in blocks if block.responses is not None} == {True, False}
     assert {plan._place_T is None for plan in plans} == {True, False}
 
 
@@ -136,6 +137,41 @@ def test_decoding_from_the_shared_prompt_equals_plain_rows(family: str) -> None:
                 assert float(logprobs[i, FLAT[b][t]]) == pytest.approx(float(expected[b][t]), abs=1e-5)
                 checked += 1
     assert checked == sum(max(len(r) - 1, 0) for r in FLAT)
+
+
+def test_groups_that_have_finished_leave_the_cache_of_decoding() -> None:
+    """Whichever groups end first: what decoding attends to is what the dense formula attends to."""
+    stream = torch.Generator().manual_seed(0)
+    lengths, G, steps = (9, 3, 2, 5), 2, 6
+    ends = [2, 1, 6, 5, 1, 1, 3, 6]  # tokens of each response
+    row = pack_row([Group(prompt=tuple(range(n)), responses=()) for n in lengths])
+    for window in (None, 4):
+        prefill = PrefillPlan(row)
+        rule = ScoreRule(0.3, window)
+        prompt = [torch.randn(sum(lengths), n, 8, generator=stream, dtype=torch.float64) for n in (4, 2, 2)]
+        prefill.attend(0, *prompt, rule)
+        plan, held = DecodePlan(prefill.cache, G, steps), []
+        keys = [list(part) for part in prompt[1].split(lengths) for _ in range(G)]
+        values = [list(part) for part in prompt[2].split(lengths) for _ in range(G)]
+        for step in range(steps):
+            active = [b for b, end in enumerate(ends) if end > step]
+            positions = plan.advance(torch.tensor(active))
+            assert positions.tolist() == [lengths[b // G] + step for b in active]
+            query, key, value = (
+                torch.randn(len(active), n, 8, generator=stream, dtype=torch.float64) for n in (4, 2, 2)
+            )
+            out = plan.attend(0, query, key, value, rule)
+            for i, b in enumerate(active):
+                keys[b].append(key[i])
+                values[b].append(value[i])
+                seen = slice(None if window is None else max(len(keys[b]) - window, 0), None)
+                k, v = (torch.stack(one[b][seen]).repeat_interleave(2, 1) for one in (keys, values))
+                weights = (torch.einsum("hd,thd->ht", query[i], k) * 0.3).softmax(-1)
+                assert torch.allclose(out[i], torch.einsum("ht,thd->hd", weights, v), atol=1e-12)
+            held.append((plan._prompts.lengths, plan._prompts.longest))
+        # Groups 0 and 2 have ended after two tokens, and nobody needs 9 columns any more.
+        assert held[:2] == [(lengths, 9)] * 2
+        assert held[2:] == [((3, 5), 5)] * 4
 
 
 def test_decoding_never_copies_the_prompt_cache(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _decode(decoder: Decoder, config: SamplingConfig, drawing: Drawing) -> Sampl
     ends = torch.tensor(sorted(drawing.end_tokens), dtype=torch.int64)
     tokens = torch.zeros(batch, longest, dtype=torch.int64)
     full, drawn_from = torch.zeros(batch, longest), torch.zeros(batch, longest)
-    active = torch.arange(batch)
+    active = rows = torch.arange(batch)
     for t in range(longest):
         if len(active):
             logprobs = _at_temperature(logits, config.temperature)
@@ -101,8 +101,8 @@ def _decode(decoder: Decoder, config: SamplingConfig, drawing: Drawing) -> Sampl
         drawing.on_step(t)
         if t + 1 == longest or not drawing.any_rank(len(active) > 0):
             break
-        # A rank that has finished keeps step with the others on one dummy response; nothing of it is kept.
-        rows = active if len(active) else torch.zeros(1, dtype=torch.int64)
+        # A rank that has finished keeps step with the others on the response that ended last; nothing of it is kept.
+        rows = active if len(active) else rows[:1]
         logits = decoder.advance(rows, tokens[rows, t])
     return _up_to_the_end(tokens, ends, full, drawn_from)
 
@@ -233,5 +233,5 @@ class GroupedDecoder:
 
     def advance(self, rows_A: torch.Tensor, tokens_A: torch.Tensor) -> torch.Tensor:
         """See `Decoder.advance`."""
-        positions_A = self._plan.advance(rows_A.to(self._device))
+        positions_A = self._plan.advance(rows_A)
         return self._policy.logits(self._policy.hidden(tokens_A.to(self._device), positions_A, self._plan))
