@@ -384,14 +384,12 @@ class DecodePlan:
         self._held_N, self._hidden = groups_N, {}
         lengths = tuple(self._prompts.lengths[place] for place in places.tolist())
         places = places.to(self._prompts.lengths_N.device)
-        keys, values = (
-            {layer: cache.index_select(0, places)[:, :, : max(lengths)].contiguous() for layer, cache in caches.items()}
-            for caches in (self._prompts.keys, self._prompts.values)
-        )
-        self._prompts = PromptCache(lengths, self._prompts.lengths_N[places], keys=keys, values=values)
-        for caches in (self._keys, self._values):
-            for layer, cache in caches.items():
+        held = self._prompts
+        for caches in (held.keys, held.values, self._keys, self._values):
+            for layer, cache in caches.items():  # one at a time, so that never two whole caches are alive
                 caches[layer] = cache.index_select(0, places)
+        keys, values = ({n: c[:, :, : max(lengths)] for n, c in caches.items()} for caches in (held.keys, held.values))
+        self._prompts = PromptCache(lengths, held.lengths_N[places], keys=keys, values=values)
 
     def attend(
         self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule
