@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from inference.attention.grouped import DecodePlan, PromptCache
+from inference.attention.decode import DecodePlan
+from inference.attention.packed import PromptCache
 
 
 class StaticDecodePlan(DecodePlan):

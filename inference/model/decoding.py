@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from inference.attention.grouped import DecodePlan, PrefillPlan
+from inference.attention.decode import DecodePlan
+from inference.attention.packed import PrefillPlan
 from inference.attention.packing import Group, pack_row, within
 from inference.model.teacher import Teacher
 from inference.protocol.wire import Request, StateLost

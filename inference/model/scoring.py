@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 
-from inference.attention.grouped import PackedPlan
+from inference.attention.packed import PackedPlan
 from inference.attention.packing import Group, PackedRow, in_batch_order, pack, within
 from inference.model.decoding import Decoding, Decodings
 from inference.model.files import end_ids

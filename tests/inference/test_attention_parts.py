@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.attention import grouped
+from inference.attention import packed
 from inference.attention import prompt_cache as shared_prompt
-from inference.attention.grouped import DecodePlan, PackedPlan, PrefillPlan, ScoreRule, _alike, _parts
+from inference.attention.blocks import alike, parts_of
+from inference.attention.decode import DecodePlan
+from inference.attention.grouped import ScoreRule
+from inference.attention.packed import PackedPlan, PrefillPlan
 from inference.attention.packing import Group, PackedRow, pack_row
 from inference.attention.varlen import VarlenLayout, torch_kernel
 from training.student.token_logprobs import TokenLogprobs
@@ -60,7 +63,7 @@ def test_attention_and_its_gradients_equal_the_dense_formula(
 ) -> None:
     monkeypatch.setattr(shared_prompt, "MAX_WEIGHTS", weights_at_a_time)
     if apart:
-        monkeypatch.setattr(grouped, "_alike", lambda parts, _: [[part] for part in reversed(parts)])
+        monkeypatch.setattr(packed, "alike", lambda parts, _: [[part] for part in reversed(parts)])
     row = a_row()
     inputs = heads(row)
     want = dense(row, *inputs, window)
@@ -82,7 +85,7 @@ def test_short_groups_are_not_padded_to_long_ones() -> None:
     tale = Group(prompt=(1,) * 11, responses=((2,) * 20,) * 8)
 
     def blocks(*groups: Group) -> list[int]:
-        return [len(block) for block in _alike(_parts(pack_row(groups)), torch.device("cpu"))]
+        return [len(block) for block in alike(parts_of(pack_row(groups)), torch.device("cpu"))]
 
     assert blocks(*short, *texts, *tales) == [20, 2, 4]
     assert blocks(*short) == [20]
@@ -115,7 +118,7 @@ def varlen_attention(
 def test_the_layout_for_flash_attention(window: int | None) -> None:
     row = a_row()
     inputs = tuple(t.detach() for t in heads(row))
-    layout = VarlenLayout(_parts(row), torch.device("cpu"))
+    layout = VarlenLayout(parts_of(row), torch.device("cpu"))
     # Prompts of 5, 1 and 3; responses give one input less than they have tokens, and those with none are left out.
     assert layout.settings["cu_seqlens_q"].tolist() == [0, 5, 6, 9, 11, 14, 15, 17, 20]
     assert layout.settings["cu_seqlens_k"].tolist() == [0, 5, 6, 9, 16, 24, 26, 31, 37]
@@ -177,7 +180,7 @@ def test_torchs_own_kernel_is_called_with_what_flash_attention_takes(
     assert kernel is not None
     row = a_row()
     inputs = tuple(x[..., :size] for x in heads(row))
-    got = VarlenLayout(_parts(row), torch.device("cpu")).attend(kernel, *inputs, scale=0.3, window=window)
+    got = VarlenLayout(parts_of(row), torch.device("cpu")).attend(kernel, *inputs, scale=0.3, window=window)
     assert got.shape[-1] == size
     torch.testing.assert_close(got, dense(row, *inputs, window=window), atol=1e-12, rtol=0)
     assert seen == [{"enable_gqa": True} if asks_for_groups else {}]
@@ -230,7 +233,7 @@ def test_no_layer_waits_for_the_device(window: int | None) -> None:
     """Forward and backward of a packed row, prefill and decoding: nothing in `attend` reads a number on the host."""
     row = a_row()
     inputs = heads(row)
-    varlen = VarlenLayout(_parts(row), torch.device("cpu"))
+    varlen = VarlenLayout(parts_of(row), torch.device("cpu"))
     kernel = torch_kernel(lambda query, key, value, *_, scale, window_size: query * scale + key.sum() + value.sum())
     assert kernel is not None
     plan = PackedPlan(row)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.attention.grouped import DecodePlan, PackedPlan, PrefillPlan, ScoreRule, register_with_transformers
+from inference.attention.decode import DecodePlan
+from inference.attention.grouped import ScoreRule, register_with_transformers
+from inference.attention.packed import PackedPlan, PrefillPlan
 from inference.attention.packing import Group, groups_of, in_batch_order, pack, pack_row
 from tests.support.student_models import FAMILIES, build, plain_logprobs
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import torch
 
 from configs.schema import LossConfig
-from inference.attention.grouped import DecodePlan
+from inference.attention.decode import DecodePlan
 from inference.attention.packing import PackedRow
 from training.losses import PolicyTokens, ReverseKL, policy_loss
 from training.run.cli import demo_config, parse

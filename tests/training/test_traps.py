@@ -214,7 +214,7 @@ def one_rank() -> Iterator[None]:
 
 
 def test_trap_27_the_teacher_is_frozen_and_in_evaluation_mode(one_rank: None, tmp_path: Path) -> None:
-    from inference.attention.grouped import PackedPlan
+    from inference.attention.packed import PackedPlan
     from inference.model.teacher import Teacher
 
     teacher_models.build("llama", tmp_path)

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from inference.attention.grouped import AttentionPlan, PackedPlan, register_with_transformers
+from inference.attention.grouped import AttentionPlan, register_with_transformers
+from inference.attention.packed import PackedPlan
 from inference.attention.packing import PackedRow
 from inference.attention.plain_rows import plain_rows
 from training.losses import TokenTerm, without_columns

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from configs.schema import SamplingConfig
-from inference.attention.grouped import DecodePlan, PrefillPlan, PromptCache
+from inference.attention.decode import DecodePlan
+from inference.attention.packed import PrefillPlan, PromptCache
 from inference.attention.packing import Group, pack_row
 from inference.attention.static_decode import StaticDecodePlan
 from rewards.tokens import from_grid

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from configs.schema import RunConfig
-from inference.attention.grouped import PackedPlan, ScoreRule
+from inference.attention.grouped import ScoreRule
+from inference.attention.packed import PackedPlan
 from inference.attention.packing import PackedRow
 from inference.model.families import Architecture
 from inference.model.weights import kv_groups, padded

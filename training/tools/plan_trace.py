@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from configs.schema import RunConfig, SamplingConfig, StudentConfig
-from inference.attention.grouped import DecodePlan, PrefillPlan
+from inference.attention.decode import DecodePlan
+from inference.attention.packed import PrefillPlan
 from inference.attention.packing import Group, PackedRow, pack, pack_row
 from training.student.adapters import add_adapter
 from training.student.loading import DTYPES, without_dropout

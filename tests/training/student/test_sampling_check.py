@@ -14,7 +14,7 @@ WORKER = """
 import dataclasses, json, logging, sys
 import torch
 from configs.schema import ActorConfig, RunConfig, SamplingConfig, StudentConfig
-from inference.attention.grouped import DecodePlan
+from inference.attention.decode import DecodePlan
 from training.experience import Prompt
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
