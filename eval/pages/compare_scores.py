@@ -26,20 +26,6 @@ from eval.pages.page_parts import answer_key
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def interval_of(value: Value) -> Interval | None:
-    """The interval of a value that has one."""
-    return None if value.low is None or value.high is None else Interval(value.value, value.low, value.high)
-
-
-@dataclass(frozen=True)
 class Measure:
     """A column of the comparison."""
 
@@ -50,12 +36,9 @@ class Measure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """One model on one measure."""
+class Score(Value):
+    """One model on one measure; without an interval where nothing is known of single examples."""
 
-    value: float
-    interval: Interval | None = None
-    """95 %; None where nothing is known of single examples."""
     examples: Examples | None = None
     """For pairing with another model on the same examples."""
     conditions: Mapping[str, str]
@@ -185,8 +168,8 @@ def read_teacher_check(result: Result, folder: Path, who: str) -> Scores:
         return {}
     one = result.values[f"{who}/accuracy"]
     conditions = {"sentences": f"{result.data['path']}, {result.data['rows']} pairs of the run"}
-    found = interval_of(Value(100.0 * one.value, 100.0 * (one.low or 0.0), 100.0 * (one.high or 0.0)))
-    return {"pairs/accuracy": Score(value=100.0 * one.value, interval=found, conditions=conditions)}
+    low, high = 100.0 * (one.low or 0.0), 100.0 * (one.high or 0.0)
+    return {"pairs/accuracy": Score(value=100.0 * one.value, low=low, high=high, conditions=conditions)}
 
 
 def read_translate(result: Result, folder: Path) -> Scores:
@@ -226,10 +209,8 @@ def read_euroeval(result: Result, folder: Path) -> Scores:
         caveat = None if row["comparable"] else str(row["why_not"] or "not the leaderboard's settings")
         for name, scores in row["scores"].items():
             ids = [f"iteration {place}" for place in range(len(scores))]
-            value = result.values[f"{task}/{name}"]
             found[f"euroeval/{task}/{name}"] = Score(
-                value=value.value,
-                interval=interval_of(value),
+                **vars(result.values[f"{task}/{name}"]),
                 examples=_questions(folder, row, name)
                 or (means(ids, scores) if len(scores) >= LEAST_ITERATIONS else None),
                 conditions=conditions,
@@ -285,9 +266,9 @@ def read_file(file: Path, read: Callable[[Result, Path], Scores]) -> Scores:
         raise ValueError(f"{file}: not as this version writes it ({reason}); evaluate again") from None
 
 
-def _score(value: float, examples: Examples | None, conditions: Mapping[str, str]) -> Score:
-    found = None if examples is None else interval_of(interval(examples))
-    return Score(value=value, interval=found, examples=examples, conditions=conditions)
+def _score(value: float, examples: Examples, conditions: Mapping[str, str]) -> Score:
+    drawn = interval(examples)
+    return Score(value=value, low=drawn.low, high=drawn.high, examples=examples, conditions=conditions)
 
 
 def _digest(value: Sequence[Any]) -> str:

@@ -31,8 +31,9 @@ def bounds(found: Any, digits: int, show: Callable[[float, int], str] = number) 
 
 
 def ranged(found: Any, digits: int, show: Callable[[float, int], str] = number) -> str:
-    """`23.5 [18.2, 29.0]`."""
-    return f"{show(found.value, digits)} {bounds(found, digits, show)}"
+    """`23.5 [18.2, 29.0]`; the value alone where it has no interval."""
+    value = show(found.value, digits)
+    return value if found.low is None else f"{value} {bounds(found, digits, show)}"
 
 
 def render(template: str, title: str, **values: Any) -> str:
