@@ -18,7 +18,7 @@ from typing import Any
 from configs.io.hub import has_tokenizer
 from configs.schema import DEMO, RunConfig, TeacherConfig, require
 from inference.model.families import Architecture, parse_architecture
-from inference.model.files import model_directory
+from inference.model.files import model_directory, tensor_parallel_sizes
 from inference.protocol.fingerprint import tokenizer_fingerprint
 from training.algorithms import ALGORITHMS, check_choices
 from training.data.preflight import room_for_prompt
@@ -130,11 +130,6 @@ def fewest_with_changes(config: RunConfig, tracer: Tracer, card: int) -> tuple[f
         if best[0] < math.inf:
             break
     return best
-
-
-def tensor_parallel_sizes(heads: int) -> list[int]:
-    """Ranks that one teacher can have: each takes the same number of heads."""
-    return [size for size in range(1, heads + 1) if heads % size == 0]
 
 
 def smallest_teacher(config: RunConfig, facts: ModelFacts, card: int) -> float:
