@@ -40,7 +40,7 @@ from training.data.preflight import (
     load_inputs,
     with_model_directories,
 )
-from training.evaluation import evaluate_student, evaluate_teacher, validation_summary
+from training.evaluation import evaluate, evaluate_teacher, validation_summary
 from training.experience import Prompt
 from training.loop import save_checkpoint, saved_parts, train
 from training.losses import Head
@@ -188,7 +188,11 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     run = Run(config, models, setup.inputs.corpus, folder, opened.checkpoints, supervisor.watch(progress.step))
     run.points.enter("evaluation")
     heldout = setup.inputs.heldout
-    before = _evaluation_once(run, "before", lambda: evaluate_student(run, heldout, config.student.path))
+
+    def evaluated(model: str) -> Result:
+        return evaluate(models.actor, models.teacher, heldout, config, model)
+
+    before = evaluation_once(folder, "before", lambda: evaluated(config.student.path))
     _check_teacher(run, heldout)
     setup.stop.defer()
     try:
@@ -210,12 +214,12 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     if RECIPES[config.recipe].interpolate:
         interpolate(models.actor, config.student.path, config.distill.warp_rate)
     export(models.actor, folder.export)
-    after = evaluate_student(run, heldout, str(folder.export))
+    after = evaluated(str(folder.export))
     if distributed.is_main():
         after.write(folder.evaluation("after"))
     # One rank asks the teacher for answers; the others wait at the next collective.
-    teacher = _evaluation_once(
-        run,
+    teacher = evaluation_once(
+        folder,
         "teacher",
         lambda: evaluate_teacher(models.teacher, heldout, config) if distributed.is_main() else None,
     )
@@ -223,7 +227,7 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     evaluations = {"eval_before": before, "eval_after": after.numbers, "teacher_eval": teacher}
     if (other := config.eval.beside) is not None:
         interpolate(models.actor, other, 0.0)
-        evaluations["eval_beside"] = _evaluation_once(run, "beside", lambda: evaluate_student(run, heldout, other))
+        evaluations["eval_beside"] = evaluation_once(folder, "beside", lambda: evaluated(other))
     supervisor.finished(progress.step)
     if distributed.is_main():  # before summary.json: a start that finds it has nothing left to do
         how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
@@ -365,27 +369,21 @@ def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Refe
 
 
 def find_teacher(teacher: TeacherConfig, work_dir: Path, stack: ExitStack) -> tuple[str, str]:
-    """Address and secret for every rank; a server that is started here is rank 0's. Collective."""
+    """Address and secret for every rank: a running server's, or those of one that rank 0 starts and takes down with
+    `stack`, with its log in `work_dir`. Collective."""
     if teacher.address is not None:
-        return find_or_start(teacher, work_dir, stack)
-    found = find_or_start(teacher, work_dir, stack) if distributed.is_main() else ("", "")
+        return teacher.address, os.environ.get(SECRET, "")
+    found = ("", "")
+    if distributed.is_main():
+        local = stack.enter_context(start_local_teacher(teacher, Path(teacher.path), work_dir))
+        found = (local.address, local.secret)
     address, secret, *_ = distributed.gather_strings(found)
     return address, secret
 
 
-def find_or_start(teacher: TeacherConfig, work_dir: Path, stack: ExitStack) -> tuple[str, str]:
-    """Address and secret: a running server's, or those of one that this process starts and takes down with `stack`. Its
-    log is in `work_dir`."""
-    if teacher.address is not None:
-        return teacher.address, os.environ.get(SECRET, "")
-    local = start_local_teacher(teacher, Path(teacher.path), work_dir)
-    stack.callback(local.stop)
-    return local.address, local.secret
-
-
-def _evaluation_once(run: Run, name: str, evaluate: Callable[[], Result | None]) -> dict[str, float]:
+def evaluation_once(folder: RunFolder, name: str, evaluate: Callable[[], Result | None]) -> dict[str, float]:
     """Evaluate, or read what an earlier start of this run wrote. Collective; scores count on rank 0."""
-    file = run.folder.evaluation(name)
+    file = folder.evaluation(name)
     saved = find_result(file)
     missing = distributed.any_rank(distributed.is_main() and saved is None)  # others may not see it yet, over NFS
     found = evaluate() if missing else saved
