@@ -137,8 +137,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     require(entries <= facts.columns, "loss.single_step_entries", entries, mend)
     check_recipe(config, facts.same_tokenizer)
     check_mixing(config, facts.same_tokenizer)
-    others = [teacher_facts(config, extra, f"teachers[{i}]") for i, extra in enumerate(config.teachers)]
-    every = {"teacher.path": facts, **{f"teachers[{i}].path": one for i, one in enumerate(others)}}
+    every = {f"{key}.path": teacher_facts(config, one, key) for key, one in config.every_teacher.items()}
     for key, one in every.items():
         check_tokenizers(config, key, one)
     inputs = load_inputs(config, facts.student)
@@ -286,12 +285,9 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
     link = connect(config.teacher, place, facts, stack, actor.teacher_head)
     if facts.same_tokenizer:
         _check_answers(config, link)
-    others = [
-        connect(extra, where, teacher_facts(config, extra), stack)
-        for extra, where in zip(config.teachers, beside, strict=True)
-    ]
-    keys = ("teacher", *(f"teachers[{i}]" for i in range(len(others))))
-    for key, teacher, one in zip(keys, (config.teacher, *config.teachers), (link, *others), strict=True):
+    pairs = zip(config.teachers, beside, strict=True)
+    others = [connect(extra, where, teacher_facts(config, extra), stack) for extra, where in pairs]
+    for (key, teacher), one in zip(config.every_teacher.items(), (link, *others), strict=True):
         check_served_model(key, teacher, one)
         check_served_room(f"{key}.path", one, config, setup.inputs.prompts)
     bilingual = None
