@@ -22,7 +22,7 @@ from configs.io.results import Result, Value, find_result
 from eval.euroeval.metrics import squad_v2
 from eval.measures.intervals import Examples, interval, means, translations
 from eval.measures.open_questions import shares
-from eval.pages.page_parts import answer_key
+from eval.pages.page_parts import HELDOUT, answer_key
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,7 @@ GROUPS = {
     "translate": "Translation",
 }
 _KNOWN = {
-    "heldout/f1": Measure("heldout", "F1, %", True, 1),
-    "heldout/exact_match": Measure("heldout", "Exact match, %", True, 1),
-    "heldout/reverse_kl": Measure("heldout", "Reverse KL, nats a token", False, 3),
-    "heldout/open_right": Measure("heldout", "Open: right, %", True, 1),
-    "heldout/open_different": Measure("heldout", "Open: right and different, %", True, 1),
-    "heldout/open_kl": Measure("heldout", "Open: reverse KL", False, 3),
+    **{f"heldout/{k}": Measure("heldout", name, not k.endswith("kl"), digits) for k, (name, digits) in HELDOUT.items()},
     "open/right": Measure("open", "Right, %", True, 1),
     "open/different": Measure("open", "Right and different, %", True, 1),
     "euroeval/foqa/f1": Measure("euroeval", "FoQA F1", True, 1),
