@@ -54,7 +54,7 @@ def _plot(key: str, rows: list[Row]) -> Plot:
 
 def _draw(axes: Axes, place: int, kind: str, cell: Cell) -> None:
     colour, shape = MARKS[kind]
-    if cell.score.low is not None:
+    if cell.score.low is not None and cell.score.high is not None:
         axes.plot([cell.score.low, cell.score.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
     fill = "none" if cell.marks else colour  # hollow: not to be compared
     axes.plot([cell.score.value], [place], shape, color=colour, markerfacecolor=fill, markersize=5, markeredgewidth=1.3)
