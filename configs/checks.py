@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -53,9 +53,7 @@ def validate(config: RunConfig) -> None:
     """Check everything that the values alone decide: each number's range, then what goes together. Raises ValueError
     naming key, value and mend."""
     check_ranges(config)
-    for rules in (_run_rules, _data_rules, _sampling_rules, _loss_rules, _reward_rules):
-        for key, holds, mend in rules(config):
-            require(holds, key, attrgetter(key)(config), mend)
+    check_rules(config, _rules(config))
     try:
         re.compile(config.rewards.format_pattern)
     except (re.error, RecursionError, OverflowError) as error:
@@ -74,103 +72,58 @@ def is_folder_name(name: str) -> bool:
     return "/" not in name and name.strip() == name and name not in ("", ".", "..") and name.isprintable()
 
 
-Rules = Iterator[tuple[str, bool, str]]
-"""(key, whether its value goes with the others, the mend)."""
-VALIDATION = "needs validations in the loop: set eval.every"
+def check_rules(config: RunConfig, rules: Iterable[tuple[str, bool, str]]) -> None:
+    """`rules`: (key, whether its value goes with the others, the mend). Raises ValueError for one that does not."""
+    for key, holds, mend in rules:
+        require(holds, key, attrgetter(key)(config), mend)
 
 
-def _run_rules(config: RunConfig) -> Rules:
-    yield (
-        "name",
-        config.name is None or is_folder_name(config.name),
-        "must be a plain folder name, in one line; choose the parent with runs_dir",
-    )
+def _rules(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
+    """What goes together."""
+    named = config.name is None or is_folder_name(config.name)
+    yield "name", named, "must be a plain folder name, in one line; choose the parent with runs_dir"
     for key in ("runs_dir", "cache_dir", "sft.output"):
         unread = re.match(r"~|.*\$[A-Za-z{]", str(attrgetter(key)(config)))
         yield key, unread is None, "write the whole path: `~` or `$NAME` would be a folder of that name"
-    updates = config.actor.updates_per_rollout
-    yield (
-        "prompts_per_step",
-        config.prompts_per_step % updates == 0,
-        f"must be a multiple of actor.updates_per_rollout ({updates})",
-    )
-    yield (
-        "stuck_timeout_s",
-        config.stuck_timeout_s > config.teacher.timeout_s,
-        f"must be above teacher.timeout_s ({config.teacher.timeout_s:g}), which a rank may wait for",
-    )
-    yield (
-        "student.adapter.four_bit",
-        not config.student.adapter.four_bit or config.student.adapter.rank > 0,
-        "4-bit weights are frozen: set student.adapter.rank (16 is usual), which is what is trained then",
-    )
-    yield (
-        "export.push_to_hub",
-        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", config.export.push_to_hub or "owner/name")),
-        "name a repository of the hub as owner/name",
-    )
-    validates = config.eval.every > 0
-    yield "eval.patience", validates or config.eval.patience == 0, VALIDATION
-    yield "eval.export", validates or config.eval.export == "last", VALIDATION
-    yield "data.validation", validates or config.data.validation is None, VALIDATION
-
-
-def _data_rules(config: RunConfig) -> Rules:
-    for key, slot in (
-        ("data.template", "{question}"),
-        ("rewards.bilingual.instruction", "{text}"),
-        ("rewards.bilingual.template", "{question}"),
-    ):
+    updates, teacher_s = config.actor.updates_per_rollout, config.teacher.timeout_s
+    mend = f"must be a multiple of actor.updates_per_rollout ({updates})"
+    yield "prompts_per_step", config.prompts_per_step % updates == 0, mend
+    mend = f"must be above teacher.timeout_s ({teacher_s:g}), which a rank may wait for"
+    yield "stuck_timeout_s", config.stuck_timeout_s > teacher_s, mend
+    adapter, repository = config.student.adapter, config.export.push_to_hub or "owner/name"
+    mend = "4-bit weights are frozen: set student.adapter.rank (16 is usual), which is what is trained then"
+    yield "student.adapter.four_bit", not adapter.four_bit or adapter.rank > 0, mend
+    mend = "name a repository of the hub as owner/name"
+    yield "export.push_to_hub", bool(re.fullmatch(r"[\w.-]+/[\w.-]+", repository)), mend
+    validates, mend = config.eval.every > 0, "needs validations in the loop: set eval.every"
+    yield "eval.patience", validates or config.eval.patience == 0, mend
+    yield "eval.export", validates or config.eval.export == "last", mend
+    yield "data.validation", validates or config.data.validation is None, mend
+    slots = {
+        "data.template": "{question}",
+        "rewards.bilingual.instruction": "{text}",
+        "rewards.bilingual.template": "{question}",
+    }
+    for key, slot in slots.items():
         yield key, slot in attrgetter(key)(config), f"must contain {slot}"
-        if slot == "{question}":
-            before = "a row's context stands before it in a line of its own, so leave {context} out"
-            yield key, "{context}" not in attrgetter(key)(config), before
+        without = slot == "{text}" or "{context}" not in attrgetter(key)(config)
+        yield key, without, "a row's context stands before it in a line of its own, so leave {context} out"
     broken = (
         "\\n is a backslash and an n there; for a line break write it between double quotes in YAML, as $'...' in bash"
     )
-    templates = ("data.template", "rewards.bilingual.template", "rewards.bilingual.instruction")
-    for key in (*templates, "student.system_prompt", "teacher.system_prompt"):
+    for key in (*slots, "student.system_prompt", "teacher.system_prompt"):
         yield key, "\\n" not in (attrgetter(key)(config) or ""), broken
-
-
-def _sampling_rules(config: RunConfig) -> Rules:
-    sampling = config.sampling
-    yield (
-        "sampling.temperature",
-        sampling.teacher_mix == 0 or sampling.temperature == 1,
-        "sampling.teacher_mix mixes the two models' distributions at temperature 1",
-    )
-
-
-def _loss_rules(config: RunConfig) -> Rules:
-    loss = config.loss
-    yield (
-        "loss.gradient_shares_every",
-        loss.gradient_shares_every == 0 or config.actor.zero_stage < 3,
-        "measures gradients outside DeepSpeed's own pass, which ZeRO 3 does not allow: set it to 0, or "
-        "actor.zero_stage to 2",
-    )
-    yield (
-        "loss.pt_coef",
-        not loss.pt_coef or config.data.text is not None,
-        "needs raw text: set data.text to a JSONL file with a `text` in each row",
-    )
-
-
-def _reward_rules(config: RunConfig) -> Rules:
-    rewards = config.rewards
-    yield (
-        "rewards.length_max_words",
-        rewards.length_max_words >= rewards.length_min_words,
-        f"must be at least rewards.length_min_words ({rewards.length_min_words})",
-    )
-    yield (
-        "rewards.bilingual.path",
-        rewards.bilingual_weight == 0 or rewards.bilingual.path is not None,
-        "name the model that translates, or set rewards.bilingual_weight to 0",
-    )
-    yield (
-        "rewards.judge.model",
-        rewards.judge_weight == 0 or rewards.judge.model is not None,
-        "name the model that judges, or set rewards.judge_weight to 0",
-    )
+    sampling, loss, rewards = config.sampling, config.loss, config.rewards
+    mend = "sampling.teacher_mix mixes the two models' distributions at temperature 1"
+    yield "sampling.temperature", sampling.teacher_mix == 0 or sampling.temperature == 1, mend
+    mend = "measures gradients outside DeepSpeed's own pass, which ZeRO 3 does not allow: set it to 0, or "
+    measurable = loss.gradient_shares_every == 0 or config.actor.zero_stage < 3
+    yield "loss.gradient_shares_every", measurable, f"{mend}actor.zero_stage to 2"
+    mend = "needs raw text: set data.text to a JSONL file with a `text` in each row"
+    yield "loss.pt_coef", not loss.pt_coef or config.data.text is not None, mend
+    mend = f"must be at least rewards.length_min_words ({rewards.length_min_words})"
+    yield "rewards.length_max_words", rewards.length_max_words >= rewards.length_min_words, mend
+    translated = rewards.bilingual_weight == 0 or rewards.bilingual.path is not None
+    yield "rewards.bilingual.path", translated, "name the model that translates, or set rewards.bilingual_weight to 0"
+    judged = rewards.judge_weight == 0 or rewards.judge.model is not None
+    yield "rewards.judge.model", judged, "name the model that judges, or set rewards.judge_weight to 0"

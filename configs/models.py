@@ -28,8 +28,8 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig:
-    """The model being trained."""
+class AskedConfig:
+    """A model that answers questions, and how it is asked."""
 
     path: str = DEMO
     """Hugging Face model directory (config.json, safetensors, tokenizer), a hub id, or `demo`."""
@@ -40,6 +40,12 @@ class StudentConfig:
     """A system message before the user's (chat)."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     """What else its chat template takes, as `{"enable_thinking": false}` (Qwen 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(AskedConfig):
+    """The model being trained."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and compute type of the student, the reference and the critic. Log-softmax is always float32."""
     gradient_checkpointing: bool = False
@@ -62,18 +68,9 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(AskedConfig):
     """The frozen large model behind inference/serve_teacher.py."""
 
-    path: str = DEMO
-    """Hugging Face model directory (config.json, safetensors, tokenizer) or `demo`."""
-    prompt: Literal["auto", "plain", "chat"] = "auto"
-    """How it is asked: in the text of data.template (plain), with that as a user's message in its tokenizer's chat
-    template (chat), or so where it has one (auto)."""
-    system_prompt: str | None = None
-    """A system message before the user's (chat)."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
-    """What else its chat template takes, as `{"enable_thinking": false}` (Qwen 3)."""
     backend: str = "auto"
     """What runs it: `megatron`, `transformers` (any causal language model, one process, slower), `openai` (a vLLM or
     SGLang at `url`), or another row of BACKENDS (inference/model/backend.py). `auto`: `openai` where there is a `url`,

@@ -204,6 +204,11 @@ class RunConfig:
         recipe = "" if self.recipe == "rl" else f"-{self.recipe}"
         return self.name or f"{self.algo}-{self.reward}{recipe}" + (f"-seed{self.seed}" if self.seed else "")
 
+    @property
+    def every_teacher(self) -> dict[str, TeacherConfig]:
+        """All teachers by the keys of their settings: teacher, teachers[0], ..."""
+        return {"teacher": self.teacher, **{f"teachers[{i}]": one for i, one in enumerate(self.teachers)}}
+
 
 def as_dict(config: RunConfig) -> dict[str, object]:
     """Plain nested values, ready for YAML."""

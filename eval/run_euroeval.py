@@ -20,7 +20,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # started as a script: the repository first, and no file of this folder hides a library
@@ -63,42 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def ask(args: argparse.Namespace) -> None:
     """Every model the tasks, and the run's own held-out questions first. Raises ValueError where something is to be
-    mended."""
-    plan = _plan(args)
-    if args.heldout and (own := [model for model in plan.models if run_of(model)]):
-        heldout.ask(own, None, args.runs_dir)
-    if importlib.util.find_spec("euroeval") is None:
-        raise ValueError(INSTALL)
-    if plan.problem:
-        raise ValueError(plan.problem)
-    results = [_evaluate(model, plan.settings, args) for model in plan.models]
-    _print_table(results)
-    for model in plan.models:
-        print(f"written: {os.path.relpath(output_folder(model, args.runs_dir))}/{RESULT}")
-
-
-def _evaluate(model: str, settings: Settings, args: argparse.Namespace) -> Result:
-    import torch  # late, as a mistake in the arguments is told without it
-
-    from eval.measures.model import Model
-
-    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    return evaluate(Model(path=model, dtype=dtype, runs_dir=args.runs_dir), settings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What will be asked of whom, checked as far as that goes without importing anything heavy."""
-
-    models: list[str]
-    """As the user calls them, which says where results go: those of a hub id not by its place in the hub's cache."""
-    settings: Settings
-    problem: str | None
-    """Why EuroEval cannot run; the held-out questions can be asked all the same."""
-
-
-def _plan(args: argparse.Namespace) -> Plan:
-    """Check models, data and output; ValueError names what to mend."""
+    mended, in models, data and output before anything heavy is imported."""
+    # As the user calls them, which says where results go: those of a hub id not by its place in the hub's cache.
     models = [str(model) for model in args.model or [newest_export(args.runs_dir)]]
     for model in models:
         check_model(model)
@@ -117,7 +82,21 @@ def _plan(args: argparse.Namespace) -> Plan:
         kind=args.kind,
         batch=args.batch,
     )
-    return Plan(models=models, settings=settings, problem=problem)
+    if args.heldout and (own := [model for model in models if run_of(model)]):
+        heldout.ask(own, None, args.runs_dir)
+    if importlib.util.find_spec("euroeval") is None:
+        raise ValueError(INSTALL)
+    if problem:  # the held-out questions could be asked all the same
+        raise ValueError(problem)
+    import torch
+
+    from eval.measures.model import Model
+
+    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    results = [evaluate(Model(path=model, dtype=dtype, runs_dir=args.runs_dir), settings) for model in models]
+    _print_table(results)
+    for model in models:
+        print(f"written: {os.path.relpath(output_folder(model, args.runs_dir))}/{RESULT}")
 
 
 def _check_writable(output: Path, name: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import torch
 
-from configs.checks import require
+from configs.checks import check_rules, require
 from configs.schema import RunConfig
 from rewards import REWARDS
 from training.experience import Rewarded
@@ -45,41 +45,24 @@ ALGORITHMS: dict[str, Algorithm] = {"grpo": GRPO(), "ppo": PPO()}
 
 def check_choices(config: RunConfig) -> None:
     """Algorithm, reward and recipe are rows of their tables, and go together. Raises ValueError with the mend."""
-    tables: tuple[tuple[str, str, Iterable[str]], ...] = (
-        ("algo", config.algo, ALGORITHMS),
-        ("reward", config.reward, REWARDS),
-        ("recipe", config.recipe, RECIPES),
-    )
-    for key, name, table in tables:
+    tables: dict[str, Collection[str]] = {"algo": ALGORITHMS, "reward": REWARDS, "recipe": RECIPES}
+    for key, table in tables.items():
+        name = getattr(config, key)
         require(name in table, key, name, f"is unknown; use one of {', '.join(table)}")
-    algorithm, recipe = ALGORITHMS[config.algo], RECIPES[config.recipe]
-    require(
-        not algorithm.compares_groups or config.sampling.group_size >= 2,
-        "sampling.group_size",
-        config.sampling.group_size,
-        f"--algo {config.algo} compares responses to the same prompt; use at least 2",
-    )
-    require(
-        not recipe.ranks_groups or algorithm.compares_groups,
-        "algo",
-        config.algo,
-        f"recipe {config.recipe} ranks the responses of a group: use --algo grpo",
-    )
-    require(
-        not recipe.ranks_groups or config.sampling.teacher_mix == 0,
-        "sampling.teacher_mix",
-        config.sampling.teacher_mix,
-        f"recipe {config.recipe} ranks the student's own responses: set it to 0",
-    )
-    require(
-        not config.teachers or recipe.policy_gradient,
-        "teachers",
-        [teacher.name for teacher in config.teachers],
-        f"recipe {config.recipe} has no reward to which other teachers could add: leave them out, or use --recipe rl",
-    )
-    require(
-        config.loss.single_step_entries == 0 or not recipe.always_divergence,
-        "loss.single_step_entries",
-        config.loss.single_step_entries,
-        f"recipe {config.recipe} needs the whole distribution: set it to 0",
-    )
+    check_rules(config, _rules(config))
+    names, mend = [teacher.name for teacher in config.teachers], "leave them out, or use --recipe rl"
+    mend = f"recipe {config.recipe} has no reward to which other teachers could add: {mend}"
+    require(not names or RECIPES[config.recipe].policy_gradient, "teachers", names, mend)
+
+
+def _rules(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
+    """What goes together (configs/checks.py)."""
+    algorithm, recipe, named = ALGORITHMS[config.algo], RECIPES[config.recipe], f"recipe {config.recipe}"
+    mend = f"--algo {config.algo} compares responses to the same prompt; use at least 2"
+    yield "sampling.group_size", not algorithm.compares_groups or config.sampling.group_size >= 2, mend
+    mend = f"{named} ranks the responses of a group: use --algo grpo"
+    yield "algo", not recipe.ranks_groups or algorithm.compares_groups, mend
+    mend = f"{named} ranks the student's own responses: set it to 0"
+    yield "sampling.teacher_mix", not recipe.ranks_groups or config.sampling.teacher_mix == 0, mend
+    mend = f"{named} needs the whole distribution: set it to 0"
+    yield "loss.single_step_entries", not recipe.always_divergence or config.loss.single_step_entries == 0, mend

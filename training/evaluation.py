@@ -36,16 +36,11 @@ EVALUATION_STEP = 2**40
 """Step number of evaluation samples in their seeds, so that they repeat no training sample."""
 
 
-def evaluate_student(run: Run, prompts: Sequence[Prompt], model: str) -> Result:
-    """Greedy answers for F1 and exact match, sampled ones for the reverse KL and for the open questions. `model`: what
-    the student is called. Collective: ranks share the questions."""
-    return evaluate(run.models.actor, run.models.teacher, prompts, run.config, model)
-
-
 def evaluate(
     actor: Actor, link: TeacherLink | None, prompts: Sequence[Prompt], config: RunConfig, model: str
 ) -> Result:
-    """The same; without a teacher there is no KL. Collective."""
+    """Greedy answers for F1 and exact match, sampled ones for the reverse KL (with a teacher) and the open questions.
+    `model`: what the student is called. Collective: ranks share the questions."""
     closed, open_ones = by_kind(prompts)
     kl = None if link is None else sampled_answers(actor, link, closed, config)[0]
     found = score_answers(closed, greedy_answers(actor, closed, config), config, model, kl)

@@ -71,23 +71,29 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """What was sampled."""
+class Samples:
+    """Responses of a sampler, ordered by prompt."""
 
-    prompts_N: Sequence[Prompt]
-    group_size: int
-    """G."""
     responses_B: Sequence[tuple[int, ...]]
     """Token ids, the end symbol included where there is one."""
     finished_B: torch.Tensor
     """bool, the response ended with an end symbol."""
-    texts_B: Sequence[str]
-    """Response texts, special symbols removed, stripped."""
     behavior_logprobs_S: torch.Tensor
     """float32 log-probability under the full softmax at the sampling temperature, nats. The importance ratio uses
     these."""
     sampled_logprobs_S: torch.Tensor
     """float32 log-probability under the distribution that was drawn from (mixed with the teacher's or not), nats."""
+
+
+@dataclass(frozen=True)
+class Rollout(Samples):
+    """What was sampled, with the prompts."""
+
+    prompts_N: Sequence[Prompt]
+    group_size: int
+    """G."""
+    texts_B: Sequence[str]
+    """Response texts, special symbols removed, stripped."""
 
     @property
     def lengths_B(self) -> torch.Tensor:

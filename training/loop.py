@@ -223,7 +223,7 @@ def save_checkpoint(run: Run, progress: Progress) -> None:
         run.checkpoints.save(saved_parts(run.models), progress)
         if progress.is_best:
             distributed.together(lambda: run.checkpoints.mark_best(progress.step), OSError)
-    run.points.limit.took_checkpoint(run.checkpoints.seconds)
+    run.points.limit.checkpoint_s = run.checkpoints.seconds
 
 
 def saved_parts(models: Models) -> dict[str, Saveable]:

@@ -153,11 +153,9 @@ def truncated_importance(old_logprobs: torch.Tensor, behavior_logprobs: torch.Te
 
 TokenTerm = Callable[[torch.Tensor, slice], torch.Tensor]
 """From the policy's vocabulary logits [C, V] (the model's type, temperature 1) at some of a row's S response tokens,
-and the slice of S that they are, to one number for each, float32 [C]. The classes below are such terms:
-each is built for the tokens of one row, and compares plain softmaxes (temperature 1), because that is the policy
-that is distilled."""
-
-
+and the slice of S that they are, to one number for each, float32 [C] nats. The functions below that end in `_term` make
+them, each for the tokens of one row; they compare plain softmaxes (temperature 1), because that is the policy that is
+distilled."""
 Head = Callable[[torch.Tensor], torch.Tensor]
 NEVER = -1e30
 """Logit of a column that no token has. Finite, because 0 times its log-probability has to be 0."""
@@ -203,66 +201,38 @@ class WholeDistribution:
         return policy_CV[:, :shared], own_CV[:, :shared]
 
 
-@dataclass(frozen=True)
-class ReverseKL:
-    """Exact KL(pi || p) at each state: MiniLLM's single-step part (arXiv 2306.08543, eq. 3), or a full KL penalty."""
-
-    other: WholeDistribution
-    """p."""
-
-    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
-        """Nats, float32 [C]."""
-        return reverse_kl(*self.other.beside(logits_SV, piece))
+def reverse_kl_term(other: WholeDistribution) -> TokenTerm:
+    """Exact KL(pi || p) at each state: MiniLLM's single-step part (arXiv 2306.08543, eq. 3), or a full KL penalty. p is
+    `other`."""
+    return lambda logits_CV, piece: reverse_kl(*other.beside(logits_CV, piece))
 
 
-@dataclass(frozen=True)
-class GeneralizedJSD:
-    """GKD's divergence to the teacher (arXiv 2306.13649, eq. 1)."""
-
-    teacher: WholeDistribution
-    """p_T."""
-    beta: float
-    """0: forward KL, 1: reverse KL."""
-
-    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
-        """Nats, float32 [C]."""
-        return generalized_jsd(*self.teacher.beside(logits_SV, piece), self.beta)
+def jsd_term(teacher: WholeDistribution, beta: float) -> TokenTerm:
+    """GKD's divergence to the teacher (`generalized_jsd`)."""
+    return lambda logits_CV, piece: generalized_jsd(*teacher.beside(logits_CV, piece), beta)
 
 
-@dataclass(frozen=True)
-class SampledCrossEntropy:
-    """Gemma 3's distillation: cross-entropy on teacher tokens sampled at each position."""
+def sampled_ce_term(teacher: WholeDistribution, count: int, seed: int) -> TokenTerm:
+    """Gemma 3's distillation: cross-entropy on `count` teacher tokens at each position, drawn without replacement by
+    Gumbel top-k (arXiv 1903.06059); on all where the vocabulary has fewer. `seed`: of this row's draws: recomputing a
+    chunk in the backward pass draws the same tokens."""
 
-    teacher: WholeDistribution
-    """p_T."""
-    count: int
-    """K tokens, drawn without replacement by Gumbel top-k (arXiv 1903.06059); all where the vocabulary has fewer."""
-    seed: int
-    """Of this row's draws: recomputing a chunk in the backward pass draws the same tokens."""
-
-    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
-        """Nats, float32 [C]."""
-        policy, teacher = self.teacher.beside(logits_SV, piece)
-        logprobs = at_least_float32(teacher).log_softmax(-1)
-        generator = torch.Generator(logprobs.device).manual_seed(self.seed + piece.start)
-        uniform = torch.rand(logprobs.shape, generator=generator, device=logprobs.device)
+    def term(logits_CV: torch.Tensor, piece: slice) -> torch.Tensor:
+        policy_CV, teacher_CV = teacher.beside(logits_CV, piece)
+        logprobs_CV = at_least_float32(teacher_CV).log_softmax(-1)
+        generator = torch.Generator(logprobs_CV.device).manual_seed(seed + piece.start)
+        uniform = torch.rand(logprobs_CV.shape, generator=generator, device=logprobs_CV.device)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-        ids = (logprobs + gumbel).topk(min(self.count, logprobs.shape[-1]), -1).indices
-        return sampled_cross_entropy(policy, ids, logprobs.gather(-1, ids))
+        ids = (logprobs_CV + gumbel).topk(min(count, logprobs_CV.shape[-1]), -1).indices
+        return sampled_cross_entropy(policy_CV, ids, logprobs_CV.gather(-1, ids))
+
+    return term
 
 
-@dataclass(frozen=True)
-class TailReverseKL:
-    """KL(pi || p_T) from K teacher entries and the mass of the rest: for a teacher whose hidden states are not sent."""
-
-    ids_SK: torch.Tensor
-    """int64 [S, K] vocabulary entries."""
-    logprobs_SK: torch.Tensor
-    """float32 [S, K] their teacher log-probabilities."""
-
-    def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
-        """Nats, float32 [C]: at most the exact KL."""
-        return tail_reverse_kl(logits_SV, self.ids_SK[piece], self.logprobs_SK[piece])
+def tail_kl_term(ids_SK: torch.Tensor, logprobs_SK: torch.Tensor) -> TokenTerm:
+    """KL(pi || p_T), at most the exact one, from K teacher entries (int64 ids, float32 log-probabilities) and the mass
+    of the rest: for a teacher whose hidden states are not sent."""
+    return lambda logits_CV, piece: tail_reverse_kl(logits_CV, ids_SK[piece], logprobs_SK[piece])
 
 
 def schedule_factor(step: int, *, kind: str, final: float, total: int) -> float:

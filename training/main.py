@@ -14,7 +14,6 @@ where the run stopped. Exit codes: 0 finished, 2 a mistake in the input, 75 stop
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.io.loading import loading
-from training.run.cli import TOOLS, demo_config, fail, parse
+from training.run.cli import TOOLS, demo_config, fail, leave, parse
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +52,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # no library's exit hook may hang or change the code that the scheduler sees
+    leave(main(sys.argv[1:]))

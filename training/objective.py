@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from configs.schema import RunConfig
+from configs.schema import RunConfig, require
 from inference.attention.packing import Group
 from rewards import REWARDS
 from training.experience import Experience
@@ -66,11 +66,8 @@ def counts_of(batch: UpdateInput) -> dict[str, float]:
 def single_step_coef(config: RunConfig, same_tokenizer: bool) -> float:
     """lambda_1 with its default resolved. Raises ValueError where it is asked for but cannot be had."""
     asked = config.loss.single_step_coef
-    if asked and not same_tokenizer:
-        raise ValueError(
-            f"loss.single_step_coef = {asked}: the exact single-step KL compares whole vocabularies, and student and "
-            "teacher have different tokenizers; set it to 0 or leave it out"
-        )
+    said = "the exact single-step KL compares whole vocabularies, and student and teacher have different tokenizers"
+    require(same_tokenizer or not asked, "loss.single_step_coef", asked, f"{said}; set it to 0 or leave it out")
     if asked is None:
         return 1.0 if REWARDS[config.reward].single_step and same_tokenizer else 0.0
     return asked

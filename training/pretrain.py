@@ -12,7 +12,6 @@ where the run stopped.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ if __name__ == "__main__":
 
 from configs.io.loading import loading
 from configs.schema import require
-from training.run.cli import fail, parse_supervised
+from training.run.cli import fail, leave, parse_supervised
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +37,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(main(sys.argv[1:]))

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from configs.schema import RunConfig
+from configs.schema import RunConfig, require
 from inference.attention.packing import Group
 from rewards.tokens import sum_by_response
 from training.advantages import group_scores_advantage, quantile_rewards
 from training.experience import Experience, Rewarded
-from training.losses import GeneralizedJSD, ReverseKL, SampledCrossEntropy, TokenTerm, WholeDistribution
+from training.losses import TokenTerm, WholeDistribution, jsd_term, reverse_kl_term, sampled_ce_term
 from training.objective import LossWeights, loss_weights
 
 Advantages = tuple[torch.Tensor, torch.Tensor | None]
@@ -75,9 +75,7 @@ class Recipe:
     """L_policy and the KL to the reference take part."""
     advantages: Callable[[Rewarded, RunConfig, float], Advantages] | None = None
     """In place of the algorithm's own; there is no critic then."""
-    divergence: Callable[[WholeDistribution, RunConfig, int], TokenTerm] = lambda teacher, config, seed: ReverseKL(
-        teacher
-    )
+    divergence: Callable[[WholeDistribution, RunConfig, int], TokenTerm] = lambda teacher, *_: reverse_kl_term(teacher)
     """What compares the student with the teacher at each state; the last argument seeds its draws, if it has any."""
     always_divergence: bool = False
     """It is the loss: weight 1 unless loss.single_step_coef says otherwise."""
@@ -115,7 +113,7 @@ RECIPES: dict[str, Recipe] = {
         teacher_answers=True,
         policy_gradient=False,
         advantages=no_advantages,
-        divergence=lambda teacher, config, seed: SampledCrossEntropy(teacher, config.distill.sampled_tokens, seed),
+        divergence=lambda teacher, config, seed: sampled_ce_term(teacher, config.distill.sampled_tokens, seed),
         always_divergence=True,
         draws=True,
     ),
@@ -123,7 +121,7 @@ RECIPES: dict[str, Recipe] = {
     "gkd": Recipe(
         policy_gradient=False,
         advantages=no_advantages,
-        divergence=lambda teacher, config, seed: GeneralizedJSD(teacher, config.distill.jsd_beta),
+        divergence=lambda teacher, config, seed: jsd_term(teacher, config.distill.jsd_beta),
         always_divergence=True,
     ),
     # Best-of-N distillation (arXiv 2407.14622): imitate the best, and climb the quantile reward.
@@ -135,8 +133,6 @@ RECIPES: dict[str, Recipe] = {
 
 def check_recipe(config: RunConfig, same_tokenizer: bool) -> None:
     """Raises ValueError where a recipe needs the teacher's whole distribution and cannot have it."""
-    if RECIPES[config.recipe].always_divergence and not same_tokenizer:
-        raise ValueError(
-            f"recipe = {config.recipe!r}: it compares whole vocabularies, and student and teacher have different "
-            "tokenizers; use seqkd, bond, warp or rl"
-        )
+    possible = same_tokenizer or not RECIPES[config.recipe].always_divergence
+    said = "it compares whole vocabularies, and student and teacher have different tokenizers"
+    require(possible, "recipe", config.recipe, f"{said}; use seqkd, bond, warp or rl")

@@ -9,7 +9,6 @@ kept in the cache folder, so that no question is asked twice. The same command a
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.io.loading import loading
-from training.run.cli import parse_supervised
+from training.run.cli import leave, parse_supervised
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +29,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(main(sys.argv[1:]))

@@ -40,7 +40,7 @@ from training.data.preflight import (
     load_inputs,
     with_model_directories,
 )
-from training.evaluation import evaluate_student, evaluate_teacher, validation_summary
+from training.evaluation import evaluate, evaluate_teacher, validation_summary
 from training.experience import Prompt
 from training.loop import save_checkpoint, saved_parts, train
 from training.losses import Head
@@ -137,8 +137,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     require(entries <= facts.columns, "loss.single_step_entries", entries, mend)
     check_recipe(config, facts.same_tokenizer)
     check_mixing(config, facts.same_tokenizer)
-    others = [teacher_facts(config, extra, f"teachers[{i}]") for i, extra in enumerate(config.teachers)]
-    every = {"teacher.path": facts, **{f"teachers[{i}].path": one for i, one in enumerate(others)}}
+    every = {f"{key}.path": teacher_facts(config, one, key) for key, one in config.every_teacher.items()}
     for key, one in every.items():
         check_tokenizers(config, key, one)
     inputs = load_inputs(config, facts.student)
@@ -188,7 +187,11 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     run = Run(config, models, setup.inputs.corpus, folder, opened.checkpoints, supervisor.watch(progress.step))
     run.points.enter("evaluation")
     heldout = setup.inputs.heldout
-    before = _evaluation_once(run, "before", lambda: evaluate_student(run, heldout, config.student.path))
+
+    def evaluated(model: str) -> Result:
+        return evaluate(models.actor, models.teacher, heldout, config, model)
+
+    before = evaluation_once(folder, "before", lambda: evaluated(config.student.path))
     _check_teacher(run, heldout)
     setup.stop.defer()
     try:
@@ -210,12 +213,12 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     if RECIPES[config.recipe].interpolate:
         interpolate(models.actor, config.student.path, config.distill.warp_rate)
     export(models.actor, folder.export)
-    after = evaluate_student(run, heldout, str(folder.export))
+    after = evaluated(str(folder.export))
     if distributed.is_main():
         after.write(folder.evaluation("after"))
     # One rank asks the teacher for answers; the others wait at the next collective.
-    teacher = _evaluation_once(
-        run,
+    teacher = evaluation_once(
+        folder,
         "teacher",
         lambda: evaluate_teacher(models.teacher, heldout, config) if distributed.is_main() else None,
     )
@@ -223,7 +226,7 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     evaluations = {"eval_before": before, "eval_after": after.numbers, "teacher_eval": teacher}
     if (other := config.eval.beside) is not None:
         interpolate(models.actor, other, 0.0)
-        evaluations["eval_beside"] = _evaluation_once(run, "beside", lambda: evaluate_student(run, heldout, other))
+        evaluations["eval_beside"] = evaluation_once(folder, "beside", lambda: evaluated(other))
     supervisor.finished(progress.step)
     if distributed.is_main():  # before summary.json: a start that finds it has nothing left to do
         how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
@@ -282,12 +285,9 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
     link = connect(config.teacher, place, facts, stack, actor.teacher_head)
     if facts.same_tokenizer:
         _check_answers(config, link)
-    others = [
-        connect(extra, where, teacher_facts(config, extra), stack)
-        for extra, where in zip(config.teachers, beside, strict=True)
-    ]
-    keys = ("teacher", *(f"teachers[{i}]" for i in range(len(others))))
-    for key, teacher, one in zip(keys, (config.teacher, *config.teachers), (link, *others), strict=True):
+    pairs = zip(config.teachers, beside, strict=True)
+    others = [connect(extra, where, teacher_facts(config, extra), stack) for extra, where in pairs]
+    for (key, teacher), one in zip(config.every_teacher.items(), (link, *others), strict=True):
         check_served_model(key, teacher, one)
         check_served_room(f"{key}.path", one, config, setup.inputs.prompts)
     bilingual = None
@@ -365,27 +365,21 @@ def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Refe
 
 
 def find_teacher(teacher: TeacherConfig, work_dir: Path, stack: ExitStack) -> tuple[str, str]:
-    """Address and secret for every rank; a server that is started here is rank 0's. Collective."""
+    """Address and secret for every rank: a running server's, or those of one that rank 0 starts and takes down with
+    `stack`, with its log in `work_dir`. Collective."""
     if teacher.address is not None:
-        return find_or_start(teacher, work_dir, stack)
-    found = find_or_start(teacher, work_dir, stack) if distributed.is_main() else ("", "")
+        return teacher.address, os.environ.get(SECRET, "")
+    found = ("", "")
+    if distributed.is_main():
+        local = stack.enter_context(start_local_teacher(teacher, Path(teacher.path), work_dir))
+        found = (local.address, local.secret)
     address, secret, *_ = distributed.gather_strings(found)
     return address, secret
 
 
-def find_or_start(teacher: TeacherConfig, work_dir: Path, stack: ExitStack) -> tuple[str, str]:
-    """Address and secret: a running server's, or those of one that this process starts and takes down with `stack`. Its
-    log is in `work_dir`."""
-    if teacher.address is not None:
-        return teacher.address, os.environ.get(SECRET, "")
-    local = start_local_teacher(teacher, Path(teacher.path), work_dir)
-    stack.callback(local.stop)
-    return local.address, local.secret
-
-
-def _evaluation_once(run: Run, name: str, evaluate: Callable[[], Result | None]) -> dict[str, float]:
+def evaluation_once(folder: RunFolder, name: str, evaluate: Callable[[], Result | None]) -> dict[str, float]:
     """Evaluate, or read what an earlier start of this run wrote. Collective; scores count on rank 0."""
-    file = run.folder.evaluation(name)
+    file = folder.evaluation(name)
     saved = find_result(file)
     missing = distributed.any_rank(distributed.is_main() and saved is None)  # others may not see it yet, over NFS
     found = evaluate() if missing else saved

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from configs.checks import names_setting
 from configs.io.files import fingerprint, locked, read_json, write_atomically
-from configs.io.results import Result, Value, find_result, versions
+from configs.io.results import Result, Value, versions
 from configs.prompts import Format
 from configs.schema import RunConfig, require
 from inference.attention.packing import Group
@@ -55,7 +55,7 @@ from training.run.resuming import OpenRun, check_settings, open_run
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest, watch_launcher
 from training.run.supervisor import Supervisor, lowered
-from training.stage2 import check_served_model, connect, find_teacher, quiet_logging, set_threads
+from training.stage2 import check_served_model, connect, evaluation_once, find_teacher, quiet_logging, set_threads
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.export import export
@@ -218,7 +218,7 @@ def train(
             with run.checkpoints.tolerated():
                 distributed.together(run.folder.finish_lines, OSError)
                 run.checkpoints.save(parts, progress)
-            points.limit.took_checkpoint(run.checkpoints.seconds)
+            points.limit.checkpoint_s = run.checkpoints.seconds
         if stopping or gave_up:
             break
     with run.checkpoints.tolerated():
@@ -252,14 +252,10 @@ def read_text(config: RunConfig, asked: Format) -> tuple[TextBlocks, TextBlocks]
 
 def learn_text(stage: Stage, inputs: tuple[TextBlocks, TextBlocks]) -> str:
     """L_PT alone; bits a byte of the held-out blocks are measured before and after. Collective."""
-    (text, held), file = inputs, stage.run.folder.evaluation("before")
-    actor = stage.new_actor()
-    saved = find_result(file)
-    missing = distributed.any_rank(saved is None)
-    measured = (
-        saved
-        if saved is not None and not missing
-        else Result(
+    (text, held), actor = inputs, stage.new_actor()
+
+    def measured() -> Result:
+        return Result(
             measure="bits_per_byte",
             model=stage.config.student.path,
             data={"path": stage.config.data.text, "rows": len(held)},
@@ -267,10 +263,8 @@ def learn_text(stage: Stage, inputs: tuple[TextBlocks, TextBlocks]) -> str:
             versions=versions("torch", "transformers"),
             values={"bits_per_byte": Value(bits_per_byte(actor, held))},
         )
-    )
-    if missing and distributed.is_main():
-        measured.write(file)
-    before = measured.values["bits_per_byte"].value
+
+    before = evaluation_once(stage.run.folder, "before", measured).get("bits_per_byte", math.nan)
     seconds = train(stage, actor, text, lambda mine: UpdateInput(None, flat(mine), [], LossWeights(pt=1.0)), "pt")
     after = bits_per_byte(actor, held)
     stage.finish(

@@ -10,6 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -73,16 +74,9 @@ METRICS: dict[str, Callable[..., dict[str, float]]] = {
 }
 
 
-class LocalMetric:
-    """What EuroEval's HuggingFaceMetric asks of a downloaded module."""
-
-    def __init__(self, name: str) -> None:
-        self.compute = METRICS[name]
-
-
 def use_local_metrics(metrics: Sequence[Any]) -> None:
     """Give EuroEval's metrics a local module each; ValueError where one is not known here."""
     for metric in metrics:
         if metric.huggingface_id not in METRICS:
             raise ValueError(f"metric {metric.huggingface_id!r}: not known here; known are {', '.join(METRICS)}")
-        metric.metric = LocalMetric(metric.huggingface_id)
+        metric.metric = SimpleNamespace(compute=METRICS[metric.huggingface_id])  # all that is asked of a module

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,30 +81,6 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
 
-@dataclass(frozen=True)
-class Logprob:
-    """As vllm.logprobs.Logprob."""
-
-    decoded_token: str
-    logprob: float
-
-
-@dataclass(frozen=True)
-class Completion:
-    """As vllm.CompletionOutput."""
-
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None
-
-
-@dataclass(frozen=True)
-class Output:
-    """As vllm.RequestOutput."""
-
-    prompt: str
-    outputs: list[Completion]
-
-
 if importlib.util.find_spec("vllm") is None:
     vllm_module.SamplingParams = SamplingParams
     vllm_module.StructuredOutputsParams = StructuredOutputsParams
@@ -121,16 +98,18 @@ class Engine:
 
     def generate(
         self, prompts: Sequence[str], sampling_params: SamplingParams, use_tqdm: Any = None, lora_request: Any = None
-    ) -> list[Output]:
-        """Greedy completions of `prompts`."""
+    ) -> list[SimpleNamespace]:
+        """Greedy completions of `prompts`, as vllm.RequestOutput has them."""
         del lora_request  # adapters are in the model
         ids = [self.encode(prompt) for prompt in prompts]
         progress = self.progress if use_tqdm else lambda rows: None
         found = generate(self.model, ids, self._decoding(sampling_params), self.journal, progress)
-        return [
-            Output(prompt, [Completion(one.tokens, self._logprobs(one) if sampling_params.logprobs else None)])
-            for prompt, one in zip(prompts, found, strict=True)
-        ]
+        outputs = []
+        for prompt, one in zip(prompts, found, strict=True):
+            logprobs = self._logprobs(one) if sampling_params.logprobs else None
+            completion = SimpleNamespace(token_ids=one.tokens, logprobs=logprobs)
+            outputs.append(SimpleNamespace(prompt=prompt, outputs=[completion]))
+        return outputs
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids."""
@@ -148,11 +127,11 @@ class Engine:
             logprobs=params.logprobs or 0,
         )
 
-    def _logprobs(self, found: Generated) -> list[dict[int, Logprob]]:
-        return [
-            {token: Logprob(self.tokenizer.decode([token]), value) for token, value in place.items()}
-            for place in found.logprobs
-        ]
+    def _logprobs(self, found: Generated) -> list[dict[int, SimpleNamespace]]:
+        def one(token: int, value: float) -> SimpleNamespace:
+            return SimpleNamespace(decoded_token=self.tokenizer.decode([token]), logprob=value)
+
+        return [{token: one(token, value) for token, value in place.items()} for place in found.logprobs]
 
 
 # --- the model -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.stats import t as student_t
 
 from configs.io.results import read_result
-from eval.experiments.plan import Column, Plan, Task, models_of, summary_of
+from eval.experiments.plan import Plan, Task, models_of, summary_of
 from eval.measure import FILES
 from eval.measures.model_dirs import output_folder
 from eval.pages.report_plots import GRID, INK, STYLE
@@ -177,6 +177,11 @@ def draw(plan: Plan, table: pandas.DataFrame) -> bytes:
     else each variant beside the others."""
     with rc_context(STYLE):
         figure = _curves(plan, table) if any(one.against for one in plan.variants) else _rows(plan, table)
+        for axes, column in zip(figure.axes, plan.columns.values(), strict=True):
+            axes.set_title(f"{column.title}\n{column.better} is better", fontsize=9, loc="left")
+            axes.grid(color=GRID)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=130)
     return out.getvalue()
@@ -187,7 +192,7 @@ def _curves(plan: Plan, table: pandas.DataFrame) -> Figure:
     gaps = differences(plan, table)
     figure = Figure(figsize=(3.1 * max(len(plan.columns), 2), 3.2), layout="constrained")
     panels = figure.subplots(1, len(plan.columns), squeeze=False)[0]
-    for axes, (key, column) in zip(panels, plan.columns.items(), strict=True):
+    for axes, key in zip(panels, plan.columns, strict=True):
         for (group, heading), (colour, shape) in zip(plan.groups.items(), MARKS, strict=False):
             of = pandas.concat(
                 [
@@ -199,14 +204,8 @@ def _curves(plan: Plan, table: pandas.DataFrame) -> Figure:
             axes.plot(of.warmup, of[key], shape, color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
             axes.plot(means.index, means, color=colour, linewidth=1.6, label=heading)
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_title(f"{column.title}\n{column.better} is better", fontsize=9, loc="left")
         axes.set_xlabel("seconds of warm-up")
-        axes.grid(color=GRID)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
     panels[0].set_ylabel("difference to the rival")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -220,16 +219,14 @@ def _rows(plan: Plan, table: pandas.DataFrame) -> Figure:
         place += len(names) + 0.6 * bool(len(names))
     figure = Figure(figsize=(2.6 * max(len(plan.columns), 2), 0.9 + 0.27 * (place + 1)), layout="constrained")
     panels = figure.subplots(1, len(plan.columns), sharey=True, squeeze=False)[0]
-    for axes, (key, column) in zip(panels, plan.columns.items(), strict=True):
-        _panel(axes, key, column, places, table)
+    for axes, key in zip(panels, plan.columns, strict=True):
+        _panel(axes, key, places, table)
     panels[0].set_yticks([row for row, _ in places.values()], list(places), family="monospace")
     panels[0].set_ylim(place - 0.2, -0.8)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
-def _panel(axes: Axes, key: str, column: Column, places: dict[str, Any], table: pandas.DataFrame) -> None:
+def _panel(axes: Axes, key: str, places: dict[str, Any], table: pandas.DataFrame) -> None:
     """One column."""
     after = table[table.stage == "after"]
     for name, (row, (colour, shape)) in places.items():
@@ -241,8 +238,4 @@ def _panel(axes: Axes, key: str, column: Column, places: dict[str, Any], table: 
             axes.axvline(value, color=INK, linestyle=dashes, linewidth=1.1, label=stage)
     axes.plot([], [], "o", color=INK, alpha=0.55, markersize=4, markeredgewidth=0, label="a seed")
     axes.plot([], [], "|", color=INK, markersize=9, markeredgewidth=2.2, label="mean")
-    axes.set_title(f"{column.title}\n{column.better} is better", fontsize=9, loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(axis="both", color=GRID)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)

@@ -66,20 +66,23 @@ def heldout(model: Model, settings: HeldoutSettings) -> Result:
     replies = answers(model, [prompts[index] for index in kept], settings)
     rows = [answer_row(questions[index], reply) for index, reply in zip(kept, replies, strict=True)]
     places = [str(place) for place in range(len(rows))]
+    values = {key: interval(means(places, [row[key] for row in rows])) for key in ("f1", "exact_match")}
+    used, skipped = len(kept), len(questions) - len(prompts)
+    return Result(measure="heldout", values=values, rows=rows, **described(model, settings, used, skipped, questions))
+
+
+def described(
+    model: Model, settings: HeldoutSettings, used: int, skipped: int, questions: Sequence[Question]
+) -> dict[str, Any]:
+    """The fields of a `Result` that say what was asked of whom: `used` of the questions, `skipped` as too long."""
     how = asdict(settings)
     del how["data"]
-    return Result(
-        measure="heldout",
-        model=model.path,
-        data={
-            **about_file(settings.data, len(rows), len(questions)),
-            "skipped_too_long": len(questions) - len(prompts),
-        },
-        settings={**how, "dtype": model.dtype},
-        versions=versions("torch", "transformers"),
-        values={key: interval(means(places, [row[key] for row in rows])) for key in ("f1", "exact_match")},
-        rows=rows,
-    )
+    return {
+        "model": model.path,
+        "data": {**about_file(settings.data, used, len(questions)), "skipped_too_long": skipped},
+        "settings": {**how, "dtype": model.dtype},
+        "versions": versions("torch", "transformers"),
+    }
 
 
 def fitting_prompts(model: Model, questions: Sequence[Question], settings: HeldoutSettings) -> dict[int, list[int]]:

@@ -14,15 +14,15 @@ are counts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from configs.io.jsonl import read_open_questions
-from configs.io.results import Result, about_file, versions
+from configs.io.results import Result
 from configs.ranges import PositiveInt
-from eval.measures.heldout import HeldoutSettings, Question, answers, fitting_prompts
+from eval.measures.heldout import HeldoutSettings, Question, answers, described, fitting_prompts
 from eval.measures.intervals import Examples, interval
 from eval.measures.model import Model
 from rewards.answers import right_answers
@@ -49,20 +49,9 @@ def open_questions(model: Model, settings: OpenSettings) -> Result:
     asked = [prompts[index] for index in kept for _ in range(settings.samples)]
     texts = answers(model, asked, settings, sampled=True)
     rows = _by_pattern([questions[index] for index in kept], texts, settings.samples)
-    how = asdict(settings)
-    del how["data"]
-    return Result(
-        measure="open_questions",
-        model=model.path,
-        data={
-            **about_file(settings.data, len(kept), len(questions)),
-            "skipped_too_long": len(questions) - len(prompts),
-        },
-        settings={**how, "dtype": model.dtype},
-        versions=versions("torch", "transformers"),
-        values={f"open_{key}": interval(shares(rows, key)) for key in ("right", "different")},
-        rows=rows,
-    )
+    values = {f"open_{key}": interval(shares(rows, key)) for key in ("right", "different")}
+    asked_of = described(model, settings, len(kept), len(questions) - len(prompts), questions)
+    return Result(measure="open_questions", values=values, rows=rows, **asked_of)
 
 
 def _by_pattern(questions: Sequence[Question], texts: Sequence[str], samples: int) -> list[Question]:

@@ -51,7 +51,8 @@ def entrants_of(runs: Sequence[Path], models: Sequence[str], runs_dir: Path) -> 
         several = len(stages) > 1 or len(runs) > 1
         path = str(_config(stages[0])["student"]["path"])
         start = _student(path, "Student before", "before", runs_dir, None, stages[0])
-        teacher = _teacher(run, runs_dir)
+        taught = str(_config(run)["teacher"]["path"])
+        teacher = _entrant(taught, "Teacher", "teacher", runs_dir, [run / "eval" / "teacher.json"], run, "teacher")
         after_name = f"After {run.name}" if several else "Student after"
         found.append(start)
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
@@ -100,11 +101,6 @@ def _student(path: str, name: str, kind: str, runs_dir: Path, trained_by: Path |
     """The student as `trained_by` left it and `started` found it."""
     files = [run / "eval" / file for run, file in ((trained_by, "after.json"), (started, "before.json")) if run]
     return _entrant(path, name, kind, runs_dir, files, started, "student")
-
-
-def _teacher(run: Path, runs_dir: Path) -> Entrant:
-    path = str(_config(run)["teacher"]["path"])
-    return _entrant(path, "Teacher", "teacher", runs_dir, [run / "eval" / "teacher.json"], run, "teacher")
 
 
 def _model(path: str, runs_dir: Path) -> Entrant:

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from eval.pages.compare_scores import GROUPS, measure
 from eval.pages.comparison import Cell, Comparison
-from eval.pages.page_parts import number, ranged
+from eval.pages.page_parts import ranged
 from eval.pages.report_plots import GRID, PALETTE, STYLE, Plot, save_plot, slug_of
 
 # Colour and shape say the same, for who does not tell the colours apart.
@@ -48,17 +48,14 @@ def _plot(key: str, rows: list[Row]) -> Plot:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("higher is better" if found.higher_is_better else "lower is better")
         axes.grid(axis="x", color=GRID)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
         return save_plot(figure, slug_of(key), title, _alt(title, found.digits, rows), dpi=300)
 
 
 def _draw(axes: Axes, place: int, kind: str, cell: Cell) -> None:
     colour, shape = MARKS[kind]
-    found = cell.score.interval
-    if found is not None:
-        axes.plot([found.low, found.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
+    if cell.score.low is not None and cell.score.high is not None:
+        axes.plot([cell.score.low, cell.score.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
     fill = "none" if cell.marks else colour  # hollow: not to be compared
     axes.plot([cell.score.value], [place], shape, color=colour, markerfacecolor=fill, markersize=5, markeredgewidth=1.3)
 
@@ -68,9 +65,5 @@ def _marks(cell: Cell) -> str:
 
 
 def _alt(title: str, digits: int, rows: list[Row]) -> str:
-    words = []
-    for name, _, cell in rows:
-        found = cell.score.interval
-        value = ranged(found, digits) if found is not None else number(cell.score.value, digits)
-        words.append(f"{name} {value}{_marks(cell)}")
-    return f"{title}: {'; '.join(words)}"
+    words = "; ".join(f"{name} {ranged(cell.score, digits)}{_marks(cell)}" for name, _, cell in rows)
+    return f"{title}: {words}"

@@ -22,21 +22,7 @@ from configs.io.results import Result, Value, find_result
 from eval.euroeval.metrics import squad_v2
 from eval.measures.intervals import Examples, interval, means, translations
 from eval.measures.open_questions import shares
-from eval.pages.page_parts import answer_key
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def interval_of(value: Value) -> Interval | None:
-    """The interval of a value that has one."""
-    return None if value.low is None or value.high is None else Interval(value.value, value.low, value.high)
+from eval.pages.page_parts import HELDOUT, answer_key
 
 
 @dataclass(frozen=True)
@@ -50,12 +36,9 @@ class Measure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """One model on one measure."""
+class Score(Value):
+    """One model on one measure; without an interval where nothing is known of single examples."""
 
-    value: float
-    interval: Interval | None = None
-    """95 %; None where nothing is known of single examples."""
     examples: Examples | None = None
     """For pairing with another model on the same examples."""
     conditions: Mapping[str, str]
@@ -74,12 +57,7 @@ GROUPS = {
     "translate": "Translation",
 }
 _KNOWN = {
-    "heldout/f1": Measure("heldout", "F1, %", True, 1),
-    "heldout/exact_match": Measure("heldout", "Exact match, %", True, 1),
-    "heldout/reverse_kl": Measure("heldout", "Reverse KL, nats a token", False, 3),
-    "heldout/open_right": Measure("heldout", "Open: right, %", True, 1),
-    "heldout/open_different": Measure("heldout", "Open: right and different, %", True, 1),
-    "heldout/open_kl": Measure("heldout", "Open: reverse KL", False, 3),
+    **{f"heldout/{k}": Measure("heldout", name, not k.endswith("kl"), digits) for k, (name, digits) in HELDOUT.items()},
     "open/right": Measure("open", "Right, %", True, 1),
     "open/different": Measure("open", "Right and different, %", True, 1),
     "euroeval/foqa/f1": Measure("euroeval", "FoQA F1", True, 1),
@@ -185,8 +163,8 @@ def read_teacher_check(result: Result, folder: Path, who: str) -> Scores:
         return {}
     one = result.values[f"{who}/accuracy"]
     conditions = {"sentences": f"{result.data['path']}, {result.data['rows']} pairs of the run"}
-    found = interval_of(Value(100.0 * one.value, 100.0 * (one.low or 0.0), 100.0 * (one.high or 0.0)))
-    return {"pairs/accuracy": Score(value=100.0 * one.value, interval=found, conditions=conditions)}
+    low, high = 100.0 * (one.low or 0.0), 100.0 * (one.high or 0.0)
+    return {"pairs/accuracy": Score(value=100.0 * one.value, low=low, high=high, conditions=conditions)}
 
 
 def read_translate(result: Result, folder: Path) -> Scores:
@@ -226,10 +204,8 @@ def read_euroeval(result: Result, folder: Path) -> Scores:
         caveat = None if row["comparable"] else str(row["why_not"] or "not the leaderboard's settings")
         for name, scores in row["scores"].items():
             ids = [f"iteration {place}" for place in range(len(scores))]
-            value = result.values[f"{task}/{name}"]
             found[f"euroeval/{task}/{name}"] = Score(
-                value=value.value,
-                interval=interval_of(value),
+                **vars(result.values[f"{task}/{name}"]),
                 examples=_questions(folder, row, name)
                 or (means(ids, scores) if len(scores) >= LEAST_ITERATIONS else None),
                 conditions=conditions,
@@ -285,9 +261,9 @@ def read_file(file: Path, read: Callable[[Result, Path], Scores]) -> Scores:
         raise ValueError(f"{file}: not as this version writes it ({reason}); evaluate again") from None
 
 
-def _score(value: float, examples: Examples | None, conditions: Mapping[str, str]) -> Score:
-    found = None if examples is None else interval_of(interval(examples))
-    return Score(value=value, interval=found, examples=examples, conditions=conditions)
+def _score(value: float, examples: Examples, conditions: Mapping[str, str]) -> Score:
+    drawn = interval(examples)
+    return Score(value=value, low=drawn.low, high=drawn.high, examples=examples, conditions=conditions)
 
 
 def _digest(value: Sequence[Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eval.pages.compare_scores import GROUPS, measure
 from eval.pages.comparison import Cell, Comparison
-from eval.pages.page_parts import number, ranged, signed
+from eval.pages.page_parts import ranged, signed
 
 READING = (
     "Square brackets: 95 % interval by bootstrap over examples (EuroEval's own, over its iterations, for its scores). "
@@ -54,10 +54,7 @@ def _head(key: str) -> str:
 
 
 def _value(cell: Cell | None, digits: int) -> str:
-    if cell is None:
-        return "–"
-    found = cell.score.interval
-    return ranged(found, digits) if found is not None else number(cell.score.value, digits)
+    return "–" if cell is None else ranged(cell.score, digits)
 
 
 def _change(cell: Cell | None, digits: int) -> str:

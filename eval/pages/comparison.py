@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from configs.io.results import Value
 from eval.measures.intervals import difference
 from eval.pages.compare_models import Entrant
-from eval.pages.compare_scores import GROUPS, LANGUAGES, ORDER, Interval, Score, interval_of, measure
+from eval.pages.compare_scores import GROUPS, LANGUAGES, ORDER, Score, measure
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -17,7 +18,7 @@ class Cell:
     """One row's number on one measure."""
 
     score: Score
-    change: Interval | None = None
+    change: Value | None = None
     """Against `base` on the same examples, 95 %; None where nothing can be paired."""
     paired: int = 0
     """Examples in that pairing."""
@@ -29,7 +30,7 @@ class Cell:
     @property
     def clear(self) -> bool:
         """The interval of the change does not hold 0."""
-        return self.change is not None and (self.change.low > 0 or self.change.high < 0)
+        return self.change is not None and ((self.change.low or 0.0) > 0 or (self.change.high or 0.0) < 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +113,11 @@ def gap_closed(comparison: Comparison, key: str, student: Entrant) -> float | No
     return 100.0 * (now - start) / (goal - start) if better > 0 else None
 
 
-def _change(score: Score, base: Score) -> tuple[Interval | None, int]:
+def _change(score: Score, base: Score) -> tuple[Value | None, int]:
     if score.examples is None or base.examples is None:
         return None, 0
-    found = difference(score.examples, base.examples)
-    return (interval_of(found[0]), found[1]) if found else (None, 0)
+    change, paired = difference(score.examples, base.examples) or (Value(0.0), 0)
+    return None if change.low is None else change, paired
 
 
 def _ordered(keys: set[str]) -> list[str]:

@@ -11,6 +11,15 @@ from unicodedata import category
 from jinja2 import Environment, FileSystemLoader
 
 HERE = Path(__file__).parent
+HELDOUT = {
+    "f1": ("F1, %", 1),
+    "exact_match": ("Exact match, %", 1),
+    "reverse_kl": ("Reverse KL, nats a token", 3),
+    "open_right": ("Open: right, %", 1),
+    "open_different": ("Open: right and different, %", 1),
+    "open_kl": ("Open: reverse KL", 3),
+}
+"""What is measured on held-out questions: its name and digits. A KL is better low, everything else high."""
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories of characters that nobody sees."""
 
@@ -31,8 +40,9 @@ def bounds(found: Any, digits: int, show: Callable[[float, int], str] = number) 
 
 
 def ranged(found: Any, digits: int, show: Callable[[float, int], str] = number) -> str:
-    """`23.5 [18.2, 29.0]`."""
-    return f"{show(found.value, digits)} {bounds(found, digits, show)}"
+    """`23.5 [18.2, 29.0]`; the value alone where it has no interval."""
+    value = show(found.value, digits)
+    return value if found.low is None else f"{value} {bounds(found, digits, show)}"
 
 
 def render(template: str, title: str, **values: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from eval.pages.page_parts import answer_cards, render, signed
+from eval.pages.page_parts import HELDOUT, answer_cards, render, signed
 from eval.pages.report_plots import Plot, smoothing_window
 from eval.pages.run_files import RunFiles
 
@@ -23,14 +23,6 @@ HEADLINES = (
 )
 """Slugs of the charts that are shown first; the rest waits in a fold."""
 STAGE_NAMES = {"before": "Student before", "after": "Student after", "beside": "Baseline beside", "teacher": "Teacher"}
-MEASURE_NAMES = {
-    "f1": "F1, %",
-    "exact_match": "Exact match, %",
-    "reverse_kl": "Reverse KL, nats a token",
-    "open_right": "Open: right, %",
-    "open_different": "Open: right and different, %",
-    "open_kl": "Open: reverse KL",
-}
 
 
 def render_page(run: RunFiles, plots: list[Plot]) -> str:
@@ -53,7 +45,7 @@ def render_page(run: RunFiles, plots: list[Plot]) -> str:
         run.name,
         run=run,
         facts=facts,
-        measures=[MEASURE_NAMES[key] for key in _measured(run)],
+        measures=[HELDOUT[key][0] for key in _measured(run)],
         scores=_scores(run),
         plots=first,
         more=[plot for plot in plots if plot not in first],
@@ -68,14 +60,14 @@ def render_page(run: RunFiles, plots: list[Plot]) -> str:
 def _measured(run: RunFiles) -> list[str]:
     """Keys of what was measured: open questions are not asked in every run."""
     found = {key for one in run.evaluations.values() for key in one.numbers}
-    return [key for key in MEASURE_NAMES if key in found]
+    return [key for key in HELDOUT if key in found]
 
 
 def _scores(run: RunFiles) -> list[tuple[str, list[str]]]:
     """Student before, student after, what the run changed, a baseline, teacher; those that are known."""
     measures = _measured(run)
     known = {
-        stage: {key: value for key, value in one.numbers.items() if key in MEASURE_NAMES and math.isfinite(value)}
+        stage: {key: value for key, value in one.numbers.items() if key in HELDOUT and math.isfinite(value)}
         for stage, one in run.evaluations.items()
     }
     rows = []
@@ -88,9 +80,7 @@ def _scores(run: RunFiles) -> list[tuple[str, list[str]]]:
 
 
 def _score(measure: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if measure.endswith("kl") else f"{value:.1f}"
+    return "–" if value is None else f"{value:.{HELDOUT[measure][1]}f}"
 
 
 def _change(measure: str, before: float | None, after: float | None) -> str:

@@ -38,6 +38,9 @@ STYLE = {
     "grid.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
     "svg.fonttype": "none",  # text stays text: selectable, and small
     "svg.hashsalt": "grpo-kd",  # the same run gives the same page
     "text.parse_math": False,
@@ -243,8 +246,6 @@ def _plot(slug: str, title: str, unit: str, alt: str, draw: Draw, height: float 
         axes = figure.add_subplot()
         draw(axes)
         axes.grid(axis="y")
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("step")

@@ -72,14 +72,8 @@ def pack_row(groups: Sequence[Group], first_tokens: Sequence[int] | None = None)
     batch; in this row by default."""
     if first_tokens is None:
         first_tokens = first_places(groups)
-    tokens: list[int] = []
-    positions: list[int] = []
-    segments: list[int] = []
-    lengths: list[int] = []
-    predict: list[int] = []
-    labels: list[int] = []
-    response_index: list[int] = []
-    place: list[int] = []
+    tokens, positions, segments, lengths = (list[int]() for _ in range(4))
+    predict, labels, response_index, place = (list[int]() for _ in range(4))
     for group, first in zip(groups, first_tokens, strict=True):
         prompt, start = len(group.prompt), len(tokens)
         tokens.extend(group.prompt)

@@ -214,15 +214,16 @@ def megatron_model(path: Path, key: str = "teacher") -> Architecture:
     return architecture
 
 
+def tensor_parallel_sizes(heads: int) -> list[int]:
+    """Ranks that one teacher can have: each takes the same number of heads."""
+    return [size for size in range(1, heads + 1) if heads % size == 0]
+
+
 def check_heads(architecture: Architecture, tensor_parallel: int, key: str = "teacher") -> None:
     """Raise a ValueError unless so many processes divide the attention heads."""
-    heads = architecture.heads
-    if tensor_parallel < 1 or heads % tensor_parallel:
-        divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
-        raise ValueError(
-            f"{key}.tensor_parallel = {tensor_parallel}: must divide the {heads} attention heads; "
-            f"these would do: {', '.join(divisors)}"
-        )
+    sizes = tensor_parallel_sizes(architecture.heads)
+    these = f"must divide the {architecture.heads} attention heads; these would do: {', '.join(map(str, sizes))}"
+    require(tensor_parallel in sizes, f"{key}.tensor_parallel", tensor_parallel, these)
 
 
 def model_directory(key: str, path: str, *, weights: bool = True) -> Path:

@@ -133,7 +133,7 @@ class Engine:
         dist.broadcast(header, 0)
         dist.broadcast(payload, 0)
         try:
-            tensors = _run(self._backend, merged)
+            tensors = getattr(self._backend, merged.kind)(merged)  # a backend has a method for each kind
         except (wire.StateLost, wire.WireError, Unavailable) as error:
             for _, future in batch:
                 future.set_exception(error)
@@ -163,11 +163,6 @@ class Engine:
         )
 
 
-def _run(backend: Backend, request: Request) -> list[torch.Tensor]:
-    """A backend has a method for each kind of request."""
-    return getattr(backend, request.kind)(request)
-
-
 def follow(backend: Backend) -> None:
     """The other ranks' side: do what rank 0 broadcasts until it says stop."""
     while True:
@@ -180,8 +175,9 @@ def follow(backend: Backend) -> None:
             header, payload = torch.zeros(wire.HEADER_WORDS, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
             dist.broadcast(header, 0)
             dist.broadcast(payload, 0)
+            request = decode_request(header.tolist(), payload, _TRUSTED)
             with contextlib.suppress(wire.StateLost):  # every rank comes to the same answer
-                _run(backend, decode_request(header.tolist(), payload, _TRUSTED))
+                getattr(backend, request.kind)(request)
 
 
 def _broadcast(operation: int, size: int = 0) -> None:

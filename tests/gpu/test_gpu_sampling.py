@@ -10,9 +10,10 @@ from inference.attention.packing import groups_of, in_batch_order, pack
 from tests.gpu.device import DEVICE, KERNELS, ON_DEVICE, PROMPTS, a_row, policy_on, with_graph
 from tests.support.student_models import FAMILIES
 from training.data.order import random_stream
+from training.experience import Samples
 from training.student import sampling
 from training.student.policy import Policy
-from training.student.sampling import Drawing, Samples, sample
+from training.student.sampling import Drawing, sample
 
 pytestmark = ON_DEVICE
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}

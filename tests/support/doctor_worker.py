@@ -24,7 +24,7 @@ import torch
 from configs.schema import LossConfig
 from inference.attention.decode import DecodePlan
 from inference.attention.packing import PackedRow
-from training.losses import PolicyTokens, ReverseKL, policy_loss
+from training.losses import PolicyTokens, TokenTerm, WholeDistribution, policy_loss, reverse_kl_term
 from training.run.cli import demo_config, parse
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest
@@ -80,11 +80,11 @@ def positions_run_through_the_row() -> Iterator[None]:
 
 @contextmanager
 def the_kl_has_its_sign_turned() -> Iterator[None]:
-    class Turned(ReverseKL):
-        def __call__(self, logits_SV: torch.Tensor, piece: slice) -> torch.Tensor:
-            return -super().__call__(logits_SV, piece)
+    def turned(other: WholeDistribution) -> TokenTerm:
+        whole = reverse_kl_term(other)
+        return lambda logits_CV, piece: -whole(logits_CV, piece)
 
-    with mock.patch.object(actor, "ReverseKL", Turned):
+    with mock.patch.object(actor, "reverse_kl_term", turned):
         yield
 
 

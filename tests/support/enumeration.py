@@ -19,7 +19,7 @@ from rewards.base import RewardInput, RewardOutput
 from rewards.teacher_logprob import teacher_logprob_rewards
 from rewards.tokens import place_in_response, sum_by_response
 from training.grpo import grpo_advantages
-from training.losses import OutputLayer, PolicyTokens, ReverseKL, WholeDistribution, policy_loss, token_weights
+from training.losses import OutputLayer, PolicyTokens, WholeDistribution, policy_loss, reverse_kl_term, token_weights
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def expected(world: World, table: torch.Tensor, drawn_from: torch.Tensor | None 
 
 def single_step(world: World, table: torch.Tensor, teacher: torch.Tensor, weights_S: torch.Tensor) -> torch.Tensor:
     """The product's exact KL at each visited state, times `weights_S`."""
-    term = ReverseKL(WholeDistribution(teacher, OutputLayer(torch.eye(world.vocabulary, dtype=torch.float64))))
+    term = reverse_kl_term(WholeDistribution(teacher, OutputLayer(torch.eye(world.vocabulary, dtype=torch.float64))))
     kl_S = term(table, slice(0, len(table)))
     return (kl_S[world.states_S] * weights_S).sum()
 

@@ -13,16 +13,16 @@ from rewards.minillm import reverse_kl, tail_reverse_kl
 from tests.support.enumeration import World, cosine, gradient, off_by
 from training.advantages import quantile_rewards
 from training.losses import (
-    GeneralizedJSD,
     OutputLayer,
-    ReverseKL,
-    SampledCrossEntropy,
-    TailReverseKL,
     WholeDistribution,
     forward_kl,
     generalized_jsd,
+    jsd_term,
     kl_loss,
+    reverse_kl_term,
+    sampled_ce_term,
     sampled_cross_entropy,
+    tail_kl_term,
 )
 from training.student.token_logprobs import TERM_ROWS, RowTerm
 
@@ -53,7 +53,7 @@ def test_the_gradient_of_each_kl_estimator(world: World) -> None:
     assert off_by(gradient(estimated(world, table, reference, "k2"), table), exact_reverse) < EXACT
     assert off_by(gradient(estimated(world, table, reference, "k3"), table), exact_forward) < EXACT
     assert off_by(exact_reverse, exact_forward) > 0.1  # they are not the same
-    full = ReverseKL(whole(reference))
+    full = reverse_kl_term(whole(reference))
     got = gradient(world.per_state(table, lambda x: full(x, slice(0, len(x)))), table)
     assert off_by(got, exact_reverse) < EXACT
     # k1, which the product refuses, written out.
@@ -97,7 +97,7 @@ def test_generalized_jsd(beta: float) -> None:
     p, q = teacher.softmax(-1), policy.softmax(-1)
     m = beta * p + (1 - beta) * q
     expected = beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1)
-    got = GeneralizedJSD(whole(teacher), beta)(policy, slice(0, 6))
+    got = jsd_term(whole(teacher), beta)(policy, slice(0, 6))
     assert torch.allclose(got, expected, atol=1e-12)
     assert torch.allclose(got, generalized_jsd(teacher, policy, 1 - beta), atol=1e-12)  # roles and beta swap together
     assert bool((got < -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)).all())
@@ -121,7 +121,7 @@ def test_sampled_cross_entropy_of_all_tokens_has_the_forward_kls_gradient() -> N
     entropy = -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1)
     assert torch.allclose(loss - entropy, forward_kl(policy, teacher), atol=1e-12)
     assert off_by(gradient(loss.sum(), policy), gradient(forward_kl(policy, teacher).sum(), policy)) < EXACT
-    term = SampledCrossEntropy(whole(teacher), count=256, seed=3)  # more than the vocabulary has
+    term = sampled_ce_term(whole(teacher), count=256, seed=3)  # more than the vocabulary has
     assert torch.allclose(term(policy, slice(0, 6)), loss, atol=1e-12)
 
 
@@ -156,7 +156,7 @@ def test_tokens_are_sampled_without_replacement_from_the_teacher() -> None:
     rows = 20_000
     teacher = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
     policy = torch.zeros(rows, 4, dtype=torch.float64, requires_grad=True)
-    term = SampledCrossEntropy(whole(teacher.expand(rows, 4)), count=2, seed=11)
+    term = sampled_ce_term(whole(teacher.expand(rows, 4)), count=2, seed=11)
     drawn = (torch.autograd.grad(term(policy, slice(0, rows)).sum(), policy)[0] - 0.25).abs() > 1e-9
     assert drawn.sum(1).eq(2).all()
     for pair in itertools.combinations(range(4), 2):
@@ -171,7 +171,7 @@ def test_the_kl_with_a_tail_is_a_lower_bound(kept: int) -> None:
     """Trap 12: never negative, exact where all entries are kept, and right in its gradient."""
     policy, teacher = 3 * logits(50, 5), (3 * logits(50, 5, seed=1)).log_softmax(-1)
     values, ids = teacher.topk(kept, -1)
-    got = TailReverseKL(ids, values)(policy, slice(0, 50))
+    got = tail_kl_term(ids, values)(policy, slice(0, 50))
     exact = reverse_kl(policy, teacher)
     p, q = policy.softmax(-1), teacher.exp()
     rest, teacher_rest = 1 - p.gather(-1, ids).sum(-1), 1 - q.gather(-1, ids).sum(-1)
@@ -295,7 +295,7 @@ def test_a_few_rows_at_a_time_give_the_values_and_gradients_of_all_at_once(count
     teacher = WholeDistribution(torch.randn(count + 2, 6), OutputLayer(torch.randn(20, 6)))
     entries = torch.randn(count + 2, 20).log_softmax(-1).topk(4, -1)
     weights, piece = torch.randn(count), slice(2, count + 2)
-    for term in (GeneralizedJSD(teacher, 0.3), ReverseKL(teacher), TailReverseKL(entries.indices, entries.values)):
+    for term in (jsd_term(teacher, 0.3), reverse_kl_term(teacher), tail_kl_term(entries.indices, entries.values)):
         expected = term(logits, piece)
         (wanted,) = torch.autograd.grad((expected * weights).sum(), logits)
         found = RowTerm.apply(logits, term, piece, 3)

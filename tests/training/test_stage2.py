@@ -14,7 +14,7 @@ from inference.model.output_layer import output_layer_hash
 from tests.support.teacher_models import build
 from training import distributed
 from training.run.run_folder import RunFolder
-from training.stage2 import _evaluation_once, check_served_model
+from training.stage2 import check_served_model, evaluation_once
 
 
 def test_a_server_started_again_with_another_model_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -49,10 +49,8 @@ def test_rank_0_says_whether_an_evaluation_is_there(tmp_path: Path, monkeypatch:
         named: dict[str, Any] = {"data": {}, "settings": {}, "versions": {}}
         return Result(measure="heldout", model="m", **named, values={"f1": Value(1.0)})
 
-    run: Any = SimpleNamespace(folder=RunFolder(tmp_path))
     for _ in range(2):
-        assert _evaluation_once(run, "before", evaluate) == {"f1": 1.0}
+        assert evaluation_once(RunFolder(tmp_path), "before", evaluate) == {"f1": 1.0}
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    lags: Any = SimpleNamespace(folder=RunFolder(tmp_path / "lags"))
-    assert _evaluation_once(lags, "before", evaluate) == {}
+    assert evaluation_once(RunFolder(tmp_path / "lags"), "before", evaluate) == {}
     assert asked == ["again"]

@@ -23,11 +23,11 @@ from training.data.order import positions_of_step
 from training.losses import (
     OutputLayer,
     PolicyTokens,
-    ReverseKL,
     WholeDistribution,
     forward_kl,
     generalized_jsd,
     policy_loss,
+    reverse_kl_term,
     sampled_cross_entropy,
 )
 from training.student.adapters import adapter_off
@@ -202,7 +202,7 @@ def test_trap_26_columns_that_only_one_side_has_do_not_count(more: str) -> None:
         policy = torch.cat([policy, extra], 1)
     else:
         teacher = torch.cat([teacher, extra], 1)
-    term = ReverseKL(WholeDistribution(teacher, OutputLayer(torch.eye(teacher.shape[1]))))
+    term = reverse_kl_term(WholeDistribution(teacher, OutputLayer(torch.eye(teacher.shape[1]))))
     assert torch.allclose(term(policy, slice(0, 3)), expected, atol=1e-6)
 
 

@@ -68,8 +68,7 @@ DEMOS = (DEMO, DEMO_STAGE1)
 
 def with_model_directories(config: RunConfig) -> RunConfig:
     """The configuration with each model's path as a local directory that holds a model (`demo` stays `demo`)."""
-    teachers = {"teacher.path": config.teacher} | {f"teachers[{i}].path": t for i, t in enumerate(config.teachers)}
-    served = {key for key, teacher in teachers.items() if teacher.url is not None}
+    served = {f"{key}.path" for key, teacher in config.every_teacher.items() if teacher.url is not None}
 
     def find(key: str, path: str) -> str:
         return path if path in DEMOS else str(model_directory(key, path, weights=key not in served))
@@ -164,7 +163,8 @@ def context_length(model: str | Path) -> int | None:
 
 def room_for_prompt(config: RunConfig) -> int:
     """Longest prompt that leaves room for an answer in all models. Raises where there is none."""
-    lengths = [n for n in map(context_length, _all_models(config)) if n is not None]
+    models = [config.student.path, *(teacher.path for teacher in config.every_teacher.values())]
+    lengths = [n for n in map(context_length, models) if n is not None]
     room = min(lengths, default=2**30) - config.sampling.max_new_tokens
     require(
         room > 0,
@@ -222,10 +222,6 @@ def check_served_room(key: str, link: TeacherLink, config: RunConfig, prompts: S
     served, of_model = link.client.info().max_positions, context_length(link.facts.path)
     if of_model is None or served < of_model:
         check_room(f"{key} = {str(link.facts.path)!r}, as it is served,", link.facts.teacher, served, config, prompts)
-
-
-def _all_models(config: RunConfig) -> list[str]:
-    return [config.student.path, config.teacher.path, *(teacher.path for teacher in config.teachers)]
 
 
 def load_inputs(config: RunConfig, asked: Format) -> Inputs:

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from configs.io.jsonl import read_open_questions, read_questions
+from configs.models import AskedConfig
 from configs.prompts import Format, as_text, render
-from configs.schema import DataConfig, StudentConfig, TeacherConfig, require
+from configs.schema import DataConfig, require
 from inference.attention.packing import Group
 from inference.model.files import end_ids
 from inference.protocol.fingerprint import load_tokenizer
@@ -18,7 +19,7 @@ from training.experience import Prompt
 log = logging.getLogger(__name__)
 
 
-def format_of(key: str, model: StudentConfig | TeacherConfig, data: DataConfig) -> Format:
+def format_of(key: str, model: AskedConfig, data: DataConfig) -> Format:
     """How `model`, the setting `key` (student), is asked. Raises ValueError where its tokenizer cannot be read or names
     no end, and where its chat template is missing or fails."""
     try:

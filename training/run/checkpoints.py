@@ -33,13 +33,7 @@ from torch.utils._pytree import tree_map_only
 from configs.io.files import write_atomically
 from configs.schema import CheckpointConfig
 from training import distributed
-from training.run.checkpoint_files import (
-    Manifest,
-    Written,
-    sync,
-    write_state,
-    wrong_size,
-)
+from training.run.checkpoint_files import Manifest, Written, sync, write_state, wrong_size
 from training.run.run_folder import Progress, checkpoint_steps
 from training.run.stopping import RunFailed
 

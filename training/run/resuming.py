@@ -306,8 +306,8 @@ def start_afresh(folder: RunFolder, config: RunConfig, number: int = 2) -> None:
 def _inputs(config: RunConfig) -> dict[str, tuple[str, str]]:
     """Path of each model and each file, folder or data set, by the key that names it, and what is in it; "" for
     nothing, and for the demo."""
-    models = {"student.path": config.student.path, "teacher.path": config.teacher.path}
-    models |= {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(config.teachers)}
+    models = {"student.path": config.student.path}
+    models |= {f"{key}.path": teacher.path for key, teacher in config.every_teacher.items()}
     names = ("prompts", "warmup", "heldout", "open", "validation", "text")
     data = {f"data.{name}": str(getattr(config.data, name) or DEMO) for name in names}
     found = {key: (path, _weights(Path(path))) for key, path in models.items()}

@@ -43,19 +43,12 @@ class TimeLimit:
         if environment.get("SLURM_JOB_END_TIME", "").isdigit():
             self._ends.append((time.time, float(environment["SLURM_JOB_END_TIME"])))
         self._margin_s = min(60.0, max(self._left_s(), 0.0) / 20)
-        self._step_s = self._checkpoint_s = 0.0
-
-    def took_step(self, seconds: float) -> None:
-        """A whole step took so long."""
-        self._step_s = max(self._step_s, seconds)
-
-    def took_checkpoint(self, seconds: float) -> None:
-        """The last checkpoint took so long."""
-        self._checkpoint_s = seconds
+        self.step_s = self.checkpoint_s = 0.0
+        """What the longest step and the last checkpoint took."""
 
     def is_over(self, *, next_step: bool) -> bool:
         """Whether it is time for the last checkpoint; with `next_step`, whether one more step would be too much."""
-        needed_s = self._margin_s + LONGER * (self._checkpoint_s + (self._step_s if next_step else 0.0))
+        needed_s = self._margin_s + LONGER * (self.checkpoint_s + (self.step_s if next_step else 0.0))
         return needed_s > self._left_s()
 
     def _left_s(self) -> float:
@@ -103,7 +96,7 @@ class SafePoints:
         """Whether to stop before the next step. This one took as long as its validation, too, which is not left.
         Collective."""
         self.advanced = True
-        self.limit.took_step(time.monotonic() - self._began_s)
+        self.limit.step_s = max(self.limit.step_s, time.monotonic() - self._began_s)
         return self._leaving(next_step=True)
 
     def _leaving(self, *, next_step: bool) -> bool:

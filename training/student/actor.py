@@ -23,13 +23,13 @@ from training.experience import Prompt, Rollout, Scored
 from training.losses import (
     OutputLayer,
     PolicyTokens,
-    ReverseKL,
-    TailReverseKL,
     TokenTerm,
     WholeDistribution,
     k3,
     kl_loss,
     policy_loss,
+    reverse_kl_term,
+    tail_kl_term,
     token_weights,
 )
 from training.objective import TERMS, LossWeights, UpdateInput, counts_of
@@ -136,7 +136,7 @@ class Actor:
         """Exact KL(student || teacher) before each response token, nats, float32 [S]. Temperature 1. Collective."""
 
         def one(row: PackedRow) -> torch.Tensor:
-            terms = {"kl": ReverseKL(self._teacher(teacher_hidden_SD, row))}
+            terms = {"kl": reverse_kl_term(self._teacher(teacher_hidden_SD, row))}
             return self.policy(row, terms=terms).terms["kl"]
 
         return each_token(self.engine.passes, rollout.groups(), one)
@@ -206,13 +206,13 @@ class Actor:
         terms: dict[str, TokenTerm] = {}
         teacher, of_row = scored.teacher, partial(self.engine.of_row, row)
         if weights.single_step > 0 and teacher.top_ids_SK is not None and teacher.top_logprobs_SK is not None:
-            terms["single_step"] = TailReverseKL(of_row(teacher.top_ids_SK), of_row(teacher.top_logprobs_SK))
+            terms["single_step"] = tail_kl_term(of_row(teacher.top_ids_SK), of_row(teacher.top_logprobs_SK))
         elif weights.single_step > 0 and teacher.hidden_SD is not None:
             divergence = RECIPES[self._config.recipe].divergence
             terms["single_step"] = divergence(self._teacher(teacher.hidden_SD, row), self._config, seed)
         if weights.kl > 0 and scored.reference is not None:
             reference = scored.reference
-            terms["kl"] = ReverseKL(WholeDistribution(of_row(reference.hidden_SD), reference.head))
+            terms["kl"] = reverse_kl_term(WholeDistribution(of_row(reference.hidden_SD), reference.head))
         return terms
 
     def _policy_terms(self, plan: _Update, row: PackedRow, seed: int, log: MetricSums) -> dict[str, torch.Tensor]:
@@ -228,16 +228,19 @@ class Actor:
             logprobs_S = logprobs_S.detach()  # for the log only: no backward pass through them
         behavior_S = of_row(rollout.behavior_logprobs_S)
         importance_S = torch.ones_like(behavior_S) if scored.importance_S is None else of_row(scored.importance_S)
+        counts = {"tokens": plan.counts["tokens"], "responses": plan.counts["responses"]}
+        longest = float(self._config.sampling.max_new_tokens)
+        weights_S = token_weights(rollout.lengths_B, config.aggregation, **counts, constant=longest)
         tokens = PolicyTokens(
             policy_logprobs_S=logprobs_S,
             old_logprobs_S=behavior_S if scored.policy_logprobs_S is None else of_row(scored.policy_logprobs_S),
             advantages_S=of_row(experience.advantages_S),
-            weights_S=of_row(self._token_weights(plan, rollout.lengths_B)) * importance_S,
+            weights_S=of_row(weights_S) * importance_S,
             response_S=row.response_S.to(self.engine.device),
         )
         loss, clipped_S = policy_loss(tokens, config)
         parts = {"policy": loss}
-        mean = 1.0 / max(plan.counts["tokens"], 1.0)
+        mean = 1.0 / max(counts["tokens"], 1.0)
         if scored.reference_logprobs_S is not None:
             reference_S = of_row(scored.reference_logprobs_S)
             log.add("kl/reference", (k3(logprobs_S.detach(), reference_S) * importance_S).sum() * mean)
@@ -256,16 +259,6 @@ class Actor:
             log.add(f"loss/{name}", value)
         log.add("loss/total", torch.stack([v.detach().double() for v in weighted.values()]).sum())
         return weighted
-
-    def _token_weights(self, plan: _Update, lengths_B: torch.Tensor) -> torch.Tensor:
-        """float32 [S] weight of each response token in L_policy and L_KL."""
-        return token_weights(
-            lengths_B,
-            self._config.loss.aggregation,
-            tokens=plan.counts["tokens"],
-            responses=plan.counts["responses"],
-            constant=float(self._config.sampling.max_new_tokens),
-        )
 
     def _language_model_term(
         self, plan: _Update, row: PackedRow, name: str, log: MetricSums

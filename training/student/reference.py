@@ -59,7 +59,6 @@ class AdapterOff(Reference):
         self._actor = actor
 
     def logprobs(self, rollout: Rollout) -> torch.Tensor:
-        """See `Reference.logprobs`."""
         return self._actor.logprobs(rollout, start_of_run=True)
 
 
@@ -90,20 +89,17 @@ class FrozenCopy(Reference):
             self._average = {n: p.float().cpu() for n, p in self._policy.model.named_parameters()}
 
     def logprobs(self, rollout: Rollout) -> torch.Tensor:
-        """See `Reference.logprobs`."""
         temperature = self._config.sampling.temperature
         return each_token(
             self._passes, rollout.groups(), lambda row: self._policy(row, temperature=temperature).logprobs_S
         )
 
     def states(self, rollout: Rollout) -> WholeDistribution:
-        """See `Reference.states`."""
         hidden_SD = each_token(self._passes, rollout.groups(), self._policy.response_states)
         return WholeDistribution(hidden_SD, torch.no_grad()(self._policy.logits))
 
     @torch.no_grad()
     def follow(self, actor: Actor, step: int) -> None:
-        """See `Reference.follow`."""
         settings = self._config.reference
         if self._update == "fixed" or (self._update == "every" and (step + 1) % settings.every != 0):
             return
@@ -127,7 +123,6 @@ class FrozenCopy(Reference):
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """See `Reference.load`."""
         if self._update == "fixed":
             return
         saved = load_file(directory / self.FILE)

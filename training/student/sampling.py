@@ -18,25 +18,11 @@ from inference.attention.packed import PrefillPlan, PromptCache
 from inference.attention.packing import Group, pack_row
 from inference.attention.static_decode import StaticDecodePlan
 from rewards.tokens import from_grid
+from training.experience import Samples
 from training.student.few_rows import few_rows
 from training.student.graph_decoder import StaticDecoder
 from training.student.plain_decoders import PlainDecoder, UncachedDecoder
 from training.student.policy import Policy, Way
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Responses of N prompts, B = N*G, ordered by prompt: the fields of a `Rollout` that are sampled."""
-
-    responses_B: tuple[tuple[int, ...], ...]
-    """Token ids, the end symbol included where one was drawn."""
-    finished_B: torch.Tensor
-    """bool an end symbol was drawn."""
-    behavior_logprobs_S: torch.Tensor
-    """float32 nats under the full softmax at the temperature."""
-    sampled_logprobs_S: torch.Tensor
-    """float32 nats under the distribution that was drawn from, where that is a mixture with another."""
-
 
 Mixture = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From step t, the active responses [A], the token that each chose last (nothing at t = 0) and the policy's

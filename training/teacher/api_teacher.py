@@ -9,6 +9,7 @@ stay unanswered are reported and end the program with code 75 (run it again). Th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from configs.checks import check_ranges
-from configs.io.files import write_atomically
+from configs.io.files import locked, write_atomically
 from configs.io.jsonl import read_questions
+from configs.io.lines import LineFile, whole_rows
 from configs.learning import ApiConfig
 from configs.schema import require
-from training.teacher.api_cache import ReplyCache, StoredReply
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,48 @@ ANSWER = "Answer in Faroese, as briefly as the question allows, with the answer 
 
 class ApiRefused(ValueError):
     """The endpoint will not answer, however often it is asked (key, model, request)."""
+
+
+@dataclass(frozen=True)
+class StoredReply:
+    """What an endpoint said."""
+
+    text: str
+    """The reply."""
+    tokens_in: int
+    """Prompt tokens, as the endpoint counts them; 0 where it does not say."""
+    tokens_out: int
+    """Reply tokens."""
+
+
+class ReplyCache:
+    """Replies by key, in memory and in a file that several processes may append to: one JSON object a line, appended
+    whole, so that a kill loses none that had come."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._replies: dict[str, StoredReply] = {}
+        for row in whole_rows(self._path):  # what a kill cut off is asked again
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                self._replies[row["key"]] = StoredReply(str(row["text"]), int(row["tokens_in"]), int(row["tokens_out"]))
+
+    def get(self, key: str) -> StoredReply | None:
+        """The reply, or None."""
+        with self._lock:
+            return self._replies.get(key)
+
+    def replies(self) -> list[StoredReply]:
+        """All of them."""
+        with self._lock:
+            return list(self._replies.values())
+
+    def put(self, key: str, reply: StoredReply) -> None:
+        """Remember a reply; it is on disk when this returns."""
+        with self._lock, locked(self._path.with_suffix(".lock")):  # other ranks append too
+            LineFile(self._path).append(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False))
+            self._replies[key] = reply
 
 
 @dataclass
@@ -184,26 +227,20 @@ class ApiTeacher:
         time.sleep(max(0.0, slot - time.monotonic()))
 
 
-class Judge:
-    """Marks of responses by a model."""
-
-    def __init__(self, teacher: ApiTeacher) -> None:
-        self.teacher = teacher
-
-    def marks(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
-        """0..1 for each (prompt, response); None where no mark could be had. An empty response is 0 without asking."""
-        asked = [n for n, (_, response) in enumerate(pairs) if response.strip()]
-        replies = self.teacher.ask([judge_messages(*pairs[n]) for n in asked], check=parse_mark)
-        out: list[float | None] = [0.0] * len(pairs)
-        for n, reply in zip(asked, replies, strict=True):
-            out[n] = None if reply is None else parse_mark(reply)
-        return out
-
-
 @lru_cache(maxsize=4)
-def judge_of(config: ApiConfig, cache_dir: str) -> Judge:
+def judge_of(config: ApiConfig, cache_dir: str) -> ApiTeacher:
     """The judge of a run; its replies are kept in the cache folder."""
-    return Judge(ApiTeacher(config, Path(cache_dir) / "api" / "judge.jsonl"))
+    return ApiTeacher(config, Path(cache_dir) / "api" / "judge.jsonl")
+
+
+def marks(judge: ApiTeacher, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    """0..1 for each (prompt, response); None where no mark could be had. An empty response is 0 without asking."""
+    asked = [n for n, (_, response) in enumerate(pairs) if response.strip()]
+    replies = judge.ask([judge_messages(*pairs[n]) for n in asked], check=parse_mark)
+    out: list[float | None] = [0.0] * len(pairs)
+    for n, reply in zip(asked, replies, strict=True):
+        out[n] = None if reply is None else parse_mark(reply)
+    return out
 
 
 def judge_messages(prompt: str, response: str) -> Messages:

@@ -23,11 +23,10 @@ from training.teacher.link import TeacherLink
 
 def check_mixing(config: RunConfig, same_tokenizer: bool) -> None:
     """Raises ValueError where the teacher cannot be mixed in as asked."""
-    if config.sampling.teacher_mix > 0 and config.sampling.mix_by == "token" and not same_tokenizer:
-        raise ValueError(
-            f"sampling.teacher_mix = {config.sampling.teacher_mix}: token by token it needs one tokenizer, and student "
-            "and teacher have different ones; set sampling.mix_by to response"
-        )
+    mix, by_token = config.sampling.teacher_mix, config.sampling.mix_by == "token"
+    said = "token by token it needs one tokenizer, and student and teacher have different ones"
+    possible = same_tokenizer or mix == 0 or not by_token
+    require(possible, "sampling.teacher_mix", mix, f"{said}; set sampling.mix_by to response")
 
 
 def check_cache(config: RunConfig, asked: Format, prompts: Sequence[Prompt]) -> None:
@@ -105,12 +104,7 @@ def teacher_rollout(
 
 
 def _written(
-    link: TeacherLink,
-    prompts: Sequence[Prompt],
-    config: RunConfig,
-    step: int,
-    *,
-    temperature: float = 1.0,
+    link: TeacherLink, prompts: Sequence[Prompt], config: RunConfig, step: int, *, temperature: float = 1.0
 ) -> list[tuple[tuple[int, ...], bool]]:
     """The teacher's answers in the student's tokens, and whether each has ended."""
     seed = config.seed * 1_000_003 + step

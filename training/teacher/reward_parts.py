@@ -38,12 +38,12 @@ def configured_parts(inputs: RewardInput, config: RunConfig) -> dict[str, torch.
 
 def _judged(inputs: RewardInput, config: RunConfig) -> list[float]:
     """The judge's scores; a response whose score could not be had gets the mean of the others in its group."""
-    from training.teacher.api_teacher import judge_of
+    from training.teacher.api_teacher import judge_of, marks
 
     pairs = list(zip(inputs.questions_B, inputs.texts_B, strict=True))
     judge = judge_of(config.rewards.judge, config.cache_dir)
-    judge.teacher.on_reply = distributed.beat  # a slow endpoint is not a stuck rank
-    scores = judge.marks(pairs)
+    judge.on_reply = distributed.beat  # a slow endpoint is not a stuck rank
+    scores = marks(judge, pairs)
     out: list[float] = []
     for first in range(0, len(scores), inputs.group_size):
         group = scores[first : first + inputs.group_size]

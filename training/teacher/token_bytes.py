@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,10 @@ class TokenBytes:
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         spec = json.loads(backend.to_str()) if backend is not None else None
-        self._letters = byte_letters() if spec is not None and _byte_level(spec) else None
-        if self._letters is None and not (_metaspace(spec) if spec is not None else _sentencepiece(tokenizer)):
+        steps = [] if spec is None else _kinds(spec["decoder"], "decoders")
+        self._letters = byte_letters() if any(step["type"] == "ByteLevel" for step in steps) else None
+        sentencepiece = hasattr(tokenizer, "sp_model") if spec is None else any(map(_makes_spaces, steps))
+        if self._letters is None and not sentencepiece:
             raise ValueError(
                 f"{name}: its tokenizer's pieces are neither byte-level BPE nor sentencepiece's, so the teacher's "
                 "log-probabilities cannot be carried between the two tokenizers; take another model"
@@ -122,23 +124,11 @@ def _kinds(part: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
     return [part]
 
 
-def _byte_level(spec: dict[str, Any]) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _kinds(spec["decoder"], "decoders"))
-
-
-def _metaspace(spec: dict[str, Any]) -> bool:
-    """Its decoder makes spaces of `▁`."""
-    for step in _kinds(spec["decoder"], "decoders"):
-        if step["type"] == "Metaspace" and step.get("replacement", SPACE) == SPACE:
-            return True
-        if step["type"] == "Replace" and step["pattern"] == {"String": SPACE} and step["content"] == " ":
-            return True
-    return False
-
-
-def _sentencepiece(tokenizer: Any) -> bool:
-    """A tokenizer that asks the sentencepiece library itself."""
-    return hasattr(tokenizer, "sp_model")
+def _makes_spaces(step: dict[str, Any]) -> bool:
+    """A step of a decoder that makes spaces of `▁`."""
+    if step["type"] == "Metaspace":
+        return step.get("replacement", SPACE) == SPACE
+    return step["type"] == "Replace" and step["pattern"] == {"String": SPACE} and step["content"] == " "
 
 
 def _continuation(spec: dict[str, Any]) -> Tokenizer:
@@ -156,18 +146,14 @@ def _continuation(spec: dict[str, Any]) -> Tokenizer:
         # Its vocabulary holds the symbols as pieces, which a text that spells their names would be cut into.
         named = [[f"{NOWHERE}{piece}" if piece in special else piece, score] for piece, score in model["vocab"]]
         model = {**model, "vocab": named}
+    kept = [step for step in _kinds(spec["normalizer"], "normalizers") if step["type"] != "Prepend"]
     spec = {
         **spec,
         "model": model,
         "added_tokens": [t for t in spec["added_tokens"] or [] if not t["special"] or model["type"] != "Unigram"],
-        "normalizer": _sequence(s for s in _kinds(spec["normalizer"], "normalizers") if s["type"] != "Prepend"),
+        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
         "post_processor": None, "truncation": None, "padding": None,
     }  # fmt: skip
     inner = Tokenizer.from_str(json.dumps(spec))
     inner.encode_special_tokens = True
     return inner
-
-
-def _sequence(steps: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    kept: Sequence[dict[str, Any]] = list(steps)
-    return {"type": "Sequence", "normalizers": kept} if kept else None

@@ -114,9 +114,8 @@ def shared_files(config: RunConfig) -> Finding:
     """What rank 0 writes into runs_dir and cache_dir is seen by all, who may write there as well."""
     nonce = distributed.gather_strings([os.urandom(8).hex()])[0]
     problems = [_unseen(key, Path(getattr(config, key)), nonce) for key in ("runs_dir", "cache_dir")]
-    said = [problem for problem in distributed.gather_strings([" and ".join(filter(None, problems))]) if problem]
-    if said:
-        return Finding(False, f"{said[0]}; choose folders on a file system that all nodes share")
+    if said := next(filter(None, distributed.gather_strings([" and ".join(filter(None, problems))])), ""):
+        return Finding(False, f"{said}; choose folders on a file system that all nodes share")
     return Finding(True, f"runs_dir {config.runs_dir} and cache_dir {config.cache_dir} are one folder for every rank")
 
 
@@ -168,9 +167,9 @@ def teacher_port(config: RunConfig) -> Finding:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
             problem = f"{platform.node()} does not reach {address} ({error})"
-        said_all = [one for one in distributed.gather_strings([problem]) if one]
+        problem = next(filter(None, distributed.gather_strings([problem])), "")
     mend = "set teacher.interface to the address of rank 0's node in the network between the nodes, or open the port"
-    return Finding(not said_all, f"{said_all[0]}; {mend}" if said_all else f"every rank reaches {address}")
+    return Finding(not problem, f"{problem}; {mend}" if problem else f"every rank reaches {address}")
 
 
 def limits(config: RunConfig) -> Finding:

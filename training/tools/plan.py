@@ -18,10 +18,10 @@ from typing import Any
 from configs.io.hub import has_tokenizer
 from configs.schema import DEMO, RunConfig, TeacherConfig, require
 from inference.model.families import Architecture, parse_architecture
-from inference.model.files import model_directory
+from inference.model.files import model_directory, tensor_parallel_sizes
 from inference.protocol.fingerprint import tokenizer_fingerprint
 from training.algorithms import ALGORITHMS, check_choices
-from training.data.preflight import room_for_prompt
+from training.data.preflight import room_for_prompt, with_models
 from training.tools.plan_rank import ModelFacts, RankMemory, Tracer, alternatives, rank_memory
 from training.tools.plan_teacher import TeacherMemory, plain_weights, teacher_memory
 
@@ -50,13 +50,7 @@ def read_models(config: RunConfig) -> tuple[RunConfig, ModelFacts, list[str]]:
         require(path != DEMO, key, path, "the demo is built when a run starts; give a Hugging Face model directory")
         return str(model_directory(key, path, weights=False))
 
-    teachers = [replace(t, path=found(f"teachers[{i}].path", t.path)) for i, t in enumerate(config.teachers)]
-    config = replace(
-        config,
-        student=replace(config.student, path=found("student.path", config.student.path)),
-        teacher=replace(config.teacher, path=found("teacher.path", config.teacher.path)),
-        teachers=tuple(teachers),
-    )
+    config = with_models(replace(config, eval=replace(config.eval, beside=None)), found)
 
     def text_config(key: str, path: str) -> Any:
         try:
@@ -66,8 +60,8 @@ def read_models(config: RunConfig) -> tuple[RunConfig, ModelFacts, list[str]]:
 
     student = text_config("student", config.student.path)
     _check_causal("student", config.student.path, student)
-    asked = {"teacher": config.teacher, **{f"teachers[{i}]": one for i, one in enumerate(teachers)}}
-    (_, _, teacher), *others = [(key, one, _served(key, one, text_config(key, one.path))) for key, one in asked.items()]
+    described = {key: (one, text_config(key, one.path)) for key, one in config.every_teacher.items()}
+    (_, _, teacher), *others = [(key, one, _served(key, one, text)) for key, (one, text) in described.items()]
     same, how = _same_tokenizer(config, student.vocab_size == teacher.vocab_size)
     notes = [f"tokenizers: taken as {'equal' if same else 'different'} ({how})"]
     if config.student.adapter.four_bit:
@@ -130,11 +124,6 @@ def fewest_with_changes(config: RunConfig, tracer: Tracer, card: int) -> tuple[f
         if best[0] < math.inf:
             break
     return best
-
-
-def tensor_parallel_sizes(heads: int) -> list[int]:
-    """Ranks that one teacher can have: each takes the same number of heads."""
-    return [size for size in range(1, heads + 1) if heads % size == 0]
 
 
 def smallest_teacher(config: RunConfig, facts: ModelFacts, card: int) -> float:

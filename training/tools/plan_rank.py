@@ -15,7 +15,7 @@ from configs.schema import AdapterConfig, RunConfig, SamplingConfig, StudentConf
 from inference.attention.packing import Group, PackedRow, pack_row
 from inference.model.families import Architecture
 from training.algorithms import ALGORITHMS
-from training.losses import OutputLayer, ReverseKL, WholeDistribution
+from training.losses import OutputLayer, WholeDistribution, reverse_kl_term
 from training.objective import pt_coef, single_step_coef
 from training.student.policy import Policy
 from training.tools.plan_trace import (
@@ -197,7 +197,7 @@ class Tracer:
             hidden = torch.empty(len(row.labels_S), teacher.hidden_size, device=META)
             output = torch.empty(teacher.vocab_size, teacher.hidden_size, device=META)
             hidden = hidden * 1.0  # counted: the row's part is moved to the device; the output layer is held already
-            terms["single_step"] = ReverseKL(WholeDistribution(hidden, OutputLayer(output)))
+            terms["single_step"] = reverse_kl_term(WholeDistribution(hidden, OutputLayer(output)))
         out = policy(row, temperature=config.sampling.temperature, terms=terms)
         return out.logprobs_S.sum() + sum(value.sum() for value in out.terms.values())
 

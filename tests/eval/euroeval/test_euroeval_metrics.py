@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval.euroeval.metrics import LocalMetric, squad_v2, use_local_metrics
+from eval.euroeval.metrics import METRICS, squad_v2, use_local_metrics
 
 
 def said(key: str, text: str) -> dict:
@@ -36,9 +36,9 @@ def test_labels() -> None:
     pytest.importorskip("sklearn")
     # Confusion: 1 right of class 1 out of 2, 2 right of class 0 out of 2.
     predictions, references = [1, 0, 0, 0], [1, 1, 0, 0]
-    f1 = LocalMetric("f1").compute(predictions=predictions, references=references, average="macro")["f1"]
+    f1 = METRICS["f1"](predictions=predictions, references=references, average="macro")["f1"]
     assert f1 == pytest.approx((2 / 3 + 4 / 5) / 2)
-    mcc = LocalMetric("matthews_correlation").compute(predictions=predictions, references=references)
+    mcc = METRICS["matthews_correlation"](predictions=predictions, references=references)
     # (TP TN - FP FN) / sqrt(...) = (1*2 - 0*1) / sqrt(1 * 2 * 2 * 3)
     assert mcc["matthews_correlation"] == pytest.approx(2 / 12**0.5)
 
@@ -47,7 +47,7 @@ def test_entities_count_runs_of_a_lower_case_o() -> None:
     pytest.importorskip("seqeval")
     references = [["o", "b-per", "i-per", "o"], ["b-loc", "o", "o"]]
     predictions = [["o", "b-per", "o", "o"], ["b-loc", "o", "o"]]
-    f1 = LocalMetric("seqeval").compute(predictions=predictions, references=references)["overall_f1"]
+    f1 = METRICS["seqeval"](predictions=predictions, references=references)["overall_f1"]
     # Of the gold's (o), (per 1-2), (loc) and the prediction's (o), (per 1-1), (loc), two are the same; a run of `o`
     # behind another span is not opened anew.
     assert f1 == pytest.approx(2 / 3)

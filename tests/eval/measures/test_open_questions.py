@@ -52,7 +52,7 @@ def test_answers_are_counted_by_pattern(tmp_path: Path, settings: OpenSettings) 
     found.write(tmp_path / "eval" / "open_questions.json")
     scores = read_folder(tmp_path / "eval")
     assert scores["open/right"].value == found.values["open_right"].value
-    assert scores["open/right"].interval is not None
+    assert scores["open/right"].low is not None
 
 
 def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path, settings: OpenSettings) -> None:

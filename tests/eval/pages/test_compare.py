@@ -55,7 +55,7 @@ def test_rows_numbers_and_changes(tmp_path: Path) -> None:
     # Nothing is known of single questions for the reverse KL: a value without an interval.
     kl = found.cell(found.entrants[1], "heldout/reverse_kl")
     assert kl is not None
-    assert (kl.score.value, kl.score.interval, kl.change) == (2.0, None, None)
+    assert (kl.score.value, kl.score.low, kl.change) == (2.0, None, None)
     assert gap_closed(found, "heldout/f1", found.entrants[1]) == pytest.approx(100 * (50 - 10) / (95 - 10))
     assert gap_closed(found, "heldout/reverse_kl", found.entrants[1]) == pytest.approx(50.0)
     assert gap_closed(found, "heldout/f1", found.entrants[2]) is None

@@ -43,7 +43,7 @@ class Now:
 
 def test_without_an_end_the_time_is_never_over() -> None:
     limit = TimeLimit(None, {"SLURM_JOB_END_TIME": "soon"})
-    limit.took_step(1e9)
+    limit.step_s = 1e9
     assert not limit.is_over(next_step=True)
 
 
@@ -51,9 +51,7 @@ def test_one_more_step_and_the_checkpoint_have_to_fit(monkeypatch: pytest.Monkey
     """400 s: 20 are kept free; 1.25 times the checkpoint's 8 s and the longest step's 40 s come on top."""
     now = Now(monkeypatch)
     limit = TimeLimit(400, {})
-    for seconds in (40, 20):
-        limit.took_step(seconds)
-    limit.took_checkpoint(8)
+    limit.step_s, limit.checkpoint_s = 40, 8
     for at, next_step, over in ((1320, True, False), (1321, True, True), (1321, False, False), (1371, False, True)):
         now.seconds = at
         assert limit.is_over(next_step=next_step) == over, at

@@ -15,9 +15,10 @@ from inference.attention.packing import groups_of, pack_row
 from inference.attention.plain_rows import plain_rows
 from tests.support.student_models import build, plain_logprobs, save
 from training.data.order import random_stream
+from training.experience import Samples
 from training.student.loading import load_policy
 from training.student.policy import Policy, Way
-from training.student.sampling import Drawing, Samples, sample
+from training.student.sampling import Drawing, sample
 
 PROMPTS = [(3, 4, 5, 6), (7,), (8, 9)]
 

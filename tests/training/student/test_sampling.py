@@ -13,7 +13,7 @@ from configs.schema import SamplingConfig
 from inference.attention.packing import groups_of, in_batch_order, pack, pack_row
 from tests.support.student_models import build, plain_logprobs, save
 from training.data.order import random_stream
-from training.losses import GeneralizedJSD, OutputLayer, ReverseKL, WholeDistribution
+from training.losses import OutputLayer, WholeDistribution, jsd_term, reverse_kl_term
 from training.student.loading import load_policy
 from training.student.policy import Policy
 from training.student.sampling import BLOCK, Drawing, draw, sample
@@ -172,7 +172,7 @@ def test_columns_without_a_token_have_no_probability(tmp_path: Path) -> None:
     head = wide.model.get_output_embeddings().weight.grad
     assert float(head[35:].abs().max()) == 0.0
     teacher = WholeDistribution(torch.randn(len(row.labels_S), 6), OutputLayer(torch.randn(50, 6), wide.unknown_V))
-    for term in (ReverseKL(teacher), GeneralizedJSD(teacher, 0.0), GeneralizedJSD(teacher, 0.5)):
+    for term in (reverse_kl_term(teacher), jsd_term(teacher, 0.0), jsd_term(teacher, 0.5)):
         value = wide(row, terms={"term": term}).terms["term"]
         assert torch.isfinite(value).all()
         assert float(value.max()) < 100

@@ -22,9 +22,10 @@ from tests.support.model_zoo import FAMILIES, PROMPTS, make
 from tests.support.recorded_graph import Refused, recorded
 from tests.training.student.test_model_zoo import DOCS
 from training.data.order import random_stream
+from training.experience import Samples
 from training.student import graph_decoder, sampling
 from training.student.policy import Policy, Way
-from training.student.sampling import LOOK, Drawing, Samples, sample
+from training.student.sampling import LOOK, Drawing, sample
 
 PACKED = re.findall(r"^\| (\S+) \| \w+ \| packed rows \|", DOCS, re.MULTILINE)
 Capture = Callable[[Callable[[], None]], Callable[[], None]]

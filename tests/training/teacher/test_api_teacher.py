@@ -22,8 +22,16 @@ from tests.support.api_endpoint import FAULTS, Endpoint
 from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, environment, metrics
 from training import distributed
-from training.teacher.api_cache import ReplyCache, StoredReply
-from training.teacher.api_teacher import KEY, ApiRefused, ApiTeacher, Judge, Messages, parse_mark
+from training.teacher.api_teacher import (
+    KEY,
+    ApiRefused,
+    ApiTeacher,
+    Messages,
+    ReplyCache,
+    StoredReply,
+    marks,
+    parse_mark,
+)
 from training.teacher.reward_parts import configured_parts
 
 pytest.importorskip("openai")
@@ -211,8 +219,8 @@ def test_what_is_no_mark_is_refused(reply: str) -> None:
 
 def test_a_judge_marks_responses_and_says_where_it_could_not(tmp_path: Path) -> None:
     with Endpoint(lambda text, n: "500" if "ringt" in text else "ok") as endpoint:
-        judge = Judge(ApiTeacher(config(endpoint, attempts=2), tmp_path / "judge.jsonl"))
-        assert judge.marks([("Hvat?", "gott"), ("Hvat?", " "), ("Hvat?", "ringt")]) == [0.7, 0.0, None]
+        judge = ApiTeacher(config(endpoint, attempts=2), tmp_path / "judge.jsonl")
+        assert marks(judge, [("Hvat?", "gott"), ("Hvat?", " "), ("Hvat?", "ringt")]) == [0.7, 0.0, None]
     assert sum(endpoint.asked.values()) == 3  # one, none, two attempts
 
 

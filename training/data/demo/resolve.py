@@ -52,7 +52,7 @@ def demo_parts(config: RunConfig, *, stage: int) -> list[str]:
     if stage == 2 or (stage == 1 and config.sft.answers == "teacher"):
         read |= {"teacher.path": config.teacher.path, "data.prompts": data.prompts}
     if stage == 2:
-        read |= {f"teachers[{i}].path": teacher.path for i, teacher in enumerate(config.teachers)}
+        read |= {f"{key}.path": teacher.path for key, teacher in config.every_teacher.items()}
     if stage == 0 or (stage == 2 and pt_coef(config) > 0):
         read["data.text"] = data.text
     supervised = stage == 2 and (config.loss.bc_coef > 0 or config.phases.every > 0)
