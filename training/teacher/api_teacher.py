@@ -32,6 +32,7 @@ from configs.io.files import write_atomically
 from configs.io.jsonl import read_questions
 from configs.learning import ApiConfig
 from configs.schema import require
+from training.run.stopping import REQUEUE, RunFailed
 from training.teacher.api_cache import ReplyCache, StoredReply
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ JUDGE = (
 ANSWER = "Answer in Faroese, as briefly as the question allows, with the answer alone."
 
 
-class ApiRefused(ValueError):
+class ApiRefused(RunFailed, ValueError):
     """The endpoint will not answer, however often it is asked (key, model, request)."""
 
 
@@ -284,7 +285,6 @@ def main(argv: Sequence[str]) -> int:
     import jsonargparse
 
     from training.run.cli import fail
-    from training.run.stopping import REQUEUE
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(description="Answers of an API teacher, for warm-up data.")
