@@ -1,15 +1,22 @@
-"""Replies of an endpoint on disk: one JSON object a line, appended whole, so that a kill loses none that had come."""
+"""Replies of an endpoint on disk: one JSON object a line, appended whole, so that a kill loses none that had come.
+
+Where the disk is full or may not be written to, they are in memory alone, which is said once: a cache ends no run.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.io.files import locked
 from configs.io.lines import LineFile, whole_rows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,11 @@ class ReplyCache:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._replies = _read(self._path)
+        self._lines, self._lock, self._said = LineFile(self._path), threading.Lock(), False
+        self._replies: dict[str, StoredReply] = {}
+        with self._tolerated():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._replies = _read(self._path)
 
     def get(self, key: str) -> StoredReply | None:
         """The reply, or None."""
@@ -44,10 +53,20 @@ class ReplyCache:
             return list(self._replies.values())
 
     def put(self, key: str, reply: StoredReply) -> None:
-        """Remember a reply; it is on disk when this returns."""
-        with self._lock, locked(self._path.with_suffix(".lock")):  # other ranks append too
-            LineFile(self._path).append(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False))
+        """Remember a reply; it is on disk when this returns, where it can be, and else goes there with the next one."""
+        with self._lock, self._tolerated():
             self._replies[key] = reply
+            with locked(self._path.with_suffix(".lock")):  # other ranks append too
+                self._lines.append(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False))
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._said:
+                log.warning("%s: %s; what is asked is kept in memory alone until it can be", self._path, error.strerror)
+            self._said = True
 
 
 def _read(path: Path) -> dict[str, StoredReply]:

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from configs.checks import check_ranges
-from configs.io.files import write_atomically
+from configs.io.files import parse_json, write_atomically
 from configs.io.jsonl import read_questions
 from configs.learning import ApiConfig
 from configs.schema import require
@@ -225,7 +225,7 @@ def parse_mark(reply: str) -> float:
 def parse_completion(body: str) -> StoredReply:
     """The text and the token counts in a chat completion. Raises ValueError where the body is none."""
     try:
-        value = json.loads(body)
+        value = parse_json(body, strict=True)
         text = value["choices"][0]["message"]["content"]
         usage = value.get("usage") or {}
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
