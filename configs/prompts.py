@@ -108,6 +108,17 @@ class Format:
             said = said[1:]  # the tokenizer's own space, or the answer would have two
         return tuple(self.text(said))
 
+    def scored(self, text: str) -> str:
+        """What counts of a reply (`said`): of a model that thinks aloud what it says behind its last `</think>`, and
+        nothing where it does not come to that, as in EuroEval."""
+        _, end, answer = text.rpartition("</think>")
+        return answer.strip() if end or not (self._thinks or text.startswith("<think>")) else ""
+
+    @cached_property
+    def _thinks(self) -> bool:
+        """The chat template has begun the thoughts already."""
+        return self.chat and self.rendered("Hvat?").rstrip().endswith("<think>")
+
     def text(self, text: str) -> list[int]:
         """Token ids of a text that is only text: the names of special symbols in it are spelt out."""
         return self._pieces(self._guarded(text, ""))

@@ -33,9 +33,8 @@ import yaml
 from configs.io.files import locked, read_json, write_atomically
 from configs.schema import RunConfig, as_dict, flat
 from eval.cli import exit_code, parser_of
-from eval.experiments.plan import Plan, Task, filled, flags, models_of, read_plan, summary_of
+from eval.experiments.plan import ROOT, Plan, Task, filled, flags, models_of, read_plan, summary_of
 
-ROOT = Path(__file__).resolve().parents[1]
 STOPPED = 75
 
 
@@ -114,7 +113,13 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     options.runs_dir = options.runs_dir or Path("runs") / options.plan.stem
     for key in ("plan", "runs_dir", "cache_dir"):  # the runs' working directory is the repository
         setattr(options, key, getattr(options, key).resolve())
-    return options, more
+    return options, [_absolute(word) for word in more]
+
+
+def _absolute(word: str) -> str:
+    """A relative path with a slash in it that is there, `student/export` or `--KEY=student/export`, from here."""
+    key, equals, value = word.rpartition("=")
+    return f"{key}{equals}{Path(value).resolve()}" if "/" in value and Path(value).exists() else word
 
 
 def values_of(options: argparse.Namespace) -> dict[str, str]:

@@ -23,18 +23,22 @@ class TeacherRewardKind:
     loss."""
     raw_text: float = 0.0
     """Weight of the language-model loss on raw text unless loss.pt_coef says otherwise."""
+    settings: tuple[str, ...] = ()
+    """What it reads of them."""
     single_step: bool = False
     """The single-step KL is in the loss unless loss.single_step_coef says otherwise (one tokenizer)."""
 
 
 REWARDS: dict[str, TeacherRewardKind] = {
     "teacher_logprob": TeacherRewardKind(
-        lambda inputs, settings, single_step: teacher_logprob_rewards(inputs, length_alpha=settings.length_alpha)
+        lambda inputs, settings, single_step: teacher_logprob_rewards(inputs, length_alpha=settings.length_alpha),
+        settings=("length_alpha",),
     ),
     "minillm": TeacherRewardKind(
         lambda inputs, settings, single_step: minillm_rewards(
             inputs, gamma=settings.gamma, length_normalize=settings.length_normalize, single_step=single_step
         ),
+        settings=("gamma", "length_normalize"),
         raw_text=0.1,
         single_step=True,
     ),

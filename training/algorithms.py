@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 
 from configs.checks import check_rules, require
-from configs.schema import RunConfig
+from configs.schema import RunConfig, as_dict, flat
 from rewards import REWARDS
 from training.experience import Rewarded
 from training.grpo import GRPO
+from training.objective import TERMS
 from training.ppo import PPO
 from training.recipes import RECIPES
 
@@ -64,5 +65,67 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     yield "algo", not recipe.ranks_groups or algorithm.compares_groups, mend
     mend = f"{named} ranks the student's own responses: set it to 0"
     yield "sampling.teacher_mix", not recipe.ranks_groups or config.sampling.teacher_mix == 0, mend
+    mend = f"with {named} the teacher writes every answer: set it to 0"
+    yield "sampling.teacher_mix", not recipe.teacher_answers or config.sampling.teacher_mix == 0, mend
     mend = f"{named} needs the whole distribution: set it to 0"
     yield "loss.single_step_entries", not recipe.always_divergence or config.loss.single_step_entries == 0, mend
+
+
+def without_effect(config: RunConfig, same_tokenizer: bool) -> list[str]:
+    """Keys of the settings that are not at their defaults and that the student of this run does not depend on: those
+    of another algorithm, reward or recipe, and those of a term or a part that has no weight."""
+    known = flat(as_dict(RunConfig()))
+    asked = {key for key, value in flat(as_dict(config)).items() if value != known.get(key, value)}
+    asked -= {f"loss.{term}_coef" for term in TERMS if not getattr(config.loss, f"{term}_coef")}  # off, as it is
+    unread = [prefix for prefix, read in _readers(config, same_tokenizer).items() if not read]
+    return sorted(key for key in asked if key.startswith(tuple(unread)))
+
+
+def _readers(config: RunConfig, same_tokenizer: bool) -> dict[str, bool]:
+    """How keys begin, and whether what they set is read in this run."""
+    algorithm, recipe, rewards = ALGORITHMS[config.algo], RECIPES[config.recipe], config.rewards
+    weights = recipe.weights(config, 0, same_tokenizer)
+    critic = algorithm.needs_critic and recipe.advantages is None
+    penalised = recipe.policy_gradient and (algorithm.needs_reference(config) or weights.kl > 0)
+    learnt = recipe.policy_gradient
+    read = {
+        "grpo.": learnt and algorithm.compares_groups,
+        "grpo.scale": not recipe.ranks_groups,
+        "grpo.epsilon": not recipe.ranks_groups,
+        "grpo.resample_rounds": config.grpo.no_signal == "resample",
+        "ppo.": critic,
+        "critic.learning_rate": critic,
+        "reference.update": penalised,
+        "reference.every": penalised and config.reference.update == "every",
+        "loss.clip_": weights.policy > 0,
+        "loss.ratio": weights.policy > 0,
+        "loss.aggregation": weights.policy > 0 or weights.kl > 0,
+        "loss.kl_estimator": weights.kl > 0,
+        "loss.pt_batch": weights.pt > 0 or weights.bc > 0,
+        "loss.bc_": recipe.imitated is None or recipe.teacher_answers,
+        "loss.single_step_entries": weights.single_step > 0,
+        "sampling.group_size": not recipe.teacher_answers,
+        "sampling.mix_by": config.sampling.teacher_mix > 0,
+        "sampling.mix_weight": config.sampling.teacher_mix > 0 and config.sampling.mix_by == "token",
+        "phases.steps": config.phases.every > 0,
+        "student.adapter.": config.student.adapter.rank > 0,
+        "distill.answer_temperature": recipe.teacher_answers or config.sft.answers == "teacher",
+        "rewards.": learnt,
+        "rewards.similarity_metric": rewards.similarity_weight != 0,
+        "rewards.language_dictionary": rewards.language_weight != 0,
+        "rewards.format_pattern": rewards.format_weight != 0,
+        "rewards.length_min_words": rewards.length_weight != 0,
+        "rewards.length_max_words": rewards.length_weight != 0,
+        "rewards.judge.": rewards.judge_weight != 0,
+        "rewards.bilingual.": rewards.bilingual_weight != 0,
+        "rewards.custom_weight": rewards.custom is not None,
+    }
+    for term in TERMS:
+        weighed = getattr(weights, term) > 0
+        read[f"loss.{term}_coef"] = weighed
+        read[f"loss.{term}_schedule."] = weighed and getattr(config.loss, f"{term}_schedule").kind != "constant"
+    for key in (name for row in RECIPES.values() for name in row.settings):
+        read[f"distill.{key}"] = key in recipe.settings
+    for key in (name for kind in REWARDS.values() for name in kind.settings):
+        read[f"rewards.{key}"] = key in REWARDS[config.reward].settings
+    return read

@@ -70,7 +70,7 @@ def greedy_answers(actor: Actor, prompts: Sequence[Prompt], config: RunConfig) -
     texts: list[str] = []
     for asked, count in _shared_batches(prompts, config.eval.batch):
         texts += actor.sample(asked, step=EVALUATION_STEP, sampling=sampling, greedy=True).texts_B[:count]
-    return distributed.gather_strings(texts)
+    return distributed.gather_strings(list(map(actor.asked.scored, texts)))
 
 
 def sampled_answers(
@@ -99,6 +99,7 @@ def sampled_answers(
             kl_sum += float(kl_S[known_S].double().sum())
             tokens += float(known_S.sum())
             texts += rollout.texts_B
+    texts = list(map(actor.asked.scored, texts))
     if link is None:
         return None, distributed.gather_strings(texts)
     total = distributed.sum_metrics({"kl": kl_sum, "tokens": tokens})
@@ -123,7 +124,7 @@ def evaluate_teacher(link: TeacherLink, prompts: Sequence[Prompt], config: RunCo
         for start in range(0, len(asked), config.eval.batch):
             batch, seed = asked[start : start + config.eval.batch], EVALUATION_STEP + start
             found = link.answer(batch, config.sampling.max_new_tokens, temperature=temperature, seed=seed)
-            texts += [text for text, _ in found]
+            texts += [link.facts.teacher.scored(text) for text, _ in found]
             distributed.beat()  # the other ranks wait
         return texts
 

@@ -85,6 +85,8 @@ class Recipe:
     """The rank of a response in its group is what counts."""
     interpolate: bool = False
     """The export is moved back towards the start of the run."""
+    settings: tuple[str, ...] = ()
+    """What it alone reads of `distill`."""
 
     def weights(self, config: RunConfig, step: int, same_tokenizer: bool) -> LossWeights:
         """The weights of step `step` as this recipe uses them."""
@@ -116,6 +118,7 @@ RECIPES: dict[str, Recipe] = {
         divergence=lambda teacher, config, seed: sampled_ce_term(teacher, config.distill.sampled_tokens, seed),
         always_divergence=True,
         draws=True,
+        settings=("sampled_tokens",),
     ),
     # On-policy generalised knowledge distillation (arXiv 2306.13649): no gradient through sampling.
     "gkd": Recipe(
@@ -123,11 +126,12 @@ RECIPES: dict[str, Recipe] = {
         advantages=no_advantages,
         divergence=lambda teacher, config, seed: jsd_term(teacher, config.distill.jsd_beta),
         always_divergence=True,
+        settings=("jsd_beta",),
     ),
     # Best-of-N distillation (arXiv 2407.14622): imitate the best, and climb the quantile reward.
-    "bond": Recipe(imitated=best_of_group, advantages=_quantiles, ranks_groups=True),
+    "bond": Recipe(imitated=best_of_group, advantages=_quantiles, ranks_groups=True, settings=("bond_forward",)),
     # Averaged policies (arXiv 2406.16768): set reference.update: ema as the anchor.
-    "warp": Recipe(interpolate=True),
+    "warp": Recipe(interpolate=True, settings=("warp_rate",)),
 }
 
 

@@ -25,7 +25,7 @@ from inference.protocol.fingerprint import tokenizer_fingerprint
 from inference.protocol.replies import NONE
 from inference.server.launch import SECRET, start_local_teacher
 from training import distributed
-from training.algorithms import ALGORITHMS, check_choices
+from training.algorithms import ALGORITHMS, check_choices, without_effect
 from training.collect import Models, Run
 from training.data.demo.resolve import resolve_demo
 from training.data.overlap import data_warnings
@@ -107,6 +107,9 @@ def run(config: RunConfig) -> int:
     except (ValueError, OSError) as error:
         fail(str(error))
     if distributed.environment_rank() == 0:
+        if unread := without_effect(config, facts.same_tokenizer):
+            chosen = f"algo {config.algo}, reward {config.reward}, recipe {config.recipe}"
+            log.warning("without effect on the student with %s and its weights: %s", chosen, ", ".join(unread))
         for line in data_warnings(config, inputs.heldout):
             log.warning("%s", line)
     if already_finished(folder, config):

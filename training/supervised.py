@@ -415,10 +415,18 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
                 answers = link.answer(repeated, config.sampling.max_new_tokens, temperature=temperature, seed=seed)
                 known |= {p.text: answers[i * samples : (i + 1) * samples] for i, p in enumerate(batch)}
                 if time.monotonic() - kept > KEEP_S:
-                    write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
+                    _keep(path, known)
                     kept = time.monotonic()
         finally:  # a start that is stopped here asks for the rest next time
             if missing:
-                write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
+                _keep(path, known)
     distributed.any_rank(False)
     return [json.loads(one) for one in distributed.gather_strings([json.dumps(known[p.text]) for p in prompts])]
+
+
+def _keep(path: Path, known: Mapping[str, Any]) -> None:
+    """A disk that is full ends no stage: its next start asks again."""
+    try:
+        write_atomically(path, json.dumps(known, ensure_ascii=False, indent=0))
+    except OSError as error:
+        log.warning("%s: %s; the teacher's answers are not kept", path, error.strerror)

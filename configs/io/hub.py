@@ -44,16 +44,26 @@ def find_model(key: str, path: str | Path, *, weights: bool = True) -> Path:
     raise ValueError(f"{key} = {name!r}: {mend}")
 
 
-def base_of(directory: str | Path) -> Path:
-    """The directory itself, or that of the model which an adapter there (peft's) stands on: config.json is in that one.
-    Raises ValueError where the adapter does not say which, and as `find_model`."""
-    file = Path(directory) / "adapter_config.json"
-    if not file.is_file() or (Path(directory) / "config.json").is_file():
+def is_adapter(directory: str | Path) -> bool:
+    """A directory that peft wrote: an adapter, whose model is elsewhere (some keep a copy of its config.json)."""
+    return (Path(directory) / "adapter_config.json").is_file()
+
+
+def base_of(directory: str | Path, *, weights: bool = False) -> Path:
+    """The directory itself, or that of the model which an adapter there stands on. Raises ValueError where the adapter
+    does not say which, where it has no weights and they are wanted, and as `find_model`."""
+    if not is_adapter(directory):
         return Path(directory)
+    file = Path(directory) / "adapter_config.json"
+    if weights and not any(Path(directory).glob("adapter_model*.safetensors")):
+        raise ValueError("no weights (adapter_model.safetensors) in it; save the adapter with save_pretrained")
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{file}: no base_model_name_or_path; say which model the adapter belongs to")
-    return find_model(f"{file}: base_model_name_or_path", base)
+    found = find_model(f"{file}: base_model_name_or_path", base)
+    if found.resolve() == Path(directory).resolve():
+        raise ValueError(f"{file}: base_model_name_or_path = {base!r} is the adapter itself; name its model")
+    return found
 
 
 def has_tokenizer(directory: str | Path) -> bool:

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from configs.io.files import read_json, read_yaml
 
+ROOT = Path(__file__).resolve().parents[2]
+"""The repository: the working directory of every run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -175,6 +178,9 @@ def summary_of(run: Path) -> dict[str, Any] | None:
 
 
 def models_of(run: Path) -> dict[str, str]:
-    """Model directory by stage: where the run began, what it made, its teacher."""
+    """Model directory by stage: where the run began, what it made, its teacher. A relative one is as the run saw it,
+    from the repository."""
     config = read_yaml(run / "config.yaml")
-    return {"start": config["student"]["path"], "after": str(run / "export"), "teacher": config["teacher"]["path"]}
+    start, teacher = (config[who]["path"] for who in ("student", "teacher"))
+    found = {"start": start, "after": str(run / "export"), "teacher": teacher}
+    return {stage: str(ROOT / path) if (ROOT / path).is_dir() else path for stage, path in found.items()}

@@ -109,7 +109,8 @@ def answers(
     """The model's answer to each prompt, up to its end or max_new_tokens: the likeliest token each time, or sampled at
     temperature 1 from torch's generator.
 
-    The whole answer is given back, stripped; a model that does not stop is not helped by cutting at a new line.
+    The whole answer is given back, stripped and without thoughts (`Format.scored`); a model that does not stop is not
+    helped by cutting at a new line.
     """
     from tqdm import tqdm
 
@@ -123,5 +124,5 @@ def answers(
     with tqdm(total=len(prompts), desc=label, unit="answer", dynamic_ncols=True) as bar:
         found = generate(model.network, prompts, decoding, progress=bar.update)
     tokens = [one.tokens[:-1] if one.tokens[-1] in ends else one.tokens for one in found]
-    said = settings.asked(model.tokenizer, ends).said
-    return [said(one) for one in tokens]
+    asked = settings.asked(model.tokenizer, ends)
+    return [asked.scored(asked.said(one)) for one in tokens]

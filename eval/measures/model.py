@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.io.files import fingerprint, read_json
-from configs.io.hub import find_model, read_tokenizer
+from configs.io.files import fingerprint
+from configs.io.hub import base_of, find_model, is_adapter, read_tokenizer
 from configs.schema import RunConfig
 from eval.measures.model_dirs import output_folder
 
@@ -58,8 +58,8 @@ class Model:
 def _content(path: str) -> str:
     """What is in the files of a model, by its path or its hub id."""
     directory = find_model("--model", path)
-    own, adapter = fingerprint(directory, whole=False), directory / "adapter_config.json"
-    return f"{own}-{_content(read_json(adapter)['base_model_name_or_path'])}" if adapter.is_file() else own
+    own = fingerprint(directory, whole=False)
+    return f"{own}-{_content(str(base_of(directory)))}" if is_adapter(directory) else own
 
 
 def load_model(model_dir: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
@@ -74,7 +74,7 @@ def load_model(model_dir: str | Path, dtype: str = "float32") -> tuple[Any, Any]
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if (Path(model_dir) / "adapter_config.json").is_file():
+        if is_adapter(model_dir):
             return _load_adapter(str(model_dir), dtype)
         tokenizer = read_tokenizer(AutoTokenizer, model_dir)
         model = AutoModelForCausalLM.from_pretrained(
@@ -87,11 +87,10 @@ def load_model(model_dir: str | Path, dtype: str = "float32") -> tuple[Any, Any]
 
 
 def _load_adapter(model_dir: str, dtype: str) -> tuple[Any, Any]:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import AutoTokenizer
 
-    base = str(PeftConfig.from_pretrained(model_dir).base_model_name_or_path)
-    model, tokenizer = load_model(find_model("base_model_name_or_path", base), dtype)
+    model, tokenizer = load_model(base_of(model_dir), dtype)
     if (Path(model_dir) / "tokenizer_config.json").is_file():
         tokenizer = read_tokenizer(AutoTokenizer, model_dir)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # tokens that were added, as peft finds them

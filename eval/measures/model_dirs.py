@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from configs.io.files import read_json
-from configs.io.hub import find_model
+from configs.io.hub import base_of, find_model, is_adapter
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
@@ -33,8 +32,12 @@ def check_model(named: str | Path) -> Path:
     name, model = f"--model {named}", find_model("--model", named)
     if not model.is_dir():
         raise ValueError(f"{name}: no such directory; give a Hugging Face model directory or a hub id")
-    if (model / "adapter_config.json").is_file():
-        _check_adapter(model, name)
+    if is_adapter(model):
+        try:
+            base = base_of(model, weights=True)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        check_model(base)
         return model
     if not (model / "config.json").is_file():
         raise ValueError(f"{name}: no config.json in it; give a Hugging Face model directory")
@@ -43,16 +46,6 @@ def check_model(named: str | Path) -> Path:
     if not any((model / file).is_file() for file in TOKENIZER_FILES):
         raise ValueError(f"{name}: no tokenizer in it; save one there with save_pretrained")
     return model
-
-
-def _check_adapter(model: Path, name: str) -> None:
-    """An adapter's own weights, and the model that it goes on top of."""
-    if not any(model.glob("adapter_model*.safetensors")):
-        raise ValueError(f"{name}: no weights (adapter_model.safetensors) in it; save the adapter with save_pretrained")
-    base = read_json(model / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise ValueError(f"{name}: adapter_config.json does not say base_model_name_or_path")
-    check_model(base)
 
 
 def run_of(model: str | Path) -> Path | None:

@@ -169,7 +169,7 @@ def _written(
     with tqdm(total=len(prompts), desc=direction, unit="sentence", dynamic_ncols=True) as bar:
         found = generate(model.network, prompts, decoding, journal, bar.update)
     # The ending token may begin with letters (".\n"): it is read too, and what follows its line break is cut.
-    texts = (model.tokenizer.decode(one.tokens, skip_special_tokens=True).strip() for one in found)
+    texts = (asked.scored(model.tokenizer.decode(one.tokens, skip_special_tokens=True).strip()) for one in found)
     return [text.split("\n", 1)[0].strip() for text in texts]
 
 

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from configs.io.files import read_yaml
 from configs.io.results import find_result
 from eval.measures.model_dirs import output_folder, run_config, run_of
 from eval.pages.compare_scores import Score, Scores, read_file, read_folder, read_heldout, read_teacher_check
@@ -72,18 +71,24 @@ def entrants_of(runs: Sequence[Path], models: Sequence[str], runs_dir: Path) -> 
 
 
 def published(file: Path = PUBLISHED_FILE) -> list[Entrant]:
-    """The figures of published.yaml."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    found = []
-    for row in content["figures"]:
-        source = content["sources"][row["source"]]
-        caveat = f"published ({source['title']}): {source['caveat']}"
-        scores = {
-            f"euroeval/{key}": Score(value=float(value), conditions={"published": row["source"]}, caveat=caveat)
-            for key, value in row.items()
-            if "/" in key
-        }
-        found.append(Entrant(name=row["model"], kind="published", source=source["address"], scores=scores))
+    """The figures of published.yaml. Raises ValueError where a row is none, or a model's figures are in two."""
+    content, found = read_yaml(file), list[Entrant]()
+    try:
+        for row in content["figures"]:
+            source = content["sources"][row["source"]]
+            caveat = f"published ({source['title']}): {source['caveat']}"
+            scores = {
+                f"euroeval/{key}": Score(value=float(value), conditions={"published": row["source"]}, caveat=caveat)
+                for key, value in row.items()
+                if "/" in key
+            }
+            one = Entrant(name=str(row["model"]), kind="published", source=str(source["address"]), scores=scores)
+            if any((one.name, one.source) == (other.name, other.source) for other in found):
+                raise ValueError(f"{one.name!r} of {row['source']} is there twice; write its figures in one row")
+            found.append(one)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file}: figures, row {len(found) + 1}: {what}") from None
     return found
 
 

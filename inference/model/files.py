@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.checks import require
 from configs.io.files import read_json
-from configs.io.hub import base_of, find_model
+from configs.io.hub import base_of, find_model, is_adapter
 from inference.model.families import Architecture, Family, Weight, family_of, parse_architecture
 
 PLAIN_TYPES = {"F64", "F32", "F16", "BF16"}
@@ -190,8 +190,7 @@ def check_directory(path: Path, key: str = "teacher") -> None:
     model_directory(*asked)
     files = "no model.safetensors in it, nor an index of its shards; save it with save_pretrained"
     require(bool(safetensors_files(path)), *asked, files)
-    adapter = (path / "adapter_config.json").is_file()
-    require(not adapter, *asked, "there is an adapter in it (adapter_config.json); merge it into the model")
+    require(not is_adapter(path), *asked, "there is an adapter in it (adapter_config.json); merge it into the model")
 
 
 def megatron_model(path: Path, key: str = "teacher") -> Architecture:

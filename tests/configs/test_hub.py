@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,9 +121,41 @@ def test_an_adapter_stands_on_its_base_and_may_bring_a_tokenizer(tmp_path: Path)
     assert end_ids(adapter) == (7,)
     (adapter / "tokenizer.json").write_text("{}")
     assert (base_of(adapter), tokenizer_home(adapter)) == (base, adapter)
-    (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"adapter_config\.json: no base_model_name_or_path"):
-        base_of(adapter)
+    (adapter / "config.json").write_text('{"eos_token_id": 8}')  # a copy, as some programs put beside it
+    assert (base_of(adapter), end_ids(adapter)) == (base, (7,))
+    for content, message in (
+        ("{}", "no base_model_name_or_path"),
+        (json.dumps({"base_model_name_or_path": str(adapter)}), "is the adapter itself"),
+    ):
+        (adapter / "adapter_config.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{message}"):
+            base_of(adapter)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no weights (adapter_model.safetensors) in it; save the adapter with save_pretrained"),
+        ("{}", "no base_model_name_or_path; say which model the adapter belongs to"),
+        ('{"base_model_name_or_path": "."}', "is the adapter itself; name its model"),
+    ],
+)
+def test_half_an_adapter_is_told_in_the_same_words_wherever_it_is_named(
+    content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eval.measures.model_dirs import check_model
+    from training.data.preflight import model_directory
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(content or "{}")
+    if content is not None:
+        (tmp_path / "adapter_model.safetensors").touch()
+    for key, check in (
+        ("student.path = ", lambda: model_directory("student.path", ".")),
+        ("--model ", lambda: check_model(".")),
+    ):
+        with pytest.raises(ValueError, match=f"^{key}.*{re.escape(message)}$"):
+            check()
 
 
 def test_an_end_that_is_null_says_nothing(tmp_path: Path) -> None:

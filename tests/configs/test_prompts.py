@@ -204,3 +204,21 @@ def test_a_word_that_was_added_is_written_as_it_is(kind: str, tmp_path: Path) ->
     assert tokens.count(tokenizer.convert_tokens_to_ids("høvuðsstaður")) == 2
     assert asked.said([*tokens, asked.end]) == text
     assert asked.said([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("opens", "text", "scored"),
+    [
+        (False, "Tórshavn", "Tórshavn"),
+        (False, "<think>\nHvat?\n</think>\n\nTórshavn\n", "Tórshavn"),
+        (False, "<think>\nHvat?", ""),  # cut
+        (True, "Hvat?\n</think>\nTórshavn", "Tórshavn"),  # as R1: its template has written <think>
+        (True, "Hvat?", ""),
+        (False, "a </think> b </think> c", "c"),
+    ],
+)
+def test_thoughts_are_not_scored(opens: bool, text: str, scored: str, tmp_path: Path) -> None:
+    tokenizer = build("byte_level", tmp_path)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}" + ("<think>\n" if opens else "")
+    assert Format(tokenizer, "chat").scored(text) == scored
+    assert Format(tokenizer, "plain").scored("Tórshavn") == "Tórshavn"

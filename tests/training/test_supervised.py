@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from tests.support.forked import finish_forked
 from tests.support.runs import ROOT, TINY, metrics
 from tests.support.teacher_models import save_tokenizer
 from tests.support.teacher_servers import SECRET
-from training import distributed
+from training import distributed, supervised
 from training.supervised import teacher_answers
 
 
@@ -92,6 +93,14 @@ def test_no_rank_waits_for_all_of_the_teachers_answers_at_once(tmp_path: Path, m
     monkeypatch.setattr(distributed, "any_rank", lambda flag: met.append(flag) or flag)
     answers = teacher_answers(config, link, prompts)
     assert met == [True, True, True, False]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:  # what is kept ends nothing
+        context.setattr(supervised, "write_atomically", full)
+        assert teacher_answers(replace(config, seed=1), link, prompts) == answers
+    del met[4:]
 
     flags = iter(met)
     monkeypatch.setattr(distributed, "is_main", lambda: False)

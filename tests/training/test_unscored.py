@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from configs.prompts import Format
 from configs.schema import RunConfig
 from inference.client import TeacherLost
 from rewards.base import RewardOutput
@@ -55,8 +56,10 @@ def test_the_reverse_kl_is_of_the_responses_that_have_a_score(teacher_S: list[fl
     rollout = two_groups()
 
     class Student:
+        asked = Format(None)
+
         def sample(self, prompts: list[Prompt], **_: Any) -> Rollout:
-            return replace(rollout, texts_B=["a", "b"])
+            return replace(rollout, texts_B=["<think>Hm.</think> a", "b"])
 
     class Link:
         facts = SimpleNamespace(same_tokenizer=False)

@@ -128,11 +128,9 @@ def model_directory(key: str, path: str, *, weights: bool = True) -> Path:
     elsewhere; or of an adapter of one. A hub id is downloaded into the hub's cache first. Raises ValueError."""
     directory = find_model(key, path, weights=weights)
     try:
-        base = base_of(directory)
+        base = base_of(directory, weights=True)
     except ValueError as error:
         raise ValueError(f"{key} = {path!r}: {error}") from None
-    adapted = base == directory or any(directory.glob("adapter_model*.safetensors"))
-    require(adapted, key, path, "no weights (adapter_model.safetensors) in it; save the adapter with save_pretrained")
     check_model_files(key, whole_model(key, str(base), weights=weights), weights=weights)
     return directory
 

@@ -121,11 +121,12 @@ class Supervisor:
         except TeacherDied as error:
             reason, code = str(error), MISTAKE if error.mistake else FAILED
         except (RunFailed, TeacherRefused) as error:
-            reason, code = str(error), FAILED
+            refused = isinstance(error, TeacherRefused) and self._watchdog is None  # at the start: another secret, say
+            reason, code = str(error), MISTAKE if refused else FAILED
         except Exception as error:
             if is_out_of_memory(error):
                 reason, code = self._out_of_memory(error)
-            elif any(words in str(error) for words in LOST_PEER) and self._watchdog is not None:
+            elif is_lost_peer(error):
                 reason, code = self._peer_lost(error)
             elif isinstance(error, ValueError) and names_setting(self._config, error):
                 reason, code = " ".join(str(error).split()), MISTAKE
@@ -147,10 +148,14 @@ class Supervisor:
         return f"{reason}; the next start goes on from the last checkpoint with {tokens} tokens in a pass", REQUEUE
 
     def _peer_lost(self, error: Exception) -> tuple[str, int]:
-        assert self._watchdog is not None
+        first = " ".join(str(error).split())[:200]
+        if self._watchdog is None:
+            said = (
+                f"rank {distributed.rank()} lost its connection at the start: another rank has ended, or has not come"
+            )
+            return f"{said} ({first}); its own lines say why", FAILED
         place = self._watchdog.place
         who = self._watchdog.missing()
-        first = " ".join(str(error).split())[:200]
         reason = f"rank {distributed.rank()} lost its connection in phase {place.phase} of step {place.step + 1}: {who}"
         return f"{reason} ({first}); {GOES_ON}", self._again()
 
@@ -173,6 +178,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an exception of a collective, or of ranks that meet, means that another rank is not there."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
+    return said or isinstance(error, distributed.LOST)
 
 
 def lowered(config: RunConfig, folder: Path) -> RunConfig:

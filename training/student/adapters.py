@@ -20,11 +20,6 @@ from torch import nn
 from configs.schema import AdapterConfig
 
 
-def is_adapter(path: str | Path) -> bool:
-    """A directory that peft wrote: an adapter without its model."""
-    return (Path(path) / "adapter_config.json").is_file()
-
-
 def merged_model(path: str | Path, dtype: torch.dtype) -> Any:
     """The model that a saved adapter belongs to, with the adapter merged into its weights. Dropout is switched off."""
     from peft import AutoPeftModelForCausalLM

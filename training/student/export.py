@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from configs.io.hub import is_adapter
 from training import distributed
 from training.run.card import hub_id
 from training.run.stopping import RunFailed
 from training.student.actor import Actor, end_list
-from training.student.adapters import adapter_parameters, is_adapter, save_adapter, save_plain
+from training.student.adapters import adapter_parameters, save_adapter, save_plain
 from training.student.loading import TOLERANCE, difference, load_policy
 
 OTHER_INPUTS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")

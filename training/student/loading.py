@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from configs.io.hub import has_tokenizer, tokenizer_home
+from configs.io.hub import has_tokenizer, is_adapter, tokenizer_home
 from configs.schema import AdapterConfig
 from inference.attention.packing import Group, pack_row
 from inference.model.rounding import rounded_down
 from inference.protocol.fingerprint import load_tokenizer
 from training import distributed
 from training.losses import without_columns
-from training.student.adapters import add_adapter, is_adapter, merged_model, other_inputs, quantization
+from training.student.adapters import add_adapter, merged_model, other_inputs, quantization
 from training.student.policy import Policy, Way
 from training.student.sampling import make_decoder
 

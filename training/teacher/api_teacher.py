@@ -18,7 +18,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -29,11 +29,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from configs.checks import check_ranges
-from configs.io.files import locked, write_atomically
+from configs.io.files import locked, parse_json, write_atomically
 from configs.io.jsonl import read_questions
 from configs.io.lines import LineFile, whole_rows
 from configs.learning import ApiConfig
 from configs.schema import require
+from training.run.stopping import REQUEUE, RunFailed
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ JUDGE = (
 ANSWER = "Answer in Faroese, as briefly as the question allows, with the answer alone."
 
 
-class ApiRefused(ValueError):
+class ApiRefused(RunFailed, ValueError):
     """The endpoint will not answer, however often it is asked (key, model, request)."""
 
 
@@ -65,16 +66,19 @@ class StoredReply:
 
 class ReplyCache:
     """Replies by key, in memory and in a file that several processes may append to: one JSON object a line, appended
-    whole, so that a kill loses none that had come."""
+    whole, so that a kill loses none that had come. Where the disk is full or may not be written to, they are in memory
+    alone, which is said once: a cache ends no run."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
+        self._lines, self._lock, self._said = LineFile(self._path), threading.Lock(), False
         self._replies: dict[str, StoredReply] = {}
-        for row in whole_rows(self._path):  # what a kill cut off is asked again
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                self._replies[row["key"]] = StoredReply(str(row["text"]), int(row["tokens_in"]), int(row["tokens_out"]))
+        with self._tolerated():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            for row in whole_rows(self._path):  # what a kill cut off is asked again
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    reply = StoredReply(str(row["text"]), int(row["tokens_in"]), int(row["tokens_out"]))
+                    self._replies[row["key"]] = reply
 
     def get(self, key: str) -> StoredReply | None:
         """The reply, or None."""
@@ -87,10 +91,20 @@ class ReplyCache:
             return list(self._replies.values())
 
     def put(self, key: str, reply: StoredReply) -> None:
-        """Remember a reply; it is on disk when this returns."""
-        with self._lock, locked(self._path.with_suffix(".lock")):  # other ranks append too
-            LineFile(self._path).append(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False))
+        """Remember a reply; it is on disk when this returns, where it can be, and else goes there with the next one."""
+        with self._lock, self._tolerated():
             self._replies[key] = reply
+            with locked(self._path.with_suffix(".lock")):  # other ranks append too
+                self._lines.append(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False))
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._said:
+                log.warning("%s: %s; what is asked is kept in memory alone until it can be", self._path, error.strerror)
+            self._said = True
 
 
 @dataclass
@@ -261,7 +275,7 @@ def parse_mark(reply: str) -> float:
 def parse_completion(body: str) -> StoredReply:
     """The text and the token counts in a chat completion. Raises ValueError where the body is none."""
     try:
-        value = json.loads(body)
+        value = parse_json(body, strict=True)
         text = value["choices"][0]["message"]["content"]
         usage = value.get("usage") or {}
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
@@ -321,7 +335,6 @@ def main(argv: Sequence[str]) -> int:
     import jsonargparse
 
     from training.run.cli import fail
-    from training.run.stopping import REQUEUE
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(description="Answers of an API teacher, for warm-up data.")

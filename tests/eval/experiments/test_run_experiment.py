@@ -18,9 +18,9 @@ import yaml
 
 from configs.io.results import Result, Value
 from eval.compare import main as compare
-from eval.experiments.plan import Plan, Task, read_plan
+from eval.experiments.plan import Plan, Task, models_of, read_plan
 from eval.experiments.table import draw, main_table, page, paired, paired_table, read_table
-from eval.run_experiment import Runner, array_task, is_finished, main
+from eval.run_experiment import Runner, array_task, is_finished, main, parse_arguments
 from tests.support.runs import ROOT, TINY, environment
 
 ABLATION = read_plan(ROOT / "configs" / "ablation.yaml")
@@ -280,6 +280,27 @@ def test_several_teachers_have_a_row_each(plan: Plan, runs: Path) -> None:
     with_evaluation(large, teacher_eval={"f1": 90.0})
     lines = main_table(plan, read_table(plan, [Task(variant, 0) for variant in plan.variants], runs))
     assert lines[3:5] == ["| *teacher teacher* | 80.0 |  | – |  |  |  |", "| *teacher large* | 90.0 |  | – |  |  |  |"]
+
+
+def test_a_relative_path_is_from_the_repository_in_a_run_and_from_here_on_the_command_line(
+    plan: Plan, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs are started in the repository, wherever the experiment is."""
+    from eval.experiments import plan as module
+    from eval.measures.model_dirs import output_folder
+
+    repository, here = tmp_path / "repository", tmp_path / "here"
+    for folder in (repository / "student", here / "models" / "own"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(module, "ROOT", repository)
+    monkeypatch.chdir(here)
+    measured(output_folder(repository / "student", runs), 2.0)
+    table = read_table(plan, [Task(plan.variants[0], 0)], runs)
+    assert table[table.stage == "start"]["fo/bits_per_byte"].tolist() == [2.0]
+    assert models_of(runs / "no-pt-seed0")["teacher"] == "teacher", "not there: a hub id"
+    _, more = parse_arguments(["plan.yaml", "--student.path", "models/own", "--teacher.path=models/own", "--x", "a/b"])
+    own = str(here / "models" / "own")
+    assert more == ["--student.path", own, f"--teacher.path={own}", "--x", "a/b"]
 
 
 def test_which_runs_are_finished(runs: Path) -> None:

@@ -24,6 +24,7 @@ from configs.schema import DataConfig
 from eval.heldout import main
 from eval.measures.heldout import HeldoutSettings, answers, heldout
 from eval.measures.model import Model
+from eval.measures.open_questions import OpenSettings, open_questions
 from eval.pages.compare_scores import read_heldout
 from eval.pages.comparison import unlike
 from training.data.prompts import load_prompts
@@ -224,6 +225,24 @@ def test_a_tokenizer_without_an_end_has_the_models(tmp_path: Path) -> None:
     settings = HeldoutSettings(data=write_jsonl(tmp_path / "h.jsonl", QUESTIONS), max_new_tokens=6)
     found = heldout(Model(path=str(path)), settings)
     assert found.rows[0]["prediction"] == "Oslo og Havn"
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_thoughts_that_do_not_end_are_no_answer(thinks: bool, tmp_path: Path) -> None:
+    """R1's chat template has begun them; its thoughts are nobody's prediction, nor are they right by a pattern."""
+    path = save_oracle(tmp_path / "model", ["Oslo"])
+    chat = tokenizer()
+    chat.chat_template = "{{ messages[0]['content'] }}" + ("<think>\n" if thinks else "")
+    chat.save_pretrained(path)
+    rows = [{"question": "Hvat?", "answers": ["Oslo"], "pattern": ".*Oslo.*"}]
+    asked = {"data": write_jsonl(tmp_path / "h.jsonl", rows), "max_new_tokens": 4, "template": "{question} Svar:"}
+    model = Model(path=str(path))
+    with pytest.MonkeyPatch.context() as context:  # the word is not in this vocabulary: the prompt ends before it
+        context.setattr(Format, "prompt", lambda self, prompt: tuple(self.text(prompt)))
+        closed = heldout(model, HeldoutSettings(**asked)).rows[0]
+        several = open_questions(model, OpenSettings(**asked, samples=2)).rows[0]
+    assert closed["prediction"] == ("" if thinks else "Oslo")
+    assert ("" in several["answers"]) == thinks
 
 
 def test_the_trainer_and_the_measure_know_a_question_alike(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 
+from configs.io import hub
 from eval.measures import model as module
 from eval.measures.generation import Decoding, generate
 from eval.measures.model import Model, load_model, written_tokens
@@ -29,7 +30,8 @@ def test_another_model_below_a_hub_id_or_an_adapter_is_another_one(
     """What has been measured is kept for the same weights only."""
     cached = tmp_path / "cached"
     cached.mkdir()
-    monkeypatch.setattr(module, "find_model", lambda key, path: cached if path == "org/name" else Path(path))
+    for place in (module, hub):
+        monkeypatch.setattr(place, "find_model", lambda key, path: cached if path == "org/name" else Path(path))
     tuned = adapter_on(tmp_path / "adapter", "org/name")
     found = []
     for content in ("old", "new"):

@@ -166,6 +166,17 @@ def test_a_model_that_can_think_aloud_is_asked_not_to(
     assert [prompt.endswith("heima") for prompt in prompts] == [True, False]
 
 
+def test_thoughts_are_no_translation(model_dir: Path, tmp_path: Path) -> None:
+    """Of a template that begins them whatever it is asked (R1)."""
+    chat = tmp_path / "chat"
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = "{{ messages[0].content }}\n<think>\n"
+    AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(chat)
+    tokenizer.save_pretrained(chat)
+    assert main(arguments(chat, tmp_path, "--directions", "fao-eng")) == 0
+    assert [row["written"] for row in result(tmp_path).rows] == ["", "", ""]
+
+
 def test_flores_folder_and_csv_hold_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "flores200_dataset" / "devtest"
     folder.mkdir(parents=True)

@@ -204,6 +204,21 @@ def test_every_published_figure_has_a_source_and_a_measure() -> None:
             assert score.caveat
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("- {model: a, source: s, foqa/f1: 1}\n- {model: a, source: s, foqa/em: 2}", "row 2: 'a' of s is there twice"),
+        ("- {model: a, source: t}", "row 1: no 't'"),
+        ("- {model: a, source: s, foqa/f1: high}", "row 1: could not convert string to float: 'high'"),
+    ],
+)
+def test_a_published_figure_that_is_none_is_named(rows: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "published.yaml"
+    file.write_text(f"sources:\n  s: {{title: T, address: https://a, caveat: c}}\nfigures:\n{rows}\n")
+    with pytest.raises(ValueError, match=f"published.yaml: figures, {message}"):
+        published(file)
+
+
 def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, model = write_everything(tmp_path)
     assert main(["--run", "one", "--model", str(model), "--runs_dir", str(tmp_path)]) == 0

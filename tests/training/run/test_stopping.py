@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import DistStoreError
 from tqdm import tqdm
 
 from configs.io.lines import LineFile
 from configs.schema import ActorConfig, RunConfig
-from inference.client import TeacherLost
+from inference.client import TeacherLost, TeacherRefused
 from training import distributed, stage2
 from training.run.checkpoints import CheckpointFailed
 from training.run.run_folder import Progress, RunFolder
@@ -30,6 +31,7 @@ from training.run.stopping import StopRequest, Unfailing
 from training.run.supervisor import Supervisor, lowered
 from training.run.watchdog import Place, Watchdog
 from training.student import deepspeed_engine
+from training.teacher.api_teacher import ApiRefused
 
 
 class Now:
@@ -155,6 +157,14 @@ def test_memory_that_runs_out_in_sampling_is_advice_alone(
         (CheckpointFailed("the checkpoint of step 4 could not be written: No space left"), 1, "No space left"),
         (TeacherLost("no teacher for 6 s"), 75, "run the same command again"),
         (ZeroDivisionError("1/0"), 1, "ZeroDivisionError"),
+        (
+            RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:9866"),
+            1,
+            "lost its connection at the start",
+        ),
+        (DistStoreError("Timed out after 9 seconds waiting for clients. 1/2 clients joined."), 1, "has not come"),
+        (TeacherRefused("the teacher has another secret (GRPO_KD_TEACHER_SECRET)"), 2, "another secret"),
+        (ApiRefused("the endpoint refuses (401): no such key"), 1, "no such key"),
     ],
 )
 def test_the_exit_code_of_each_way_to_end(
@@ -166,6 +176,13 @@ def test_the_exit_code_of_each_way_to_end(
     (start,) = supervisor.starts.listed()
     assert start["exit_code"] == code
     assert words in start["reason"]
+    shown = [record.exc_info is not None for record in caplog.records]
+    assert any(shown) == isinstance(error, ZeroDivisionError), "a trace is for faults of ours alone"
+
+
+def test_a_teacher_that_refuses_in_the_middle_is_no_mistake_in_the_input(supervisor: Supervisor) -> None:
+    supervisor.watch(3)
+    assert ends(supervisor, TeacherRefused("host:1 serves another teacher (b) than before (a)")) == 1
 
 
 def test_a_mistake_in_the_input_goes_through(supervisor: Supervisor) -> None:

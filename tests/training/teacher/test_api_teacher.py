@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from training.teacher.api_teacher import (
     ReplyCache,
     StoredReply,
     marks,
+    parse_completion,
     parse_mark,
 )
 from training.teacher.reward_parts import configured_parts
@@ -136,6 +139,39 @@ def test_a_line_that_a_kill_cut_off_costs_that_answer_alone(tmp_path: Path) -> N
     assert again.get("b") is None
     again.put("c", StoredReply("trý", 1, 2))
     assert {k: ReplyCache(path).get(k) is not None for k in "abc"} == {"a": True, "b": False, "c": True}
+
+
+@pytest.mark.parametrize("later", ["room", "no room", "no folder"])
+def test_a_cache_that_cannot_be_written_ends_nothing(
+    later: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, or a folder that may not be written to: said once, and written behind that where it can be."""
+    path = tmp_path / "api" / "cache.jsonl"
+    if later == "no folder":
+        (tmp_path / "api").touch()
+    cache = ReplyCache(path)
+    write = os.write
+
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "write", full)
+        for key in "ab":
+            cache.put(key, StoredReply(key, 1, 2))
+    assert [cache.get(key) for key in "ab"] == [StoredReply(key, 1, 2) for key in "ab"]
+    assert len(caplog.messages) == 1
+    assert "kept in memory alone" in caplog.text
+    monkeypatch.setattr(os, "write", write if later == "room" else full)
+    cache.put("c", StoredReply("c", 1, 2))
+    again = ReplyCache(path)
+    assert [key for key in "abc" if again.get(key)] == (list("abc") if later == "room" else [])
+
+
+def test_half_a_character_is_no_reply() -> None:
+    """It could not be written to the cache."""
+    with pytest.raises(ValueError, match="malformed reply"):
+        parse_completion('{"choices": [{"message": {"content": "\\ud800"}}]}')
 
 
 def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
