@@ -132,11 +132,12 @@ def _supervised_phase(run: Run, step: Step) -> dict[str, float]:
     if every == 0 or (step.number + 1) % every != 0:
         return {}
     first = (step.number + 1) // every * count
+    number = (step.number + 1) * config.actor.updates_per_rollout - 1  # of the update before: its learning rate
     losses = []
     for i in range(count):
         examples = items_of_step(run.corpus.cloning, config.sft.batch, first + i, config.seed + 1)
         batch = UpdateInput(None, [], examples, SUPERVISED)
-        losses.append(run.models.actor.update([batch], step.number)["loss/bc"])
+        losses.append(run.models.actor.update([batch], number)["loss/bc"])
     return {"loss/supervised_phase": sum(losses) / count}
 
 

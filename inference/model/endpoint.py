@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from configs.schema import TeacherConfig
 from inference.attention.packing import within
 from inference.model.backend import Unavailable
-from inference.model.files import end_ids
+from inference.model.files import context_of, end_ids
 from inference.model.output_layer import fingerprint_of
 from inference.protocol.fingerprint import load_tokenizer
 from inference.protocol.replies import NONE, TeacherInfo
@@ -73,7 +73,7 @@ class Endpoint:
         served = self._served.get("max_model_len")
         # Both servers want to write a token behind what they score, and SGLang keeps one more free.
         served = served - 2 if isinstance(served, int) else None
-        longest = [served, getattr(text, "max_position_embeddings", None)]
+        longest = [served, context_of(text.to_dict())]
         return TeacherInfo(
             model=self._served["id"],
             vocab_size=text.vocab_size,

@@ -339,11 +339,14 @@ def family_of(config: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def text_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's own settings (in a multimodal checkpoint, its `text_config`), whole, as transformers 5 has
     them."""
-    if str(config.get("transformers_version")).startswith("5."):  # it wrote them so; to import it takes seconds
-        return config.get("text_config", config)
+    written = config.get("text_config", config)
+    # transformers 5 wrote them so, and to import it takes seconds. A rope_scaling that was put in by hand replaces what
+    # it wrote.
+    if str(config.get("transformers_version")).startswith("5.") and not written.get("rope_scaling"):
+        return written
     from transformers import CONFIG_MAPPING
 
     try:
@@ -354,7 +357,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def parse_architecture(config: dict[str, Any]) -> Architecture:
     """Read a config.json, in the form that transformers 5 writes or in an older one."""
-    family, settings = family_of(config), _settings(config)
+    family, settings = family_of(config), text_settings(config)
     given = {**config, **config.get("text_config", {})}
     for key, values in family.supported.items():
         if settings.get(key) not in (*values, None):

@@ -56,6 +56,21 @@ def end_ids(path: Path) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def context_of(settings: dict[str, Any]) -> int | None:
+    """Longest sequence, in tokens, that a language model's settings allow; None where they do not say.
+
+    LongRoPE (Phi 3 and 4, arXiv 2402.13753) turns every token of a sequence otherwise as soon as one of them, or of
+    those computed beside it, is past the first context: what a token's probability is would depend on what follows. So
+    it ends there.
+    """
+    sizes = [settings.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
+        first = "original_max_position_embeddings"
+        sizes = [settings.get(first), rope.get(first), *sizes]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
 def quantization(config: dict[str, Any]) -> dict[str, Any]:
     """How a checkpoint's weights are quantised, from its config.json; empty where they are not."""
     inside = config.get("text_config")

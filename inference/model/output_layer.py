@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from configs.io.files import read_json
-from inference.model.families import FAMILIES, parse_architecture
+from inference.model.families import FAMILIES, text_settings
 from inference.model.files import Checkpoint
 from inference.model.weights import open_slice
 from inference.protocol.fingerprint import tokenizer_fingerprint
@@ -34,7 +34,7 @@ def logit_softcap(model_dir: Path | str) -> float | None:
     """c where logits are c * tanh(product / c) (Gemma 2); None where they are the product itself."""
     config = read_json(Path(model_dir) / "config.json")
     if config.get("model_type") in FAMILIES:
-        return parse_architecture(config).logit_softcap
+        return text_settings(config).get("final_logit_softcapping")  # Megatron need not know the rest
     from transformers import AutoConfig
 
     return getattr(AutoConfig.from_pretrained(model_dir).get_text_config(), "final_logit_softcapping", None)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 from configs.schema import TeacherConfig
 from inference.attention.packing import Group
-from inference.model.files import NOT_READ, end_ids
+from inference.model.files import NOT_READ, context_of, end_ids
 from inference.model.output_layer import fingerprint_of, load_output_layer, logit_softcap, output_layer_hash
 from inference.protocol.replies import NONE, TeacherInfo
 from inference.protocol.wire import Request
@@ -29,6 +29,8 @@ Item = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Batch index, prompt, response."""
 LOOKS_AHEAD = 0.3
 """Nats a vocabulary entry, mean difference, that only a model can have which sees what comes after a token."""
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that a mask keeps from seeing padding."""
 Evaluate = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 """From logits float32 [R, V] and labels [R] of a response to what is said of its tokens."""
 
@@ -53,15 +55,12 @@ class PlainTeacher:
     @cached_property
     def info(self) -> TeacherInfo:
         """What clients may know."""
-        longest = [
-            getattr(self._text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
-        ]
         return TeacherInfo(
             model=self._path.resolve().name,
             vocab_size=self.vocab_size,
             hidden_size=self._text.hidden_size,
             dtype=self._config.dtype,
-            max_positions=next((n for n in longest if isinstance(n, int) and n > 0), 1 << 20),
+            max_positions=context_of(self._text.to_dict()) or 1 << 20,
             eos_ids=end_ids(self._path),
             tokenizer_fingerprint=fingerprint_of(self._path),
             output_layer=output_layer_hash(self._path) if self.plain_head else NONE,
@@ -198,7 +197,9 @@ class PlainTeacher:
     def _prompt_batches(self, request: Request) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
         """Numbered prompts that are answered together, within the token budget."""
         prompts = sorted(enumerate(group.prompt for group in request.groups), key=lambda item: -len(item[1]))
-        stateful = bool(getattr(self._model, "_is_stateful", False))
+        # Not every class with linear attention or convolutions says so (MiniMax, LFM2).
+        others = set(getattr(self._text, "layer_types", None) or ()) - ATTENTION
+        stateful = bool(others) or bool(getattr(self._model, "_is_stateful", False))
         for _, alike in groupby(prompts, key=lambda item: len(item[1]) * stateful):
             left = list(alike)
             while left:

@@ -62,6 +62,13 @@ PLAIN: dict[str, Any] = {
         qk_nope_head_dim=8,
         v_head_dim=8,
     ),
+    "minimax": lambda: transformers.MiniMaxConfig(
+        **SIZES,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        block_size=16,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
     "bloom": lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
     "mamba": lambda: transformers.MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2),
 }
@@ -223,6 +230,28 @@ def test_a_head_in_the_file_beside_tied_settings(differs: bool, tmp_path: Path) 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) != differs
     _same_as(model, tmp_path, "megatron")
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "by_hand"),
+    [
+        ("llama", "megatron", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("qwen3", "transformers", {"rope_parameters": YARN}),
+    ],
+)
+def test_settings_changed_by_hand_count_as_in_transformers(
+    family: str, backend: str, by_hand: dict[str, Any], tmp_path: Path
+) -> None:
+    """Scaling in its older form replaces what is there; what Megatron cannot do keeps its hidden states under the other
+    backend."""
+    build(family, tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **by_hand}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    _same_as(model, tmp_path, backend)
 
 
 def _sampled(directory: Path, backend: Any, request: Request, most: int = 4096) -> list[torch.Tensor]:

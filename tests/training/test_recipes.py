@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from configs.schema import LossConfig, RunConfig, SamplingConfig, ScheduleConfig
+from configs.schema import ActorConfig, LossConfig, PhaseConfig, RunConfig, SamplingConfig, ScheduleConfig
+from inference.attention.packing import Group
 from tests.support.runs import metrics, timeless
-from training.objective import LossWeights
+from training.collect import Step
+from training.loop import _supervised_phase
+from training.objective import SUPERVISED, LossWeights
 from training.recipes import RECIPES, check_recipe
 from training.run.cli import DEMO_CONFIGS, load_config
 
@@ -115,6 +119,22 @@ def test_everything_around_the_loop_at_once(tmp_path: Path, run: Run) -> None:
     run(tmp_path, *options, "--checkpoint.every", "1")
     assert timeless(metrics(folder)) == timeless(unbroken)
     assert metrics(folder)[3] != unbroken[3], "it was done again"
+
+
+def test_a_supervised_phase_goes_on_at_the_learning_rate_of_the_update_before() -> None:
+    """Optimizer steps count every mini-batch of a rollout, and so does the schedule."""
+    asked = []
+
+    class Counting:
+        def update(self, batches: Any, step: int) -> dict[str, float]:
+            asked.append(step)
+            return {"loss/bc": 1.0}
+
+    config = RunConfig(phases=PhaseConfig(every=2, steps=3), actor=ActorConfig(updates_per_rollout=4))
+    corpus, models = SimpleNamespace(cloning=[Group((3,), ((4,),))]), SimpleNamespace(actor=Counting())
+    run: Any = SimpleNamespace(config=config, corpus=corpus, models=models)
+    assert _supervised_phase(run, Step(5, SUPERVISED)) == {"loss/supervised_phase": 1.0}
+    assert asked == [23] * 3  # the sixth step's updates were 20 to 23
 
 
 def test_responses_of_the_teacher_among_the_students_carry_their_weight(tmp_path: Path, run: Run) -> None:

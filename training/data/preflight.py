@@ -22,6 +22,7 @@ from configs.prompts import Format
 from configs.schema import DEMO, RunConfig, require
 from inference.attention.packing import Group
 from inference.model.backend import check_teacher
+from inference.model.files import context_of
 from inference.model.files import model_directory as whole_model
 from training.data.model_files import check_model_files
 from training.data.prompts import answer_group, load_prompts
@@ -152,11 +153,7 @@ def context_length(model: str | Path) -> int | None:
     if not path.is_file():
         return None
     values = read_json(path)
-    values = values.get("text_config") or values
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(values.get(key), int):
-            return int(values[key])
-    return None
+    return context_of(values.get("text_config") or values)
 
 
 def room_for_prompt(config: RunConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -13,7 +14,14 @@ from configs.prompts import Format
 from configs.schema import DataConfig, RunConfig, SamplingConfig, SFTConfig, StudentConfig, TeacherConfig
 from inference.attention.packing import Group
 from tests.support.tiny_tokenizers import build_tokenizer, save_tiny
-from training.data.preflight import check_context, check_output, check_room, check_served_room, check_vocabulary
+from training.data.preflight import (
+    check_context,
+    check_output,
+    check_room,
+    check_served_room,
+    check_vocabulary,
+    context_length,
+)
 from training.experience import Prompt
 from training.supervised import cloned, read_text
 from training.teacher.mixing import check_cache
@@ -79,6 +87,31 @@ def test_text_and_answers_longer_than_the_students_context_are_named(tmp_path: P
         ValueError, match=r"^data\.warmup = 'w\.jsonl': 65 tokens, a prompt with its answer, are more than"
     ):
         check_context(config, text=False, examples=[short, long])
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"text_config": {"max_position_embeddings": 64}}, 64),
+        ({"max_position_embeddings": 64, "rope_scaling": {"type": "su"}, "original_max_position_embeddings": 8}, 8),
+        (
+            {
+                "max_position_embeddings": 64,
+                "rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 8},
+            },
+            8,
+        ),
+        ({"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn"}}, 64),
+        ({}, None),
+    ],
+)
+def test_the_context_ends_where_longrope_would_turn_all_tokens(
+    settings: dict[str, Any], longest: int | None, tmp_path: Path
+) -> None:
+    """Phi 3 and 4: the tokens before would have other probabilities as soon as one is past the first context."""
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert context_length(tmp_path) == longest
 
 
 def test_an_answer_of_the_teacher_is_cut_to_the_longest_of_the_student(caplog: pytest.LogCaptureFixture) -> None:
