@@ -47,7 +47,7 @@ from training.losses import Head
 from training.objective import single_step_coef
 from training.recipes import RECIPES, check_recipe
 from training.run.boards import board_names
-from training.run.card import push, write_card
+from training.run.card import publish
 from training.run.checkpoints import Checkpoints
 from training.run.cli import ROOT, fail
 from training.run.resuming import NoWholeCheckpoint, check_settings, load_best, open_run
@@ -235,9 +235,7 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
         how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
         scores = {name: evaluations[key] for name, key in ROWS.items()}
         data = [config.data.prompts, config.data.text]
-        write_card(folder.export, config, f"{how} from a teacher, {progress.step} steps", scores, data)
-        if config.export.push_to_hub is not None:
-            push(folder.export, config.export.push_to_hub)
+        publish(folder.export, config, f"{how} from a teacher, {progress.step} steps", scores, data)
     outcome = {"status": status, "starts": supervisor.starts.listed(), **evaluations}
     _write_summary(run, progress, outcome | validation_summary(config, progress, exported))
     if distributed.is_main():

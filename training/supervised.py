@@ -48,7 +48,7 @@ from training.evaluation import evaluate
 from training.experience import Prompt
 from training.objective import SUPERVISED, LossWeights, UpdateInput
 from training.run.boards import board_names
-from training.run.card import Scores, push, write_card
+from training.run.card import Scores, publish
 from training.run.cli import fail
 from training.run.clock import Clock
 from training.run.resuming import OpenRun, check_settings, open_run
@@ -106,9 +106,7 @@ class Stage:
         self.supervisor.finished(self.config.sft.steps)
         if distributed.is_main():
             export = exported(self.config, self.run.folder)
-            write_card(export, self.config, f"{how}, {self.config.sft.steps} steps", scores, [data])
-            if self.config.export.push_to_hub is not None:
-                push(export, self.config.export.push_to_hub)
+            publish(export, self.config, f"{how}, {self.config.sft.steps} steps", scores, [data])
             self.run.folder.write_json(
                 "summary.json", {"status": "finished", "steps": self.config.sft.steps, **results}
             )

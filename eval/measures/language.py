@@ -51,18 +51,6 @@ class LanguageSettings:
 
 
 @dataclass(frozen=True)
-class LanguageRate:
-    """What a set of continuations is made of, in percent."""
-
-    continuations: float
-    """Continuations of which at least nine words in ten are known; one without any whole word does not count."""
-    words: float
-    """Known words among all whole words."""
-    empty: float
-    """Continuations without a whole word."""
-
-
-@dataclass(frozen=True)
 class Continuation:
     """`text` behind an `opening`; `ended`: by itself, so that its last word is whole."""
 
@@ -88,7 +76,7 @@ def language(model: Model, settings: LanguageSettings) -> Result:
         raise ValueError(f"{settings.text}: no text has three words, of which a model could get the first half")
     made = continue_texts(model.network, model.tokenizer, starts, new_tokens=settings.new_tokens, seed=settings.seed)
     rate = language_rate(made, known)
-    faroese = [language_rate([one], known).continuations for one in made]
+    faroese = [language_rate([one], known)["language_rate"] for one in made]
     return Result(
         measure="language",
         model=model.path,
@@ -96,9 +84,8 @@ def language(model: Model, settings: LanguageSettings) -> Result:
         settings={"dtype": model.dtype, "new_tokens": settings.new_tokens, "seed": settings.seed},
         versions=versions("torch", "transformers"),
         values={
+            **{name: Value(share) for name, share in rate.items()},
             "language_rate": interval(means([str(place) for place in range(len(made))], faroese)),
-            "known_words": Value(rate.words),
-            "empty": Value(rate.empty),
         },
         rows=[{"id": str(place), **asdict(one)} for place, one in enumerate(made)],
     )
@@ -120,8 +107,9 @@ def vocabulary(paths: Iterable[str | Path]) -> frozenset[str]:
     return frozenset(words)
 
 
-def language_rate(continuations: Sequence[Continuation], known: frozenset[str]) -> LanguageRate:
-    """How much of the continuations is made of known words."""
+def language_rate(continuations: Sequence[Continuation], known: frozenset[str]) -> dict[str, float]:
+    """In percent: continuations of which at least nine words in ten are known (`language_rate`; one without any whole
+    word does not count), known words among all whole words, continuations without a whole word."""
     faroese = right = total = empty = 0
     for continuation in continuations:
         words = continuation.words()
@@ -130,7 +118,8 @@ def language_rate(continuations: Sequence[Continuation], known: frozenset[str]) 
         empty += not words
         faroese += bool(words) and hits >= KNOWN_SHARE * len(words)
     count = max(len(continuations), 1)
-    return LanguageRate(100 * faroese / count, 100 * right / max(total, 1), 100 * empty / count)
+    shares = {"language_rate": faroese / count, "known_words": right / max(total, 1), "empty": empty / count}
+    return {name: 100 * share for name, share in shares.items()}
 
 
 def openings(texts: Sequence[str], count: int) -> list[tuple[str, str]]:

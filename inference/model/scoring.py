@@ -173,7 +173,7 @@ class Scorer:
             ids = torch.zeros(offered.shape, dtype=torch.int64, device=offered.device)
             offered[:, :kept], local = logits.topk(kept, -1)
             ids[:, :kept] = local + self.teacher.first_column
-            all_values, all_ids = _all_gather(offered, 1), _all_gather(ids, 1)
+            all_values, all_ids = _all_gather(offered), _all_gather(ids)
             best, order = all_values.topk(k, -1)
             values.append(best - self._logsumexp(logits)[:, None])
             indices.append(all_ids.gather(1, order))
@@ -215,7 +215,7 @@ class Scorer:
             mine = noise[:, teacher.first_column : teacher.first_column + teacher.columns]
             logits = logits / temperature - mine.log()
         best, index = logits.max(-1)
-        values, ids = _all_gather(best[:, None], 1), _all_gather((index + teacher.first_column)[:, None], 1)
+        values, ids = _all_gather(best[:, None]), _all_gather((index + teacher.first_column)[:, None])
         # max, like torch.argmax over the whole vocabulary, takes the first of equals: ranks are in order of ids.
         return ids.gather(1, values.argmax(1, keepdim=True))[:, 0]
 
@@ -227,10 +227,10 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _all_gather(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Every rank's tensor, side by side in order of rank."""
+def _all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Every rank's columns, side by side in order of rank."""
     if dist.get_world_size() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts, dim)
+    return torch.cat(parts, 1)

@@ -151,7 +151,7 @@ def encode_reply(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def encode_error(message: str, status: int = REFUSED) -> list[torch.Tensor]:
     """Header and payload of a reply that says in JSON what is wrong; word 4 is the payload's size."""
-    body = encode_json({"error": message[:4000]})
+    body = torch.frombuffer(bytearray(json.dumps({"error": message[:4000]}).encode()), dtype=torch.uint8)
     return [_header([MAGIC, VERSION, status, 0, body.numel()]), body]
 
 
@@ -175,11 +175,6 @@ def reply_layout(words: Sequence[int], max_bytes: int = MAX_REPLY_BYTES) -> list
         bounds("reply bytes", total, 0, max_bytes)
         layout.append((dtype, rows, columns))
     return layout
-
-
-def encode_json(value: dict[str, Any]) -> torch.Tensor:
-    """uint8 [n] of UTF-8 JSON."""
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def decode_json(data: torch.Tensor | bytes) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from tests.gpu.device import PROMPTS, RESPONSES
 from tests.support.experiences import experience_of, prompts_of, rollout_of
 from training.objective import LossWeights, UpdateInput
 from training.student.actor import Actor
+from training.student.adapters import plain_parameters
 from training.student.deepspeed_engine import start_distributed
 from training.student.sampling_check import check_sampling
 
@@ -83,7 +84,8 @@ def run(model: Path, job: dict[str, Any], out: Path) -> dict[str, Any]:
     result["losses"] = [m["loss/total"] for m in steps]
     result["norms"] = [m["grad_norm"] for m in steps]
     result["skipped"] = sum(m["skipped"] for m in steps)
-    state = {name: value.float().cpu().clone().contiguous() for name, value in actor.plain_parameters()}
+    plain = plain_parameters(actor.policy.model, actor.engine.gathered)
+    state = {name: value.float().cpu().clone().contiguous() for name, value in plain}
     save_file(state, out / f"{job['name']}.safetensors")
     return result
 

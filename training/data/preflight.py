@@ -83,25 +83,17 @@ def check_files(config: RunConfig) -> None:
         with loading():
             from training.data.demo.models import RECIPES
 
-        heads = RECIPES[config.demo_size].teacher.heads
-        require(
-            heads % config.teacher.tensor_parallel == 0,
-            "teacher.tensor_parallel",
-            config.teacher.tensor_parallel,
-            f"must divide the {heads} attention heads of the demo's teacher; use 1, 2 or 4",
-        )
+        heads, ranks = RECIPES[config.demo_size].teacher.heads, config.teacher.tensor_parallel
+        mend = f"must divide the {heads} attention heads of the demo's teacher; use 1, 2 or 4"
+        require(heads % ranks == 0, "teacher.tensor_parallel", ranks, mend)
     else:
         check_teacher(config.teacher)
     for place, extra in enumerate(config.teachers):
         if extra.path != DEMO:
             check_teacher(extra, f"teachers[{place}]")
-    require(
-        not config.student.adapter.four_bit or torch.cuda.is_available(),
-        "student.adapter.four_bit",
-        config.student.adapter.four_bit,
-        "4-bit weights are sampled from on CUDA devices only; set it to False here",
-    )
-    data = config.data
+    four_bit, data = config.student.adapter.four_bit, config.data
+    mend = "4-bit weights are sampled from on CUDA devices only; set it to False here"
+    require(not four_bit or torch.cuda.is_available(), "student.adapter.four_bit", four_bit, mend)
     questions = {"prompts": data.prompts, "warmup": data.warmup, "heldout": data.heldout, "validation": data.validation}
     for name, path in questions.items():
         if path not in (None, DEMO):
@@ -138,13 +130,9 @@ def model_directory(key: str, path: str, *, weights: bool = True) -> Path:
 
 def check_world(config: RunConfig, world: int) -> None:
     """Every rank needs a prompt for every optimizer step."""
-    least = world * config.actor.updates_per_rollout
-    require(
-        config.prompts_per_step % world == 0 and config.prompts_per_step >= least,
-        "prompts_per_step",
-        config.prompts_per_step,
-        f"must be a multiple of the {world} ranks, and at least {least} (ranks times actor.updates_per_rollout)",
-    )
+    prompts, least = config.prompts_per_step, world * config.actor.updates_per_rollout
+    mend = f"must be a multiple of the {world} ranks, and at least {least} (ranks times actor.updates_per_rollout)"
+    require(prompts % world == 0 and prompts >= least, "prompts_per_step", prompts, mend)
 
 
 def context_length(model: str | Path) -> int | None:
@@ -160,14 +148,10 @@ def room_for_prompt(config: RunConfig) -> int:
     """Longest prompt that leaves room for an answer in all models. Raises where there is none."""
     models = [config.student.path, *(teacher.path for teacher in config.every_teacher.values())]
     lengths = [n for n in map(context_length, models) if n is not None]
-    room = min(lengths, default=2**30) - config.sampling.max_new_tokens
-    require(
-        room > 0,
-        "sampling.max_new_tokens",
-        config.sampling.max_new_tokens,
-        f"leaves no room for a prompt in a context of {min(lengths, default=0)} tokens",
-    )
-    return room
+    shortest, answer = min(lengths, default=2**30), config.sampling.max_new_tokens
+    mend = f"leaves no room for a prompt in a context of {shortest} tokens"
+    require(answer < shortest, "sampling.max_new_tokens", answer, mend)
+    return shortest - answer
 
 
 def check_context(config: RunConfig, *, text: bool, examples: Sequence[Group] = ()) -> None:
@@ -227,13 +211,9 @@ def load_inputs(config: RunConfig, asked: Format) -> Inputs:
         return load_prompts(f"data.{name}", data, asked, room=room, need_answers=need_answers)
 
     prompts = load("prompts", False)
-    blank = sum(not prompt.answers for prompt in prompts)
-    require(
-        config.rewards.similarity_weight == 0 or not blank,
-        "rewards.similarity_weight",
-        config.rewards.similarity_weight,
-        f"compares with the data's answers, which {blank} of {len(prompts)} rows of {data.prompts} lack; set it to 0",
-    )
+    blank, weight = sum(not prompt.answers for prompt in prompts), config.rewards.similarity_weight
+    lack = f"compares with the data's answers, which {blank} of {len(prompts)} rows of {data.prompts} lack; set it to 0"
+    require(weight == 0 or not blank, "rewards.similarity_weight", weight, lack)
     heldout = load("heldout", True)
     open_questions = load("open", False) if data.open is not None else []
     judged: list[Prompt] = []

@@ -22,13 +22,9 @@ def set_aside(
     fit = [p for p in prompts if question_key(p) not in asked and (p.answers or not needs_answers)]
     count = config.eval.validation_questions
     with_answers = f" with answers (eval.metric = {config.eval.metric!r} needs them)" if needs_answers else ""
-    require(
-        count <= len(fit) // 2,
-        "eval.validation_questions",
-        count,
-        f"is more than half of the {len(fit)} RL prompts{with_answers}; set fewer aside, or give a file in "
-        "data.validation",
-    )
+    mend = f"{with_answers}; set fewer aside, or give a file in data.validation"
+    more = f"is more than half of the {len(fit)} RL prompts{mend}"
+    require(count <= len(fit) // 2, "eval.validation_questions", count, more)
     chosen = [fit[len(fit) * i // count] for i in range(count)]
     taken = {question_key(prompt) for prompt in chosen}
     return chosen, [prompt for prompt in prompts if question_key(prompt) not in taken]

@@ -40,8 +40,8 @@ Trained by GRPO-KD: {how}.
 """
 
 
-def write_card(export: Path, config: RunConfig, how: str, scores: Scores, data: Sequence[str | None]) -> None:
-    """README.md of a model directory.
+def publish(export: Path, config: RunConfig, how: str, scores: Scores, data: Sequence[str | None]) -> None:
+    """README.md of a model directory, which is then uploaded where export.push_to_hub asks for it.
 
     `how`: what the run did, in a few words, `teacher` among them where there was one; `data`: what it learnt from.
     """
@@ -78,6 +78,8 @@ def write_card(export: Path, config: RunConfig, how: str, scores: Scores, data: 
         licence=licence,
     )
     ModelCard(f"---\n{head.to_yaml()}\n---\n{text}").save(export / "README.md")
+    if config.export.push_to_hub is not None:
+        push(export, config.export.push_to_hub)
 
 
 def licence_of(directory: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,7 +35,7 @@ from training.losses import (
 from training.objective import TERMS, LossWeights, UpdateInput, counts_of
 from training.recipes import RECIPES
 from training.run.safe_points import nothing
-from training.student.adapters import adapter_off, plain_parameters
+from training.student.adapters import adapter_off
 from training.student.deepspeed_engine import Engine, Job, Optimisation
 from training.student.loading import load_policy
 from training.student.passes import each_token, rows_in_step
@@ -112,12 +112,8 @@ class Actor:
                 mixture=mixture,
             )
             samples = sample(self.policy, [p.tokens for p in prompts], sampling, drawing)
-        texts_B = self.texts(samples.responses_B)
+        texts_B = [self.asked.said(response) for response in samples.responses_B]
         return Rollout(prompts_N=list(prompts), group_size=sampling.group_size, texts_B=texts_B, **vars(samples))
-
-    def texts(self, responses: Sequence[tuple[int, ...]]) -> list[str]:
-        """Response texts, special symbols removed, stripped."""
-        return [self.asked.said(response) for response in responses]
 
     def logprobs(
         self, rollout: Rollout, *, start_of_run: bool = False, temperature: float | None = None
@@ -270,10 +266,6 @@ class Actor:
         log.add(f"loss/{name}", loss)
         log.add("loss/total", weighted)
         return {name: weighted}
-
-    def plain_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of every parameter as Hugging Face has it, adapters merged. Collective under ZeRO 3."""
-        return plain_parameters(self.policy.model, self.engine.gathered)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from training import distributed
 from training.run.card import hub_id
 from training.run.stopping import RunFailed
 from training.student.actor import Actor, end_list
-from training.student.adapters import adapter_parameters, save_adapter, save_plain
+from training.student.adapters import adapter_parameters, plain_parameters, save_adapter, save_plain
 from training.student.loading import TOLERANCE, difference, load_policy
 
 OTHER_INPUTS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -27,7 +27,7 @@ def export(actor: Actor, directory: Path) -> None:
     """Write the student as a Hugging Face model directory, replacing it in one move, and read it again: where it is
     not what was trained, RunFailed. An adapter is written as one too, into adapter/. Collective."""
     model, gathered = actor.policy.model, actor.engine.gathered
-    state, adapter = _on_main(actor.plain_parameters()), _on_main(adapter_parameters(model, gathered))
+    state, adapter = _on_main(plain_parameters(model, gathered)), _on_main(adapter_parameters(model, gathered))
     if distributed.is_main():
         replace_directory(directory, partial(_write, actor, state, adapter))
     gap = difference(actor.policy, directory, actor.dtype)

@@ -13,6 +13,7 @@ from training import distributed
 from training.experience import Rollout
 from training.losses import WholeDistribution
 from training.student.actor import Actor
+from training.student.adapters import plain_parameters
 from training.student.loading import load_policy
 from training.student.passes import Passes, each_token
 from training.student.policy import Way
@@ -105,7 +106,7 @@ class FrozenCopy(Reference):
             return
         keep = EMA_DECAY if self._update == "ema" else 0.0
         mine = dict(self._policy.model.named_parameters())
-        for name, value in actor.plain_parameters():
+        for name, value in plain_parameters(actor.policy.model, actor.engine.gathered):
             if name in self._average:
                 average = self._average[name]
                 average.lerp_(value.float().cpu(), 1.0 - keep)

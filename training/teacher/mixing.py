@@ -116,7 +116,7 @@ def _with_logprobs(actor: Actor, rollout: Rollout) -> Rollout:
     logprobs_S = actor.logprobs(rollout)
     return replace(
         rollout,
-        texts_B=actor.texts(rollout.responses_B),
+        texts_B=[actor.asked.said(response) for response in rollout.responses_B],
         behavior_logprobs_S=logprobs_S,
         sampled_logprobs_S=logprobs_S,
     )

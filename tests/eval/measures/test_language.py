@@ -64,9 +64,9 @@ def test_language_rate_by_hand() -> None:
         Continuation("Eitt", " land", True),  # 1 of 1
     ]
     rate = language_rate(made, KNOWN)
-    assert rate.continuations == 50
-    assert rate.words == pytest.approx(100 * 4 / 5)
-    assert rate.empty == 25
+    assert rate["language_rate"] == 50
+    assert rate["known_words"] == pytest.approx(100 * 4 / 5)
+    assert rate["empty"] == 25
 
 
 def test_openings_are_half_of_a_text() -> None:
@@ -106,13 +106,13 @@ def test_the_measure_tells_faroese_from_its_neighbours_and_from_noise(tmp_path: 
     assert len(pairs) == 256
     own = language_rate([Continuation(a, b, True) for a, b in pairs], known)
     mixed = language_rate([Continuation(a, shuffled(b), True) for a, b in pairs], known)
-    assert own.continuations > 90
-    assert mixed.continuations < 10
+    assert own["language_rate"] > 90
+    assert mixed["language_rate"] < 10
     danish = ["Mandag kommer efter søndag, og vejret er dejligt.", "Hovedstaden i Danmark hedder København."]
     english = ["Monday comes after Sunday, and the weather is fine.", "The capital of Denmark is called Copenhagen."]
     foreign = language_rate([Continuation("", text, True) for text in danish + english], known)
-    assert foreign.continuations == 0
-    assert foreign.words < 30
+    assert foreign["language_rate"] == 0
+    assert foreign["known_words"] < 30
 
 
 def test_heldout_text_is_not_in_the_raw_text() -> None:
@@ -177,8 +177,8 @@ def test_the_measure_counts_what_was_sampled(model: Model, tmp_path: Path) -> No
     made = [Continuation(row["opening"], row["text"], row["ended"]) for row in found.rows]
     assert made == continue_texts(model.network, model.tokenizer, [a for a, _ in openings(TEXTS, 256)], new_tokens=6)
     rate = language_rate(made, KNOWN)
-    assert found.values["language_rate"].value == pytest.approx(rate.continuations)
-    assert found.values["known_words"].value == pytest.approx(rate.words)
+    assert found.values["language_rate"].value == pytest.approx(rate["language_rate"])
+    assert found.values["known_words"].value == pytest.approx(rate["known_words"])
     assert found.data["known"] == len(KNOWN)
 
 

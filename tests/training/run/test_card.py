@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from configs.schema import DataConfig, ExportConfig, RunConfig, StudentConfig, TeacherConfig, validate
 from training.run import card
-from training.run.card import hub_id, licence_of, push, write_card
+from training.run.card import hub_id, licence_of, publish, push
 
 
 def test_the_card_of_a_finished_run(finished_run: Path) -> None:
@@ -41,7 +41,7 @@ def test_names_numbers_and_licences(tmp_path: Path) -> None:
         data=DataConfig(heldout=str(tmp_path / "heldout.jsonl")),
     )
     scores = {"before": {"f1": 12.345, "reverse_kl": 1.23456}, "after": {"f1": 50.0}}
-    write_card(tmp_path, config, "distillation from a teacher, 7 steps", scores, ["owner/questions:train", None])
+    publish(tmp_path, config, "distillation from a teacher, 7 steps", scores, ["owner/questions:train", None])
     text = (tmp_path / "README.md").read_text()
     assert "| before | 12.3 | 1.235 |" in text
     assert "| after | 50.0 |  |" in text
@@ -50,7 +50,7 @@ def test_names_numbers_and_licences(tmp_path: Path) -> None:
     assert "The teacher's licence: gemma." in text
     assert "license: Apache License\n" in text
     assert str(tmp_path) not in text  # what is given away names no folder of this machine
-    write_card(tmp_path, config, "continued pre-training on raw text, 7 steps", {}, ["text.jsonl"])
+    publish(tmp_path, config, "continued pre-training on raw text, 7 steps", {}, ["text.jsonl"])
     assert "gemma" not in (tmp_path / "README.md").read_text()
     assert (hub_id(teacher), hub_id(student), licence_of(tmp_path / "my")) == ("google/gemma-3-27b-it", None, None)
 

@@ -18,6 +18,7 @@ import torch
 from configs.schema import ActorConfig, RunConfig, StudentConfig
 from inference.attention.packing import Group
 from training.student.actor import Actor
+from training.student.adapters import plain_parameters
 from training.objective import SUPERVISED, UpdateInput
 from training.student.deepspeed_engine import start_distributed
 
@@ -31,9 +32,9 @@ for stage in (0, 1, 2, 3):
         actor=ActorConfig(zero_stage=stage, learning_rate=0.01),
     )
     actor = Actor(config, sys.argv[1], total_steps=2, learning_rate=0.01)
-    before = {n: v.detach().clone() for n, v in actor.plain_parameters()}
+    before = {n: v.detach().clone() for n, v in plain_parameters(actor.policy.model, actor.engine.gathered)}
     first = actor.update([UpdateInput(None, [], groups, SUPERVISED)], 0)
-    after = {n: v.detach().clone() for n, v in actor.plain_parameters()}
+    after = {n: v.detach().clone() for n, v in plain_parameters(actor.policy.model, actor.engine.gathered)}
     second = actor.update([UpdateInput(None, [], groups, SUPERVISED)], 1)
     moved = torch.cat([(after[name] - before[name]).float().flatten() for name in before])
     out[stage] = [first["grad_norm"], second["loss/bc"], second["grad_norm"], float(moved.abs().sum())]
