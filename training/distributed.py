@@ -54,12 +54,13 @@ def ensure_launcher_environment() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if "RANK" in os.environ:
         return
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any
 
 
-def join_on_cpu() -> None:
-    """Meet the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of, without DeepSpeed."""
-    dist.init_process_group("gloo")
+def join_on_cpu(meeting: str) -> None:
+    """Meet the ranks of this machine that RANK and WORLD_SIZE speak of by a file, without DeepSpeed."""
+    where = {"rank": environment_rank(), "world_size": environment_world_size()}
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", **where)
 
 
 def check_port() -> None:
