@@ -13,9 +13,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training.run.test_leaving import wait_until
-from training import distributed
 from training.data.demo import models
 from training.data.demo.models import DemoPaths, ensure_demo
+from training.run import launcher
 
 
 def test_the_demo_is_built_once_and_found_again(demo_cache: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_models_builders_choose_no_port(tmp_path: Path, monkeypatch: pytest.
     assert all("MASTER_PORT" not in env for _, env in started)
     with mock.patch.dict(os.environ):
         os.environ.pop("RANK", None)
-        distributed.ensure_launcher_environment()
+        launcher.ensure_launcher_environment()
         assert os.environ["MASTER_PORT"] == "0", "the system chooses as it binds"
 
 

@@ -42,6 +42,7 @@ from training.data.demo import splits as demo_splits
 from training.data.demo import tell as demo_tell
 from training.data.demo import world as demo_world
 from training.data.order import share_of_rank
+from training.run import launcher
 
 PAD, EOS = "<pad>", "</s>"
 Size = Literal["demo", "small", "tiny"]
@@ -348,7 +349,7 @@ def build_model(path: Path, seed: int, size: Size, meeting: str) -> None:
     nothing from a second thread, so the models are trained side by side, and the teacher by two processes, which meet
     by the file `meeting`."""
     torch.set_num_threads(1)
-    distributed.join_on_cpu(meeting)
+    launcher.join_on_cpu(meeting)
     logging.disable_progress_bar()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     make = build_teacher if path.name == "teacher" else build_student
