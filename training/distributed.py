@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -28,55 +26,6 @@ def beat() -> None:
 def beats() -> int:
     """How often it was said (training/run/watchdog.py looks)."""
     return _beats
-
-
-def environment_rank() -> int:
-    """Rank that the launcher gave this process; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def environment_world_size() -> int:
-    """Ranks that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def ensure_launcher_environment() -> None:
-    """Make `python training/main.py` the same as one rank under the launcher."""
-    # Long and short rows follow each other: without it the CUDA allocator's blocks fit neither.
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    if "RANK" in os.environ:
-        return
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-
-
-def join_on_cpu() -> None:
-    """Meet the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of, without DeepSpeed."""
-    dist.init_process_group("gloo")
-
-
-def check_port() -> None:
-    """Raises ValueError where rank 0 cannot have the port at which the ranks meet: the launcher's is always 29500, so
-    of two runs on one machine the second would end in a trace. (torchrun has opened its port by now.)"""
-    port = os.environ.get("MASTER_PORT", "")
-    if os.environ.get("RANK") != "0" or not port.isdigit() or "TORCHELASTIC_RUN_ID" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(port)))
-        except OSError as error:
-            raise ValueError(
-                f"--master_port {port}: {error.strerror}; another run may have it, so give a free one to the launcher: "
-                f"deepspeed --master_port {free_port()} ..."
-            ) from None
 
 
 def rank() -> int:

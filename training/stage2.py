@@ -46,6 +46,7 @@ from training.loop import save_checkpoint, saved_parts, train
 from training.losses import Head
 from training.objective import single_step_coef
 from training.recipes import RECIPES, check_recipe
+from training.run import launcher
 from training.run.boards import board_names
 from training.run.card import publish
 from training.run.checkpoints import Checkpoints
@@ -53,7 +54,7 @@ from training.run.cli import ROOT, fail
 from training.run.resuming import NoWholeCheckpoint, check_settings, load_best, open_run
 from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import SafePoints, TimeLimit
-from training.run.stopping import StopRequest, Unfailing, watch_launcher
+from training.run.stopping import StopRequest, Unfailing
 from training.run.supervisor import Supervisor, lowered
 from training.student.actor import Actor
 from training.student.critic import Critic
@@ -96,7 +97,7 @@ class Setup:
 def run(config: RunConfig) -> int:
     """Run stage 2; returns the exit code."""
     stop = StopRequest()
-    watch_launcher()
+    launcher.watch_launcher()
     quiet_logging()
     try:
         boards = board_names(config.report_to)
@@ -106,7 +107,7 @@ def run(config: RunConfig) -> int:
         config = lowered(config, folder.path)
     except (ValueError, OSError) as error:
         fail(str(error))
-    if distributed.environment_rank() == 0:
+    if launcher.environment_rank() == 0:
         if unread := without_effect(config, facts.same_tokenizer):
             chosen = f"algo {config.algo}, reward {config.reward}, recipe {config.recipe}"
             log.warning("without effect on the student with %s and its weights: %s", chosen, ", ".join(unread))
@@ -125,12 +126,12 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
 
     Raises ValueError for a mistake in the input.
     """
-    distributed.check_port()
+    launcher.check_port()
     check_choices(config)
     config = with_model_directories(config)
     check_extra_rewards(config)
     check_files(config)
-    check_world(config, distributed.environment_world_size())
+    check_world(config, launcher.environment_world_size())
     set_threads(config)
     config = resolve_demo(config, stage=2)
     facts = teacher_facts(config, config.teacher)
@@ -434,7 +435,7 @@ def already_finished(folder: RunFolder, config: RunConfig) -> bool:
     over = summary.get("kl_limit_reached") or (summary.get("validation") or {}).get("stopped_early")
     if summary["steps"] < config.steps and not over:
         return False
-    if distributed.environment_rank() == 0:
+    if launcher.environment_rank() == 0:
         if not (folder.path / "report.html").is_file():  # killed before it was made
             _report(folder)
         _print_table(folder, summary)

@@ -47,13 +47,14 @@ from training.data.text import TextBlocks, flat, text_blocks
 from training.evaluation import evaluate
 from training.experience import Prompt
 from training.objective import SUPERVISED, LossWeights, UpdateInput
+from training.run import launcher
 from training.run.boards import board_names
 from training.run.card import Scores, publish
 from training.run.cli import fail
 from training.run.clock import Clock
 from training.run.resuming import OpenRun, check_settings, open_run
 from training.run.run_folder import RunFolder
-from training.run.stopping import StopRequest, watch_launcher
+from training.run.stopping import StopRequest
 from training.run.supervisor import Supervisor, lowered
 from training.stage2 import check_served_model, connect, evaluation_once, find_teacher, quiet_logging, set_threads
 from training.student.actor import Actor
@@ -125,10 +126,10 @@ def run_stage(
     (ValueError: a mistake in the input). `learn` trains, and returns the line that the stage ends with.
     """
     stop = StopRequest()
-    watch_launcher()
+    launcher.watch_launcher()
     quiet_logging()
     try:
-        distributed.check_port()
+        launcher.check_port()
         boards = board_names(config.report_to)
         config = with_model_directories(config)
         check_output(config)
@@ -145,7 +146,7 @@ def run_stage(
         fail(str(error))
     done = summary.get("status") == "finished" and summary["steps"] >= config.sft.steps
     if done and exported(config, folder).is_dir():
-        if distributed.environment_rank() == 0:
+        if launcher.environment_rank() == 0:
             print(f"stage {number} was finished already; choose another --name to run it anew", flush=True)
         return 0
     supervisor = Supervisor(config, folder.path, stop)
@@ -312,7 +313,7 @@ def read_questions(config: RunConfig, asked: Format) -> tuple[list[Prompt], list
         heldout += load_prompts("data.open", data, asked, room=room, need_answers=False)
     require(config.sft.batch <= len(prompts), "sft.batch", config.sft.batch, f"is more than {len(prompts)} examples")
     check_vocabulary("student.path", config.student.path, asked, [prompt.tokens for prompt in (*prompts, *heldout)])
-    if distributed.environment_rank() == 0:
+    if launcher.environment_rank() == 0:
         for line in data_warnings(config, heldout, stage=1):
             log.warning("%s", line)
     return prompts, heldout

@@ -73,7 +73,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class _Once(yaml.SafeLoader):
-    """YAML whose mappings have each key once: of one that is there twice all but the last would be lost."""
+    """YAML whose mappings have each key once (of one that is there twice all but the last would be lost), and in which
+    nothing holds itself (`&x [*x]`), which who reads it would go through for ever."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # what is inside first, so that it cannot hold what is not made yet
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]

@@ -102,6 +102,7 @@ def test_unknown_keys_in_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path
         ("student: {chat_template_kwargs: }\n", "student.chat_template_kwargs: nothing stands below it"),
         ("name: 2024-13-45\n", "my.yaml: month must be in 1..12"),
         ("name: " + "[" * 5_000, "my.yaml: maximum recursion depth exceeded"),
+        ("student: {chat_template_kwargs: &x {a: [*x]}}\n", "my.yaml: found unconstructable recursive node"),
     ],
 )
 def test_no_section_of_yaml_is_lost_or_empty(

@@ -28,9 +28,9 @@ from training.data.model_files import check_model_files
 from training.data.prompts import answer_group, load_prompts
 from training.data.text import TextBlocks, text_blocks
 from training.data.validation import check_validation, question_key, set_aside
-from training.distributed import environment_rank
 from training.experience import Corpus, Prompt
 from training.objective import pt_coef
+from training.run.launcher import environment_rank
 
 if TYPE_CHECKING:
     from training.teacher.link import TeacherLink

@@ -13,8 +13,8 @@ from configs.schema import DataConfig, require
 from inference.attention.packing import Group
 from inference.model.files import end_ids
 from inference.protocol.fingerprint import load_tokenizer
-from training.distributed import environment_rank
 from training.experience import Prompt
+from training.run.launcher import environment_rank
 
 log = logging.getLogger(__name__)
 

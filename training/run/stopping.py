@@ -6,9 +6,6 @@ import contextlib
 import os
 import signal
 import stat
-import threading
-import time
-from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -87,32 +84,3 @@ def _leave_terminal() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)
-
-
-def watch_launcher(interval_s: float = 1.0) -> None:
-    """End this process, as by SIGTERM, when the launcher that started it is gone.
-
-    `deepspeed` is two processes above a rank. Killing the first leaves the second and its ranks behind, so both are
-    watched. Does nothing without a launcher, or where there is no /proc.
-    """
-    launcher = os.getppid()
-    with contextlib.suppress(OSError):
-        if b"deepspeed" in Path(f"/proc/{launcher}/cmdline").read_bytes():
-            started = (launcher, _parent_of(launcher))
-            thread = threading.Thread(target=_watch, args=(started, interval_s), name="launcher-watch", daemon=True)
-            thread.start()
-
-
-def _watch(started: tuple[int, int | None], interval_s: float) -> None:
-    while (os.getppid(), _parent_of(started[0])) == started:
-        time.sleep(interval_s)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _parent_of(process: int) -> int | None:
-    """Parent of a process, None where it is gone."""
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return None
-    return int(status.rpartition(")")[2].split()[1])

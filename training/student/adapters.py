@@ -8,6 +8,7 @@ the KL term (trap 24).
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from configs.schema import AdapterConfig
+from training import distributed
+
+log = logging.getLogger(__name__)
 
 
 def merged_model(path: str | Path, dtype: torch.dtype) -> Any:
@@ -48,9 +52,11 @@ def quantization(dtype: torch.dtype) -> Any:
 def add_adapter(model: Any, config: AdapterConfig) -> None:
     """Put a zero adapter beside each target matrix of the language model and freeze everything else, in place.
 
-    Raises ValueError where no module has the name of a target, and where that is an embedding or tied to one.
+    Raises ValueError where no module has the name of a target, where that is an embedding or tied to one, and where it
+    is a weight that holds all experts of a layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import ParamWrapper
 
     targets: Any = "all-linear"
     if config.targets != targets:
@@ -70,6 +76,16 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
             raise ValueError(
                 f"student.adapter.targets = {config.targets!r}: no matrix in it is called {target!r}; mend the name"
             )
+    if fused := [name for name, layer in _layers(model) if isinstance(layer, ParamWrapper)]:  # peft's choice, by family
+        others = {name.rpartition(".")[2] for name, layer in _layers(model) if not isinstance(layer, ParamWrapper)}
+        raise ValueError(
+            f"student.adapter.targets = {config.targets!r}: {fused[0]} holds the weights of all experts in one, whose "
+            f"update cannot be merged here; set it to {','.join(sorted(others)) or 'q_proj,k_proj,v_proj,o_proj'}"
+        )
+    experts = [name for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name]
+    if experts and distributed.is_main():
+        said = "no adapter for the experts' weights (%s and %d more): each holds those of all experts of a layer"
+        log.info(said, experts[0], len(experts) - 1)
     embedding = model.get_input_embeddings().weight
     for name, layer in _layers(model):
         if layer.get_base_layer().weight is embedding:

@@ -32,6 +32,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from configs.schema import ActorConfig
 from inference.attention.packing import PackedRow
 from training import distributed
+from training.run import launcher
 from training.run.safe_points import nothing
 from training.student.passes import Passes
 
@@ -50,7 +51,7 @@ Job = Callable[[], dict[str, torch.Tensor]]
 def start_distributed(stuck_timeout_s: float = 900.0) -> None:
     """Join the trainer's process group: gloo on CPU, NCCL on CUDA. No collective gives up before the watchdog does,
     which says who is missing."""
-    distributed.ensure_launcher_environment()
+    launcher.ensure_launcher_environment()
     deepspeed_logger.setLevel(logging.ERROR)
     # On CPU, DeepSpeed would compile a shared-memory collective (a minute, and a compiler on every node) that gloo
     # does as well at our sizes. It asks this table alone, which it would fill with a compiler's help.

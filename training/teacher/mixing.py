@@ -15,8 +15,8 @@ from configs.prompts import Format
 from configs.schema import RunConfig, SamplingConfig, require
 from rewards.minillm import mixed_logprobs, mixture_importance, response_mixture_importance
 from training.data.order import random_stream
-from training.distributed import environment_world_size
 from training.experience import Prompt, Rollout, TeacherView
+from training.run.launcher import environment_world_size
 from training.student.actor import Actor
 from training.teacher.link import TeacherLink
 

@@ -32,9 +32,10 @@ from training.experience import Experience, Rewarded, Rollout, Scored
 from training.loop import describe, update
 from training.objective import LossWeights, UpdateInput
 from training.recipes import RECIPES
+from training.run import launcher
 from training.run.cli import fail
 from training.run.run_folder import RunFolder
-from training.run.stopping import StopRequest, watch_launcher
+from training.run.stopping import StopRequest
 from training.stage2 import Setup, connect, find_teacher, prepare, quiet_logging, without_loop
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
@@ -99,7 +100,7 @@ class Probe:
 def doctor(config: RunConfig) -> int:
     """Run every check on the configured run; returns the exit code. Collective."""
     stop = StopRequest()
-    watch_launcher()
+    launcher.watch_launcher()
     quiet_logging()
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder, ExitStack() as stack:
         try:
@@ -118,7 +119,7 @@ def doctor(config: RunConfig) -> int:
 
 def small_step(config: RunConfig) -> RunConfig:
     """The same run with few prompts a step, one optimizer step on them, and a learning rate of 0."""
-    world = distributed.environment_world_size()
+    world = launcher.environment_world_size()
     rank = min(PROMPTS_PER_RANK, config.prompts_per_step // world)
     return replace(
         config,
@@ -180,7 +181,7 @@ def report(findings: list[Finding]) -> int:
 
 
 def _say(line: str) -> None:
-    if distributed.environment_rank() == 0:
+    if launcher.environment_rank() == 0:
         print(line, flush=True)
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.training.run.test_leaving import wait_until
 from training.data.demo import models
 from training.data.demo.models import DemoPaths, ensure_demo
+from training.run import launcher
 
 
 def test_the_demo_is_built_once_and_found_again(demo_cache: Path) -> None:
@@ -49,6 +51,29 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
         assert worker.exitcode == 0
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     assert len([*folder.iterdir()]) == 1
+
+
+def test_the_models_builders_choose_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs that look for a free one at the same time may find the same."""
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def start(line: list[str], env: dict[str, str]) -> SimpleNamespace:
+        started.append((line, env))
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(models.subprocess, "Popen", start)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    models.build(tmp_path, seed=0, size="tiny")
+    ranks = [(Path(line[2]).name, line[5], env["RANK"], env["WORLD_SIZE"]) for line, env in started]
+    assert [(name, *rank) for name, _, *rank in ranks] == [
+        ("teacher", "0", "2"), ("teacher", "1", "2"), ("student-base", "0", "1")
+    ]  # fmt: skip
+    assert len({meeting for _, meeting, *_ in ranks}) == 2
+    assert all("MASTER_PORT" not in env for _, env in started)
+    with mock.patch.dict(os.environ):
+        os.environ.pop("RANK", None)
+        launcher.ensure_launcher_environment()
+        assert os.environ["MASTER_PORT"] == "0", "the system chooses as it binds"
 
 
 def test_student_and_teacher_share_a_tokenizer_that_reads_faroese(demo_cache: Path) -> None:

@@ -23,6 +23,7 @@ from configs.io.lines import LineFile
 from configs.schema import ActorConfig, RunConfig
 from inference.client import TeacherLost, TeacherRefused
 from training import distributed, stage2
+from training.run import launcher
 from training.run.checkpoints import CheckpointFailed
 from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import SafePoints, TimeLimit
@@ -218,7 +219,7 @@ def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_who_is_left_alone_is_not_stuck(rests: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the last collective rank 0 writes a report, or uploads a model, longer than stuck_timeout_s."""
     said: list[str] = []
-    port = distributed.free_port()
+    port = launcher.free_port()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     PrefixStore("watchdog", store).set("1", json.dumps(asdict(Place())))
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
@@ -276,7 +277,7 @@ def test_a_log_on_a_full_disk_ends_nothing() -> None:
 def test_no_collective_gives_up_before_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher may be waited for as long as teacher.timeout_s says; torch's own limit is half an hour."""
     found: dict[str, Any] = {}
-    monkeypatch.setattr(distributed, "ensure_launcher_environment", lambda: None)
+    monkeypatch.setattr(launcher, "ensure_launcher_environment", lambda: None)
     monkeypatch.setattr(deepspeed_engine.deepspeed, "init_distributed", lambda **options: found.update(options))
     for stuck_s, seconds in ((7200.0, 14400), (60.0, 1800)):
         deepspeed_engine.start_distributed(stuck_s)

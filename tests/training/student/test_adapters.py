@@ -135,6 +135,26 @@ def test_what_is_tied_to_the_embedding_gets_no_adapter(targets: str, tmp_path: P
         load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=2, targets=targets))
 
 
+@pytest.mark.parametrize(
+    ("family", "refused"), [("qwen3_moe", True), ("mixtral", True), ("granitemoe", False), ("qwen2_moe", False)]
+)
+def test_weights_that_hold_all_experts_get_no_adapter_and_that_is_said(
+    family: str, refused: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of some families peft takes them for linear layers, and the export would lack what they learn."""
+    make(family).save_pretrained(tmp_path)
+    caplog.set_level("INFO")
+    targets = "all-linear"
+    if refused:
+        with pytest.raises(ValueError, match=r"student.adapter.targets = 'all-linear': .*experts") as error:
+            load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=2))
+        targets = str(error.value).rpartition("set it to ")[2]
+    policy = load_policy(tmp_path, "float32", adapter=AdapterConfig(rank=2, targets=targets))
+    assert caplog.text.count("no adapter for the experts' weights (model.layers.0.") == 1
+    state = {name for name, _ in plain_parameters(moved(policy).model, whole)}
+    assert state == {name for name, _ in load_policy(tmp_path, "float32").model.named_parameters()}
+
+
 def test_an_untied_output_layer_is_merged(tmp_path: Path) -> None:
     policy = load_policy(save("llama", tmp_path), "float32", adapter=AdapterConfig(rank=2, targets="lm_head,q_proj"))
     moved(policy).eval()

@@ -42,6 +42,7 @@ from training.data.demo import splits as demo_splits
 from training.data.demo import tell as demo_tell
 from training.data.demo import world as demo_world
 from training.data.order import share_of_rank
+from training.run import launcher
 
 PAD, EOS = "<pad>", "</s>"
 Size = Literal["demo", "small", "tiny"]
@@ -327,27 +328,28 @@ def build(root: Path, *, seed: int, size: Size) -> None:
     tokenizer = train_tokenizer(tokenizer_corpus(data), RECIPES[size].vocabulary)
     paths = DemoPaths.below(root)
     builders = []
-    for path, ranks in ((paths.teacher, 2), (paths.student_base, 1)):
-        tokenizer.save_pretrained(path)
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port()), "WORLD_SIZE": str(ranks)}
-        for rank in range(ranks):
-            environment = launcherless_environment() | meeting | {"RANK": str(rank)}
-            line = [sys.executable, __file__, str(path), str(seed), size]
-            builders.append(subprocess.Popen(line, env=environment))
-    while any(builder.poll() is None for builder in builders):
-        if any(builder.returncode for builder in builders):  # the others may wait for it
-            for builder in builders:
-                builder.terminate()
-        time.sleep(0.1)
+    with tempfile.TemporaryDirectory() as meeting:  # by a file: two that start together cannot choose one port
+        for path, ranks in ((paths.teacher, 2), (paths.student_base, 1)):
+            tokenizer.save_pretrained(path)
+            for rank in range(ranks):
+                environment = launcherless_environment() | {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                line = [sys.executable, __file__, str(path), str(seed), size, f"{meeting}/{path.name}"]
+                builders.append(subprocess.Popen(line, env=environment))
+        while any(builder.poll() is None for builder in builders):
+            if any(builder.returncode for builder in builders):  # the others may wait for it
+                for builder in builders:
+                    builder.terminate()
+            time.sleep(0.1)
     if any(builder.returncode for builder in builders):
         raise RuntimeError("a model of the demo was not built; what went wrong is above")
 
 
-def build_model(path: Path, seed: int, size: Size) -> None:
+def build_model(path: Path, seed: int, size: Size, meeting: str) -> None:
     """Train the model of the folder `path` (teacher or student-base), beside its tokenizer. Matrices this small gain
-    nothing from a second thread, so the models are trained side by side, and the teacher by two processes."""
+    nothing from a second thread, so the models are trained side by side, and the teacher by two processes, which meet
+    by the file `meeting`."""
     torch.set_num_threads(1)
-    distributed.join_on_cpu()
+    launcher.join_on_cpu(meeting)
     logging.disable_progress_bar()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     make = build_teacher if path.name == "teacher" else build_student
@@ -378,4 +380,4 @@ def ensure_demo(cache_dir: str | Path, *, seed: int = 0, size: Size = "demo") ->
 
 
 if __name__ == "__main__":
-    build_model(Path(sys.argv[1]), int(sys.argv[2]), cast(Size, sys.argv[3]))
+    build_model(Path(sys.argv[1]), int(sys.argv[2]), cast(Size, sys.argv[3]), sys.argv[4])

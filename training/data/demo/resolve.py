@@ -18,9 +18,9 @@ from configs.models import DEMO_STAGE1
 from configs.schema import DEMO, RunConfig
 from inference.server.launch import launcherless_environment
 from training.data.preflight import DEMOS, with_models
-from training.distributed import environment_rank
 from training.objective import pt_coef
 from training.run.cli import DEMO_CONFIGS, ROOT, fail, is_demo
+from training.run.launcher import environment_rank
 
 log = logging.getLogger(__name__)
 

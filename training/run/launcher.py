@@ -1,0 +1,92 @@
+"""What a launcher (deepspeed, torchrun, srun) gives a rank, before the ranks have met: number, port; and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def environment_rank() -> int:
+    """Rank that the launcher gave this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def environment_world_size() -> int:
+    """Ranks that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ensure_launcher_environment() -> None:
+    """Make `python training/main.py` the same as one rank under the launcher."""
+    # Long and short rows follow each other: without it the CUDA allocator's blocks fit neither.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if "RANK" in os.environ:
+        return
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any
+
+
+def check_port() -> None:
+    """Raises ValueError where rank 0 cannot have the port at which the ranks meet: the launcher's is always 29500, so
+    of two runs on one machine the second would end in a trace. (torchrun has opened its port by now.)"""
+    port = os.environ.get("MASTER_PORT", "")
+    if os.environ.get("RANK") != "0" or not port.isdigit() or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            raise ValueError(
+                f"--master_port {port}: {error.strerror}; another run may have it, so give a free one to the launcher: "
+                f"deepspeed --master_port {free_port()} ..."
+            ) from None
+
+
+def join_on_cpu(meeting: str) -> None:
+    """Meet the ranks of this machine that RANK and WORLD_SIZE speak of by a file, without DeepSpeed."""
+    rank, ranks = environment_rank(), environment_world_size()
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+
+
+def watch_launcher(interval_s: float = 1.0) -> None:
+    """End this process, as by SIGTERM, when the launcher that started it is gone.
+
+    `deepspeed` is two processes above a rank. Killing the first leaves the second and its ranks behind, so both are
+    watched. Does nothing without a launcher, or where there is no /proc.
+    """
+    launcher = os.getppid()
+    with contextlib.suppress(OSError):
+        if b"deepspeed" in Path(f"/proc/{launcher}/cmdline").read_bytes():
+            started = (launcher, _parent_of(launcher))
+            thread = threading.Thread(target=_watch, args=(started, interval_s), name="launcher-watch", daemon=True)
+            thread.start()
+
+
+def _watch(started: tuple[int, int | None], interval_s: float) -> None:
+    while (os.getppid(), _parent_of(started[0])) == started:
+        time.sleep(interval_s)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parent_of(process: int) -> int | None:
+    """Parent of a process, None where it is gone."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return None
+    return int(status.rpartition(")")[2].split()[1])
