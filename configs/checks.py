@@ -105,6 +105,11 @@ def _run_rules(config: RunConfig) -> Rules:
         "4-bit weights are frozen: set student.adapter.rank (16 is usual), which is what is trained then",
     )
     yield (
+        "eval.beside",
+        config.eval.beside is None or not config.student.adapter.four_bit,
+        "takes the student's place at the end, which 4-bit weights cannot give up: leave out one of the two",
+    )
+    yield (
         "export.push_to_hub",
         bool(re.fullmatch(r"[\w.-]+/[\w.-]+", config.export.push_to_hub or "owner/name")),
         "name a repository of the hub as owner/name",
