@@ -197,7 +197,7 @@ class Engine:
             return 0.0, rate, False
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        self.module.train()
+        self._prepare_to_learn()
         # DeepSpeed averages over ranks; our losses are already divided by global counts.
         scale = distributed.world_size()
         for i, job in enumerate(jobs):
@@ -222,12 +222,18 @@ class Engine:
         self.module.eval()
         return norm, rate, not bool(getattr(self.engine.optimizer, "overflow", False))
 
+    def _prepare_to_learn(self) -> None:
+        """Evaluation mode but for layers that are recomputed in the backward pass, which look for training mode: it is
+        also where Mixtral jitters what its experts get, and where Phi-MoE draws them (trap 19)."""
+        for module in self.module.modules():
+            module.training = getattr(module, "gradient_checkpointing", False) is True
+
     def gradient_norms(self, jobs: Sequence[Job], names: Sequence[str]) -> dict[str, float]:
         """Norm of each named term's gradient over all ranks, at the cost of a pass a term. No gradient is kept.
 
         Not under ZeRO 3, whose parameters are only whole within DeepSpeed's own backward pass. Collective.
         """
-        self.module.train()
+        self._prepare_to_learn()
         norms = {}
         for name in names:
             squares = [distributed.sum_in_place(total).float().square().sum() for total in self._summed(jobs, name)]

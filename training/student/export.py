@@ -48,8 +48,9 @@ def interpolate(actor: Actor, start: str | Path, rate: float) -> None:
     origin = dict(load_policy(start, actor.dtype).model.named_parameters())
     for name, parameter in actor.policy.model.named_parameters():
         with actor.engine.gathered([parameter], write=True):
-            if name in origin:
-                parameter.lerp_(origin[name].to(parameter), 1.0 - rate)
+            plain = name.replace(".base_layer.", ".")
+            if plain in origin and parameter.is_floating_point():  # not in 4 bits
+                parameter.lerp_(origin[plain].to(parameter), 1.0 - rate)
             elif "lora_B" in name:
                 parameter.mul_(rate)  # the adapter started at zero
 

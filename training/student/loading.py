@@ -83,11 +83,12 @@ def load_policy(
 
 
 def without_dropout(config: Any) -> None:
-    """Set every dropout of a transformers configuration to 0, in place (trap 19)."""
+    """Set every dropout of a transformers configuration to 0, in place (trap 19); and RWKV's `rescale_every`, by which
+    it divides its weights in evaluation mode, where they would be exported."""
     for part in {id(one): one for one in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
+            if ("drop" in name and isinstance(value, float)) or name == "rescale_every":
+                setattr(part, name, type(value)(0))
 
 
 @lru_cache(maxsize=4)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.support.runs import metrics
 from tests.support.student_models import build, plain_logprobs, save
 from training.data.preflight import context_length
 from training.student.adapters import adapter_off, adapter_parameters, plain_parameters, save_adapter, save_plain
+from training.student.export import interpolate
 from training.student.loading import load_policy
 from training.student.policy import Policy
 
@@ -70,6 +72,25 @@ def test_off_is_the_start_and_merged_is_the_adapted_student(family: str, tmp_pat
         beside = torch.cat([plain_logprobs(opened, PROMPTS[b // 2], r) for b, r in enumerate(RESPONSES) if r])
     torch.testing.assert_close(plain, after, atol=2e-5, rtol=0)
     torch.testing.assert_close(beside, after, atol=2e-5, rtol=0)
+
+
+def test_an_adapted_student_gives_its_place_to_another_whole(tmp_path: Path) -> None:
+    """`eval.beside`: matrices under an adapter are the other's too, and half-way back is half of the adapter."""
+    for seed, name in enumerate(("start", "other")):
+        save("llama", tmp_path / name, seed)
+    policy = moved(load_policy(tmp_path / "start", "float32", adapter=AdapterConfig(rank=4))).eval()
+    actor: Any = SimpleNamespace(
+        policy=policy, dtype="float32", engine=SimpleNamespace(gathered=lambda parameters, write: nullcontext())
+    )
+    with torch.no_grad():
+        name = "model.layers.0.mlp.up_proj.weight"
+        start = dict(load_policy(tmp_path / "start", "float32").model.named_parameters())[name]
+        end = dict(plain_parameters(policy.model, whole))[name].clone()
+        interpolate(actor, tmp_path / "start", 0.5)
+        torch.testing.assert_close(dict(plain_parameters(policy.model, whole))[name], 0.5 * (start + end))
+        interpolate(actor, tmp_path / "other", 0.0)
+        expected = load_policy(tmp_path / "other", "float32").eval()(ROW).logprobs_S
+        torch.testing.assert_close(policy(ROW).logprobs_S, expected, atol=1e-5, rtol=0)
 
 
 def test_trap_24_sft_in_an_adapter_is_merged_before_ours_so_off_is_the_sft_student(tmp_path: Path) -> None:

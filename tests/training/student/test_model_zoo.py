@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from tests.support.model_zoo import FAMILIES, ROOT, Found, try_student
-from training.student.loading import mean_gap, own_logprobs, probe
+from training.student.loading import load_policy, mean_gap, own_logprobs, probe
 from training.student.policy import Policy
 
 DOCS = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
@@ -33,6 +35,18 @@ def test_what_is_refused_says_why() -> None:
     found = try_student("bert")
     assert found == Found(found.way, None)
     assert re.match(r"student.path = 'bert': BertLMHeadModel cannot be trained here: its log-probabilities", found.way)
+
+
+def test_rwkvs_weights_stay_as_they_are_in_the_file(tmp_path: Path) -> None:
+    """In evaluation mode its class divides those of later layers, and an export would hold them so."""
+    config = transformers.RwkvConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32, rescale_every=1
+    )
+    transformers.RwkvForCausalLM(config).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    policy = load_policy(tmp_path, "float32").eval()
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(parameter, saved.get(name, parameter)), name
 
 
 def test_what_rounding_does_is_measured_in_the_models_own_type() -> None:

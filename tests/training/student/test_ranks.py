@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.support.forked import finish_ranks
+from tests.support.model_zoo import make
 from tests.support.runs import ROOT
 from tests.support.student_models import save
 from tests.support.teacher_models import save_tokenizer
@@ -57,7 +58,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mixtral, whose experts get jittered inputs in training mode."""
+    directory = tmp_path_factory.mktemp("experts")
+    mixtral = make("mixtral")
+    mixtral.config.router_jitter_noise = 0.5
+    mixtral.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, experts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One rank, every way that one rank can do it; `first` and `second` are what all else is compared with."""
     jobs = [
         job("first", 1, 0, ALL, model),
@@ -68,7 +80,14 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         job("zero 2, logits in chunks of 2", 1, 2, 45, model, logit_chunk=2),
         job("zero 3, activations recomputed", 1, 3, 1, model, checkpointing=True),
         *(job(f"nothing, zero {zero}", 1, zero, ALL, model, deal=[[[]], [[]]], bare=True) for zero in range(4)),
-    ]
+        *(
+            {
+                "what": "lively", "name": f"experts, {checkpointing}", "zero": 1, "budget": ALL, "model": str(experts),
+                "prompts": [LIVELY[0]], "silent": -1, "checkpointing": checkpointing, **FIRST,
+            }
+            for checkpointing in (False, True)
+        ),
+    ]  # fmt: skip
     return run_ranks(1, jobs, tmp_path_factory.mktemp("one"), 400)
 
 
@@ -145,6 +164,13 @@ def test_more_ranks(name: str, expected: dict[str, Any], three_ranks: dict[str, 
     """A rank without a prompt is in every mini-batch. Two ranks: test_reshaping.py."""
     reference = "second" if THREE[name].get("ratio") == "sequence" else "first"
     assert_same(expected[reference], three_ranks[name], expected["start"], f"3 ranks, {name}")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_trained_is_what_was_sampled_with_experts_too(checkpointing: bool, expected: dict[str, Any]) -> None:
+    metrics = expected[f"experts, {checkpointing}"]["metrics"]
+    assert metrics["mismatch/max"] < 1e-4
+    assert metrics["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
