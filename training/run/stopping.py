@@ -93,11 +93,11 @@ def watch_launcher(interval_s: float = 1.0) -> None:
     """End this process, as by SIGTERM, when the launcher that started it is gone.
 
     `deepspeed` is two processes above a rank. Killing the first leaves the second and its ranks behind, so both are
-    watched. Does nothing without a launcher, or where there is no /proc.
+    watched. Does nothing without that launcher, or where there is no /proc: the parent of another start may leave.
     """
     launcher = os.getppid()
     with contextlib.suppress(OSError):
-        if b"deepspeed" in Path(f"/proc/{launcher}/cmdline").read_bytes():
+        if b"deepspeed.launcher" in Path(f"/proc/{launcher}/cmdline").read_bytes():
             started = (launcher, _parent_of(launcher))
             thread = threading.Thread(target=_watch, args=(started, interval_s), name="launcher-watch", daemon=True)
             thread.start()
