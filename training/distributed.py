@@ -38,6 +38,12 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def several_machines() -> bool:
+    """Whether the launcher started ranks elsewhere too, as far as it says how many are here."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return local is not None and int(local) < environment_world_size()
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -60,9 +66,16 @@ def join_on_cpu() -> None:
     dist.init_process_group("gloo")
 
 
-def check_port() -> None:
-    """Raises ValueError where rank 0 cannot have the port at which the ranks meet: the launcher's is always 29500, so
-    of two runs on one machine the second would end in a trace. (torchrun has opened its port by now.)"""
+def check_launcher() -> None:
+    """Raises ValueError where srun alone has started the ranks, which then know nothing of each other; and where rank 0
+    cannot have the port at which they meet: the deepspeed launcher's is always 29500, so of two runs on one machine
+    the second would end in a trace. (torchrun has opened its port by now.)"""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS = {tasks}: each of srun's tasks would be a run of its own; submit the run with "
+            "slurm/submit.sh, or have srun start one torchrun on each node"
+        )
     port = os.environ.get("MASTER_PORT", "")
     if os.environ.get("RANK") != "0" or not port.isdigit() or "TORCHELASTIC_RUN_ID" in os.environ:
         return

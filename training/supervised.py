@@ -130,7 +130,7 @@ def run_stage(
     watch_launcher()
     quiet_logging()
     try:
-        distributed.check_port()
+        distributed.check_launcher()
         boards = board_names(config.report_to)
         config = with_model_directories(config)
         check_output(config)
