@@ -29,7 +29,7 @@ from inference.protocol import session, wire
 from inference.protocol.fingerprint import tokenizer_fingerprint
 from inference.protocol.replies import TeacherInfo
 from inference.server import server as server_module
-from inference.server.launch import LocalTeacher, start_local_teacher
+from inference.server.launch import LocalTeacher, _tell_end, start_local_teacher
 from tests.support.teacher_models import VOCAB, build, reference_logits, save_tokenizer
 from tests.support.teacher_servers import SECRET, SERVER, commands_with, serve, wait_until_gone
 
@@ -99,6 +99,22 @@ def test_every_request(client: TeacherClient, model: tuple[Any, Path]) -> None:
     assert info.eos_ids == (2,)
     assert info.tokenizer_fingerprint == tokenizer_fingerprint(model[1])
     assert info.output_layer == output_layer_hash(model[1])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_server_that_ends_by_itself_is_spoken_of(
+    stopped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "log").write_text("CUDA out of memory\n")
+    process = subprocess.Popen(["sh", "-c", "read line; exit 9"], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    if stopped:
+        process.stdin.close()
+    else:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    _tell_end(process, tmp_path / "log")
+    assert ("the teacher ended with code 9" in caplog.text and "CUDA out of memory" in caplog.text) != stopped
 
 
 @pytest.mark.parametrize("address", ["[fd00::2]:29400", "10.0.0.1:29400,fd00::2:29400"])

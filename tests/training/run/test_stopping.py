@@ -45,8 +45,10 @@ class Now:
             monkeypatch.setattr(time, name, lambda: self.seconds)
 
 
-def test_without_an_end_the_time_is_never_over() -> None:
-    limit = TimeLimit(None, {"SLURM_JOB_END_TIME": "soon"})
+@pytest.mark.parametrize("end", ["soon", "1"])
+def test_without_an_end_the_time_is_never_over(end: str) -> None:
+    """A terminal multiplexer's shell may know the end of the job that it was started in."""
+    limit = TimeLimit(None, {"SLURM_JOB_END_TIME": end})
     limit.took_step(1e9)
     assert not limit.is_over(next_step=True)
 
