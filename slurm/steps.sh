@@ -60,9 +60,12 @@ _address_of() { # NODE GROUP
     echo "$address"
 }
 
-# Below the range that the kernel hands out; a job has room for 7 teachers beside its student.
-_port() { # NUMBER
-    echo $((12000 + (SLURM_JOB_ID * 8 + $1) % 20000))
+# Below the range that the kernel hands out; a job has room for 7 teachers beside its student. Not one at which somebody
+# answers already.
+_port() { # NUMBER ADDRESS
+    local port=$((12000 + (SLURM_JOB_ID * 8 + $1) % 20000))
+    while timeout 2 bash -c ": <>/dev/tcp/$2/$port" 2>/dev/null; do port=$((12000 + (port - 12000 + 8008) % 20000)); done
+    echo "$port"
 }
 
 # Ask training/run/job.py where the run is, and prepare its teacher in a heterogeneous job.
@@ -139,7 +142,7 @@ _start_teachers() {
         local address
         address="$(_address_of "${own%%,*}" --het-group=1)"
         # shellcheck disable=SC2046
-        _start_step "teacher-$i" teacher "$own" "$each" "$address" "$(_port $((i + 1)))" --het-group=1 \
+        _start_step "teacher-$i" teacher "$own" "$each" "$address" "$(_port $((i + 1)) "$address")" --het-group=1 \
             --kill-on-bad-exit=1 $(_cpus _HET_GROUP_1) -- inference/serve_teacher.py --exit_with_stdin \
             --config "$job_folder/teacher.yaml" --interface "$address" --address_file "$job_folder/teacher-$i.address"
         job_teachers+=("$!") job_teacher_names+=("teacher-$i on $own")
@@ -247,7 +250,7 @@ run_steps() { # SCRIPT [ARGUMENT ...]
     flags=("${group[@]}" --kill-on-bad-exit=0)
     [[ -z "$(_cpus "$suffix")" ]] || flags+=("$(_cpus "$suffix")")
     [[ -z "$job_asked" ]] || { _finish 75; return; }
-    _start_step student rank "$nodes" "$(_ranks_of_a_node "$nodes" "$suffix")" "$address" "$(_port 0)" "${flags[@]}" -- "$@" "${more[@]}"
+    _start_step student rank "$nodes" "$(_ranks_of_a_node "$nodes" "$suffix")" "$address" "$(_port 0 "$address")" "${flags[@]}" -- "$@" "${more[@]}"
     job_student=$!
     _watch_student
     status=$?

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -340,6 +342,16 @@ def test_both_containers_are_made_by_the_same_steps() -> None:
         assert part in made
     checked = run(["bash", "-n"], ROOT, active(), input="\n".join(steps))
     assert checked.returncode == 0, checked.stderr
+
+
+def test_a_port_at_which_somebody_answers_is_passed_over() -> None:
+    for port in range(12000, 32000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            asked = f"source slurm/steps.sh; SLURM_JOB_ID=0; _port {port - 12000} 127.0.0.1"
+            found = int(run(["bash", "-c", asked], ROOT, active()).stdout)
+            break
+    assert 12000 <= found < 32000
+    assert found != port
 
 
 def test_logs_without_room_do_not_end_who_writes_them() -> None:

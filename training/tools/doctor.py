@@ -109,7 +109,7 @@ def doctor(config: RunConfig) -> int:
             fail(str(error))
         try:
             probe = start(setup, stack)
-            found = [_one(name, check, probe) for name, check in CHECKS.items()]
+            found = [say_finding(name, check(probe)) for name, check in CHECKS.items()]
             return report(found + [one for extra in config.teachers for one in of_teacher(probe, extra, stack)])
         except (TeacherLost, TeacherRefused, TeacherDied) as error:
             _say(f"teacher        FAIL {' '.join(str(error).split())}")
@@ -146,7 +146,7 @@ def of_teacher(probe: Probe, teacher: ExtraTeacherConfig, stack: ExitStack) -> l
     link = connect(teacher, place, teacher_facts(probe.config, teacher), stack)
     models, config = replace(probe.run.models, teacher=link), replace(probe.config, teacher=teacher)
     mine = replace(probe, run=replace(probe.run, models=models, config=config), local_teacher=teacher.address is None)
-    return [_one(f"{name} {teacher.name}", CHECKS[name], mine) for name in ("tokenizer", "end symbols", "TP")]
+    return [say_finding(f"{name} {teacher.name}", CHECKS[name](mine)) for name in ("tokenizer", "end symbols", "TP")]
 
 
 def first_step(run: Run, *, local_teacher: bool) -> Probe:
@@ -161,11 +161,6 @@ def step_metrics(run: Run, step: Step, batch: Rewarded) -> dict[str, float]:
     """Advantages, losses and gradient norms of a batch. Collective."""
     experience, dropped = make_experience(run, batch, run.config.ppo.kl_penalty)
     return update(run, experience, step) | describe(batch, dropped)
-
-
-def _one(name: str, check: Callable[[Probe], Finding], probe: Probe) -> Finding:
-    finding = check(probe)
-    return say_finding(name, finding)
 
 
 def say_finding(name: str, finding: Finding) -> Finding:
