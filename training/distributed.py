@@ -71,7 +71,9 @@ def check_launcher() -> None:
     cannot have the port at which they meet: the deepspeed launcher's is always 29500, so of two runs on one machine
     the second would end in a trace. (torchrun has opened its port by now.)"""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "RANK" not in os.environ and tasks != "1":
+    if (
+        not {"RANK", "SLURM_PTY_PORT"} & os.environ.keys() and tasks != "1"
+    ):  # of `srun --pty` one task alone has a shell
         raise ValueError(
             f"SLURM_STEP_NUM_TASKS = {tasks}: each of srun's tasks would be a run of its own; submit the run with "
             "slurm/submit.sh, or have srun start one torchrun on each node"

@@ -36,12 +36,12 @@ def main(argv: list[str]) -> int:
             from training.tools.plan import plan
 
             return plan(config)
+        if "--cluster" in argv:
+            from training.tools.cluster import cluster
+
+            return cluster(config)
     except ValueError as error:
         fail(str(error))
-    if "--cluster" in argv:
-        from training.tools.cluster import cluster
-
-        return cluster(config)
     if "--doctor" in argv:
         from training.tools.doctor import doctor
 

@@ -35,7 +35,9 @@ MAX_REPLY_BYTES = 1 << 36
 _NAMES = ("ping", "score", "topk", "hidden", "answer", "open", "next", "release")
 KINDS = {name: number for number, name in enumerate(_NAMES, start=1)}
 KIND_NAMES = {number: name for name, number in KINDS.items()}
-GROUP_KINDS = ("score", "topk", "hidden", "answer", "open")
+TOKEN_KINDS = ("score", "topk", "hidden")
+"""About response tokens: long ones are asked in parts, and those that wait are answered together."""
+GROUP_KINDS = (*TOKEN_KINDS, "answer", "open")
 OK, REFUSED, STATE_LOST = 0, 1, 2
 """Status of a reply. Refused ends the session."""
 
@@ -96,7 +98,7 @@ INTEGERS = ("k", "samples", "max_new_tokens", "seed", "handle", "owner", "step")
 
 def in_parts(request: Request) -> list[Request]:
     """A question about response tokens in parts whose answers, end to end, are its own. A group is never cut."""
-    if request.kind not in ("score", "topk", "hidden"):
+    if request.kind not in TOKEN_KINDS:
         return [request]
 
     def cost(group: Group) -> int:

@@ -26,8 +26,6 @@ from inference.protocol.wire import Request
 logger = logging.getLogger("teacher")
 
 Job = tuple[Request, Future[list[torch.Tensor]]]
-MERGED = ("score", "topk", "hidden")
-"""Kinds whose waiting requests are answered together."""
 KEEP_ALIVE_S = 10.0
 DRAIN_S = 10.0
 STOPPING = "the server is stopping"
@@ -132,7 +130,7 @@ class Engine:
         dist.broadcast(header, 0)
         dist.broadcast(payload, 0)
         try:
-            tensors = _run(self._backend, merged)
+            tensors = getattr(self._backend, merged.kind)(merged)
         except (wire.StateLost, wire.WireError, Unavailable) as error:
             if len(batch) > 1 and isinstance(error, wire.WireError):  # the others are not to pay for the one it is of
                 for job in batch:
@@ -166,11 +164,6 @@ class Engine:
         )
 
 
-def _run(backend: Backend, request: Request) -> list[torch.Tensor]:
-    """A backend has a method for each kind of request."""
-    return getattr(backend, request.kind)(request)
-
-
 def follow(backend: Backend) -> None:
     """The other ranks' side: do what rank 0 broadcasts until it says stop."""
     while True:
@@ -183,8 +176,9 @@ def follow(backend: Backend) -> None:
             header, payload = torch.zeros(wire.HEADER_WORDS, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
             dist.broadcast(header, 0)
             dist.broadcast(payload, 0)
+            request = decode_request(header.tolist(), payload, _TRUSTED)
             with contextlib.suppress(wire.StateLost):  # every rank comes to the same answer
-                _run(backend, decode_request(header.tolist(), payload, _TRUSTED))
+                getattr(backend, request.kind)(request)
 
 
 def _broadcast(operation: int, size: int = 0) -> None:
@@ -202,7 +196,7 @@ def _mergeable(first: Request, other: Request) -> bool:
     """Whether two requests can be one: the same question of different groups."""
     # hidden states do not depend on the temperature
     return (
-        first.kind == other.kind in MERGED
+        first.kind == other.kind in wire.TOKEN_KINDS
         and first.k == other.k
         and (first.kind == "hidden" or first.temperature == other.temperature)
     )

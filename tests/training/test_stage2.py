@@ -25,8 +25,11 @@ def test_ranks_that_cannot_be_one_run_are_told_so_before_anything_is_loaded(monk
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ValueError, match="SLURM_STEP_NUM_TASKS = 4: each of srun's tasks would be a run of its own"):
         distributed.check_launcher()
+    for started_by in ("SLURM_PTY_PORT", "RANK"):
+        with monkeypatch.context() as patch:
+            patch.setenv(started_by, "1")
+            distributed.check_launcher()
     monkeypatch.setenv("RANK", "1")
-    distributed.check_launcher()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert not distributed.several_machines()  # nobody says how many are here
     monkeypatch.setenv("LOCAL_SIZE", "2")

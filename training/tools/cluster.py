@@ -23,7 +23,6 @@ import torch
 
 from configs.schema import RunConfig
 from training import distributed
-from training.run.cli import fail
 from training.student.deepspeed_engine import start_distributed
 from training.tools.doctor import Finding, report, say_finding
 
@@ -38,11 +37,8 @@ COLLECTIVE = 1 << 24
 
 
 def cluster(config: RunConfig) -> int:
-    """Make every check; returns the exit code. Collective."""
-    try:
-        distributed.check_launcher()
-    except ValueError as error:
-        fail(str(error))
+    """Make every check; returns the exit code. Collective. Raises ValueError where there is no launcher to speak of."""
+    distributed.check_launcher()
     start_distributed()
     checks: dict[str, Callable[[RunConfig], Finding]] = {
         "nodes": nodes,
