@@ -152,7 +152,9 @@ class TeacherClient:
             if job is None or not job.future.set_running_or_notify_cancel():
                 continue
             try:
-                job.future.set_result(job.make(self._persist(job)))
+                parts = [self._persist(request, job.replay) for request in wire.in_parts(job.request)]
+                whole = parts[0] if len(parts) == 1 else [torch.cat(t) for t in zip(*parts, strict=True)]
+                job.future.set_result(job.make(whole))
             except Exception as error:
                 job.future.set_exception(error)
         self._channel = None
@@ -165,19 +167,19 @@ class TeacherClient:
                 if job is not None and job.future.set_running_or_notify_cancel():
                     job.future.set_exception(TeacherLost(CLOSED))
 
-    def _persist(self, job: _Job) -> list[torch.Tensor]:
+    def _persist(self, request: Request, replay: Replay | None) -> list[torch.Tensor]:
         """Ask until there is an answer, over as many connections as it takes."""
         deadline = time.monotonic() + self._timeout_s
-        reason, request = "not connected", job.request
+        reason = "not connected"
         while True:
             if self._channel is None:
                 self._channel = self._connector.open(deadline, reason)
             try:
                 return _exchange(self._channel, request, max(1.0, deadline - time.monotonic()))
             except wire.StateLost as error:
-                if job.replay is None:
+                if replay is None:
                     raise TeacherRefused(str(error)) from error
-                request = job.replay()
+                request = replay()
             except TeacherRefused:
                 self._channel = None  # the server ends a session that it refuses
                 raise

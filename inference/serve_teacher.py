@@ -18,13 +18,15 @@ import dataclasses
 import logging
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault(
     "TORCH_CPP_LOG_LEVEL", "ERROR"
 )  # a trace of C++ for each peer that leaves in the middle of a word
@@ -90,6 +92,13 @@ def check(config: TeacherConfig, secret: str, *, doctor: bool) -> TeacherConfig:
         raise ValueError("teacher.path = 'demo': the trainer builds the demo teacher; name its directory here")
     if config.interface in ("0.0.0.0", "::", ""):
         raise ValueError(f"teacher.interface = {config.interface!r}: name one address of this machine")
+    try:
+        address = socket.gethostbyname(config.interface)
+    except OSError as error:
+        raise ValueError(f"teacher.interface = {config.interface!r}: {error.strerror}; name an IPv4 address") from None
+    if address.startswith("127.") and not config.interface.startswith(("127.", "localhost")):
+        # Debian's /etc/hosts has a machine's own name so; the others would look for the server at its real address.
+        raise ValueError(f"teacher.interface = {config.interface!r}: is {address} here, loopback; name an address")
     check_ranges(config, "teacher.")
     config = dataclasses.replace(config, path=str(find_model("teacher.path", config.path, weights=config.url is None)))
     backend, why = check_teacher(config)

@@ -9,16 +9,25 @@
 # container, the environment is chosen inside of it (task.sh).
 # Defines `launch`, which starts the ranks of a script so that signals reach them, and `alone`, for a single process.
 
+unset CDPATH # `cd` would go elsewhere, and say so on standard output
 GRPO_KD_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
 cd "$GRPO_KD_ROOT" || return 1
 
 _grpo_kd_site() {
-    local file="${GRPO_KD_SITE:-slurm/site.env}" nounset=""
+    local file="${GRPO_KD_SITE:-slurm/site.env}" nounset="" init
     [[ $- == *u* ]] && nounset=1
     set +u # neither a site's file nor `module` is written for it
     # shellcheck source=/dev/null
-    if [[ -f "$file" ]]; then source "$file" || return 1; fi
+    if [[ -f "$file" || -n "${GRPO_KD_SITE:-}" ]]; then
+        source "$file" || { echo "error: $file: not there, or its last command failed" >&2; return 2; }
+    fi
     if [[ -n "${GRPO_KD_MODULES:-}" && -z "${GRPO_KD_INSIDE:-}" ]]; then
+        # A shell function, which a shell that is no login shell may lack.
+        for init in "${MODULESHOME:-}/init/bash" /etc/profile.d/{modules,lmod,z00_lmod}.sh; do
+            command -v module >/dev/null && break
+            # shellcheck source=/dev/null
+            [[ ! -r "$init" ]] || source "$init"
+        done
         # shellcheck disable=SC2086 # a list of modules
         module load $GRPO_KD_MODULES || return 1
     fi
@@ -146,14 +155,21 @@ launch() {
     local port interrupted status flags=(--no_local_rank --log_level critical) # a failing rank speaks for itself
     port="$(_grpo_kd_free_port)" || return 1
     flags+=(--master_port "$port")
-    # A SLURM that hands out GPUs without saying which.
-    [[ -n "${SLURM_GPUS_ON_NODE:-}" && -z "${CUDA_VISIBLE_DEVICES:-}" ]] && flags+=(--num_gpus "$SLURM_GPUS_ON_NODE")
+    # A SLURM that hands out GPUs without saying which. (Set and empty is a user's way of saying none.)
+    [[ -n "${SLURM_GPUS_ON_NODE:-}" && -z "${CUDA_VISIBLE_DEVICES+set}" ]] && flags+=(--num_gpus "$SLURM_GPUS_ON_NODE")
     trap 'interrupted=1; _grpo_kd_forward INT "$!"' INT
     # SLURM's USR1 (time limit ahead) and a closed terminal ask for the same as TERM: checkpoint and leave.
     trap 'interrupted=1; _grpo_kd_forward TERM "$!"' TERM USR1 HUP
-    # Without a GPU, DeepSpeed would say so twice before our first line (NVIDIA, AMD, WSL).
-    compgen -G "/dev/nvidia*" >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]] ||
+    # Without a GPU (NVIDIA, AMD, WSL), DeepSpeed would say so twice before our first line, and look for those that a
+    # login shell may name all the same.
+    if ! compgen -G "/dev/nvidia*" >/dev/null && [[ ! -e /dev/kfd && ! -e /dev/dxg ]]; then
         export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+        unset CUDA_VISIBLE_DEVICES
+    elif [[ "${CUDA_VISIBLE_DEVICES:-}" == *[!0-9,]* ]]; then
+        echo "error: CUDA_VISIBLE_DEVICES = $CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes numbers alone; give those," \
+            "or start it by torchrun --standalone --nproc_per_node RANKS $*" >&2
+        return 2
+    fi
     set -m # a process group of its own, so that Ctrl-C in a terminal arrives once, through us
     deepspeed "${flags[@]}" "$@" </dev/null &
     set +m
@@ -180,5 +196,5 @@ _grpo_kd_forward() { # SIGNAL RUNNER
     return 0
 }
 
-_grpo_kd_site || return 1
+_grpo_kd_site || return
 [[ -n "${GRPO_KD_CONTAINER:-}" && -z "${GRPO_KD_INSIDE:-}" ]] || _grpo_kd_choose

@@ -8,7 +8,7 @@
 # GRPO_KD_LOCAL=1 stays on this machine.
 set -uo pipefail
 # shellcheck source-path=SCRIPTDIR source=env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh" || exit 1
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh" || exit
 
 # shellcheck disable=SC2086 # a prefix of several words
 settings="$(${GRPO_KD_CONTAINER:-} bash slurm/task.sh one training/run/job.py training/main.py "$@")" || exit

@@ -20,7 +20,8 @@
 set -uo pipefail
 
 # sbatch runs a copy of this file from a spool folder; the repository is then where sbatch was called.
-for here in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do [[ -f "$here/env.sh" ]] && break; done
+here="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+for here in "$here" "${SLURM_SUBMIT_DIR:-.}"{/slurm,} ""; do [[ -f "$here/steps.sh" ]] && break; done
 # shellcheck source-path=SCRIPTDIR source=env.sh
-source "$here/env.sh" || exit 1
+source "${here:?call sbatch in the repository, or slurm/submit.sh anywhere}/env.sh" || exit
 launch training/pretrain.py "$@"

@@ -10,13 +10,21 @@
 #
 # Everything here waits in the background: a foreground srun would hold up the traps.
 
+job_id=""      # this job as SLURM's clients take it
 job_student="" # process id of the trainer's srun
 job_asked=""   # the signal that asked us to stop
 job_folder=""  # RUN/job: logs of this start, teacher's configuration and addresses
 job_teachers=() job_teacher_names=()
 job_fallen="" # what ended the teacher, once no replica is left
 
-_say() { printf 'job %s: %s\n' "$SLURM_JOB_ID" "$*" >&2; }
+_say() { printf 'job %s: %s\n' "$job_id" "$*" >&2; }
+
+# Of an array the task: one task's number is the array's own, and `scontrol requeue` would take it for all of them. SLURM is
+# asked, because SLURM_ARRAY_JOB_ID is another job's where sbatch was called in one.
+_know_job() {
+    job_id="$(squeue -h -j "$SLURM_JOB_ID" -o '%A %i' | awk -v own="$SLURM_JOB_ID" '$1 == own {sub("[+].*", "", $2); print $2; exit}')"
+    job_id="${job_id:-$SLURM_JOB_ID}"
+}
 
 # Sleep, but let traps run.
 _nap() { # SECONDS
@@ -48,13 +56,16 @@ _address_of() { # NODE GROUP
     address="$(scontrol show node -o "$1" | grep -o 'NodeAddr=[^ ]*')"
     address="$(getent ahostsv4 "${address#NodeAddr=}" | awk '{print $1; exit}')"
     # A machine's own name is often loopback in its /etc/hosts; only this node can be seen so.
-    [[ "$address" != 127.* ]] || address="$(hostname -I | awk '{print $1}')"
+    [[ -n "$address" && "$address" != 127.* ]] || address="$(hostname -I | awk '{print $1}')"
     echo "$address"
 }
 
-# Below the range that the kernel hands out; a job has room for 7 teachers beside its student.
-_port() { # NUMBER
-    echo $((12000 + (SLURM_JOB_ID * 8 + $1) % 20000))
+# Below the range that the kernel hands out; a job has room for 7 teachers beside its student. Not one at which somebody
+# answers already.
+_port() { # NUMBER ADDRESS
+    local port=$((12000 + (SLURM_JOB_ID * 8 + $1) % 20000))
+    while timeout 2 bash -c ": <>/dev/tcp/$2/$port" 2>/dev/null; do port=$((12000 + (port - 12000 + 8008) % 20000)); done
+    echo "$port"
 }
 
 # Ask training/run/job.py where the run is, and prepare its teacher in a heterogeneous job.
@@ -82,7 +93,9 @@ _keep() { # FILE
     exec cat >/dev/null
 }
 
-# Start a step in the background: its process id is in $!, its output in our own and in RUN/job/NAME.log.
+# Start a step in the background: its process id is in $!, its output in our own and in RUN/job/NAME.log. Against what a
+# site or the submission may say otherwise, its tasks get our environment, and nobody ends one because another has left
+# (rank 0 is the last one: it writes the report). It overlaps with a step that this script may itself be run in.
 _start_step() { # NAME KIND NODES(comma) TASKS-PER-NODE ADDRESS PORT [SRUN-FLAG ...] -- SCRIPT [ARGUMENT ...]
     local name="$1" kind="$2" nodes="$3" each="$4" count flags=()
     local address="$5" port="$6"
@@ -94,7 +107,7 @@ _start_step() { # NAME KIND NODES(comma) TASKS-PER-NODE ADDRESS PORT [SRUN-FLAG 
     MASTER_ADDR="$address" MASTER_PORT="$port" WORLD_SIZE="$((count * each))" LOCAL_WORLD_SIZE="$each" \
         LOCAL_SIZE="$each" GRPO_KD_JOB_FOLDER="$job_folder" PYTHONUNBUFFERED=1 \
         srun --job-name="$name" --nodes="$count" --nodelist="$nodes" --ntasks="$((count * each))" \
-        --ntasks-per-node="$each" --input=none --unbuffered "${flags[@]}" ${GRPO_KD_SRUN:-} \
+        --ntasks-per-node="$each" --input=none --unbuffered --export=ALL --wait=0 --overlap "${flags[@]}" ${GRPO_KD_SRUN:-} \
         ${GRPO_KD_CONTAINER:-} bash "$GRPO_KD_ROOT/slurm/task.sh" "$kind" "$@" \
         > >(trap '' TERM USR1 && _keep "$job_folder/$name.log") 2>&1 &
 }
@@ -102,6 +115,12 @@ _start_step() { # NAME KIND NODES(comma) TASKS-PER-NODE ADDRESS PORT [SRUN-FLAG 
 _cpus() { # GROUP-SUFFIX
     local variable="SLURM_CPUS_PER_TASK$1"
     [[ -z "${!variable:-}" ]] || echo "--cpus-per-task=${!variable}"
+}
+
+# What --ntasks-per-node says, or --ntasks.
+_ranks_of_a_node() { # NODES(comma) GROUP-SUFFIX
+    local each="SLURM_NTASKS_PER_NODE$2" all="SLURM_NTASKS$2" commas="${1//[^,]/}"
+    echo "${!each:-$(((${!all:-1} + ${#commas}) / (${#commas} + 1)))}" # rounded up
 }
 
 # One server for each replica, each on its share of the component's nodes; returns when all of them can be reached.
@@ -123,11 +142,10 @@ _start_teachers() {
         local address
         address="$(_address_of "${own%%,*}" --het-group=1)"
         # shellcheck disable=SC2046
-        _start_step "teacher-$i" teacher "$own" "$each" "$address" "$(_port $((i + 1)))" --het-group=1 \
+        _start_step "teacher-$i" teacher "$own" "$each" "$address" "$(_port $((i + 1)) "$address")" --het-group=1 \
             --kill-on-bad-exit=1 $(_cpus _HET_GROUP_1) -- inference/serve_teacher.py --exit_with_stdin \
             --config "$job_folder/teacher.yaml" --interface "$address" --address_file "$job_folder/teacher-$i.address"
         job_teachers+=("$!") job_teacher_names+=("teacher-$i on $own")
-        job_address="${job_address:+$job_address,}$job_folder/teacher-$i.address"
     done
     for ((i = 0; i < replicas; i++)); do
         until [[ -s "$job_folder/teacher-$i.address" ]]; do
@@ -138,6 +156,7 @@ _start_teachers() {
                 return "$job_fallen_status"
             fi
         done
+        job_address="${job_address:+$job_address,}$(<"$job_folder/teacher-$i.address")"
     done
 }
 
@@ -165,7 +184,7 @@ _last_error() { # STEP
 
 # Wait for the trainer. A teacher that falls is told to it as USR1: checkpoint and leave.
 _watch_student() {
-    local failed="" told=""
+    local failed="" told="" notes
     while kill -0 "$job_student" 2>/dev/null; do
         _nap 1
         if [[ -z "$told" && -n "${job_address:-}" ]] && ! _teachers_left; then
@@ -174,9 +193,10 @@ _watch_student() {
             kill -USR1 "$job_student" 2>/dev/null
         fi
         # The others of a failed rank may wait for it for ever.
-        if [[ -z "$failed" ]] && compgen -G "$job_folder/failed-*" >/dev/null; then failed=$SECONDS; fi
+        notes=("$job_folder"/failed-*)
+        if [[ -z "$failed" && -f "${notes[0]}" ]]; then failed=$SECONDS; fi
         if [[ -n "$failed" ]] && ((SECONDS - failed > ${GRPO_KD_GRACE_S:-60})); then
-            _say "a rank has failed ($(cat "$job_folder"/failed-* | paste -sd ';')), and others are still there: ended"
+            _say "a rank has failed ($(cat "${notes[@]}" | paste -sd ';')), and others are still there: ended"
             kill -TERM "$job_student" 2>/dev/null # for tasks that is SIGKILL
         fi
     done
@@ -187,9 +207,9 @@ _watch_student() {
 # of the start before is deaf to TERM, and holds the processors that the new one needs.
 _end_leftovers() {
     local own left
-    own="^(${SLURM_JOB_ID}${SLURM_JOB_ID_HET_GROUP_1:+|$SLURM_JOB_ID_HET_GROUP_1})[.][0-9]"
+    own="^(${job_id}${SLURM_JOB_ID_HET_GROUP_1:+|$SLURM_JOB_ID_HET_GROUP_1})[.][0-9]"
     for _ in {1..60}; do
-        left="$(squeue -s -h -u "$(id -un)" -o %i | grep -E "$own")" || return 0
+        left="$(squeue -s -h -u "$UID" -o %i | grep -E "$own")" || return 0
         _say "ending what is left of the start before: steps ${left//$'\n'/ }"
         # shellcheck disable=SC2086 # a list of steps
         scancel --signal=KILL $left 2>/dev/null # some may have gone meanwhile
@@ -200,7 +220,7 @@ _end_leftovers() {
 # Newer versions of SLURM set it; the trainer leaves in time by itself as well.
 _export_end_time() {
     local end
-    end="$(squeue -h -j "$SLURM_JOB_ID" -o %e | head -n 1)"
+    end="$(squeue -h -j "$job_id" -o %e | head -n 1)"
     [[ "$end" != 20* ]] || { SLURM_JOB_END_TIME="$(date +%s -d "$end")" && export SLURM_JOB_END_TIME; }
 }
 
@@ -208,6 +228,10 @@ run_steps() { # SCRIPT [ARGUMENT ...]
     local status nodes address more=() group=() flags suffix=""
     trap '_on_signal USR1' USR1
     trap '_on_signal TERM' TERM
+    # A step has its job's memory. Where sbatch was called inside of another job, that one's may be here too, and srun
+    # refuses two.
+    unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE
+    _know_job
     nodes="${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}"
     _say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $nodes${SLURM_JOB_NODELIST_HET_GROUP_1:+, teacher on $SLURM_JOB_NODELIST_HET_GROUP_1}"
     ((${SLURM_RESTART_COUNT:-0} == 0)) || _end_leftovers
@@ -225,9 +249,8 @@ run_steps() { # SCRIPT [ARGUMENT ...]
     [[ "$nodes" != *,* || -n "${job_address:-}" ]] || more=(--teacher.interface "$address")
     flags=("${group[@]}" --kill-on-bad-exit=0)
     [[ -z "$(_cpus "$suffix")" ]] || flags+=("$(_cpus "$suffix")")
-    suffix="SLURM_NTASKS_PER_NODE$suffix"
     [[ -z "$job_asked" ]] || { _finish 75; return; }
-    _start_step student rank "$nodes" "${!suffix:-1}" "$address" "$(_port 0)" "${flags[@]}" -- "$@" "${more[@]}"
+    _start_step student rank "$nodes" "$(_ranks_of_a_node "$nodes" "$suffix")" "$address" "$(_port 0 "$address")" "${flags[@]}" -- "$@" "${more[@]}"
     job_student=$!
     _watch_student
     status=$?
@@ -237,7 +260,8 @@ run_steps() { # SCRIPT [ARGUMENT ...]
 # A single process: no step, no folder. A signal asks it to leave; 75 starts it again.
 run_alone() { # SCRIPT [ARGUMENT ...]
     local pid="" status
-    trap 'job_asked=1; [[ -z "$pid" ]] || kill -TERM "$pid"' USR1 TERM
+    _know_job
+    trap 'job_asked=1; [[ -z "$pid" ]] || kill -TERM "$pid" 2>/dev/null' USR1 TERM
     # shellcheck disable=SC2086 # a prefix of several words
     ${GRPO_KD_CONTAINER:-} bash "$GRPO_KD_ROOT/slurm/task.sh" one "$@" &
     pid=$!
@@ -270,7 +294,7 @@ _finish() { # STATUS
     return "$status"
 }
 
-_preempted() { scontrol show job -o "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }
+_preempted() { scontrol show job -o "$job_id" | grep -q 'PreemptTime=[0-9]'; }
 
 # Have SLURM start this job again. After GRPO_KD_FRUITLESS starts without a new checkpoint it ends instead.
 _requeue() {
@@ -285,9 +309,9 @@ _requeue() {
         fi
     fi
     # A job that is being cancelled is not RUNNING any more, and must not come back; nor is one that SLURM requeues.
-    if [[ "$(squeue -h -j "$SLURM_JOB_ID" -o %T | head -n 1)" == RUNNING ]]; then
+    if [[ "$(squeue -h -j "$job_id" -o %T | head -n 1)" == RUNNING ]]; then
         _say "checkpoint $(_progress); requeued"
-        scontrol requeue "$SLURM_JOB_ID" || { _say "not requeued; submit it again to go on"; return 75; }
+        scontrol requeue "$job_id" || { _say "not requeued; submit it again to go on"; return 75; }
     else
         _say "checkpoint $(_progress); SLURM is ending this start"
     fi

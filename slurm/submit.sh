@@ -7,16 +7,22 @@
 # Stages: stage0_pretrain, stage1_sft, stage2_grpo, stage2_ppo, stage3_eval. Stage 2 with GRPO_KD_TEACHER_NODES > 0 is a
 # heterogeneous job of two components: first the student's nodes, then the teacher's.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+unset CDPATH
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." || exit 1
 stage="${1:-}"
 script="slurm/run_$stage.sh"
 [[ -n "$stage" && -f "$script" ]] || { echo "error: no stage ${stage@Q}; there are $(cd slurm && echo run_stage*.sh)" >&2; exit 2; }
 shift
 
+# In a job (salloc, an interactive one) its variables would go into the new one, and be taken for that one's own.
+[[ -z "${SLURM_JOB_ID:-}" ]] || for name in "${!SLURM@}" "${!SRUN@}"; do [[ "$name" == SLURM_CONF ]] || unset "$name"; done
+
 site="${GRPO_KD_SITE:-slurm/site.env}"
 set +u # a site's file is not written for it
 # shellcheck source=/dev/null
-if [[ -f "$site" ]]; then source "$site" || exit 1; fi
+if [[ -f "$site" || -n "${GRPO_KD_SITE:-}" ]]; then
+    source "$site" || { echo "error: $site: not there, or its last command failed" >&2; exit 2; }
+fi
 # shellcheck source-path=SCRIPTDIR source=site.env.example
 source slurm/site.env.example
 set -u

@@ -4,6 +4,7 @@
 #   task.sh rank|teacher|one SCRIPT [ARGUMENT ...]
 set -uo pipefail
 kind="$1" && shift
+unset CDPATH
 root="$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ -n "${GRPO_KD_CONTAINER:-}" ]]; then
     export GRPO_KD_INSIDE=1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -144,6 +146,66 @@ def test_scripts_find_the_repository_from_a_spool_folder(repository: Path, tmp_p
     assert "would run: " in done.stdout
 
 
+def test_scripts_find_the_repository_wherever_they_are_called(repository: Path, tmp_path: Path) -> None:
+    """By a link, and with a CDPATH that has a slurm folder of its own; not by another project's env.sh."""
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "slurm").mkdir(parents=True)
+    (elsewhere / "link").symlink_to(repository / "slurm" / "run_stage2_grpo.sh")
+    by_link = run(["bash", "link", "exit=3"], elsewhere, active())
+    assert (by_link.returncode, "args --algo grpo exit=3" in by_link.stdout) == (3, True)
+    by_path = run(["bash", "slurm/run_stage2_grpo.sh", "exit=3"], repository, active() | {"CDPATH": f"{elsewhere}:."})
+    assert (by_path.returncode, "args --algo grpo exit=3" in by_path.stdout) == (3, True)
+    shutil.copy(repository / "slurm" / "run_stage2_grpo.sh", elsewhere / "slurm_script")
+    (elsewhere / "env.sh").write_text("echo another project\n")
+    lost = run(["bash", "slurm_script"], elsewhere, active() | {"SLURM_SUBMIT_DIR": str(elsewhere)})
+    assert (lost.returncode, lost.stdout) == (1, "")
+    assert "call sbatch in the repository, or slurm/submit.sh anywhere" in lost.stderr
+
+
+@pytest.mark.parametrize(
+    ("site", "said"),
+    [
+        (None, "site.env: not there, or its last command failed"),
+        ("[[ -n '' ]] && export A=1", "its last command failed"),
+    ],
+)
+def test_a_site_that_cannot_be_read_is_named(repository: Path, site: str | None, said: str) -> None:
+    """`source` has the status of the last command, and a wrong GRPO_KD_SITE must not mean the defaults."""
+    if site is not None:
+        (repository / "site.env").write_text(site)
+    env = active() | {"GRPO_KD_SITE": str(repository / "site.env")}
+    for script in ("submit.sh stage2_grpo", "run_stage2_grpo.sh exit=0"):
+        done = run(["bash", "-c", f"bash slurm/{script}"], repository, env)
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
+def test_modules_are_loaded_by_a_shell_that_is_no_login_shell(repository: Path) -> None:
+    (repository / "init").mkdir()
+    (repository / "init" / "bash").write_text("module() { echo module $*; }\n")
+    env = active() | {"MODULESHOME": str(repository), "GRPO_KD_MODULES": "cuda python"}
+    done = run(["bash", "-c", "source slurm/env.sh"], repository, env)
+    assert (done.returncode, done.stdout) == (0, "module load cuda python\n")
+
+
+@pytest.mark.parametrize(
+    ("devices", "gpus", "code", "said"),
+    [
+        ("0,1", False, 3, "args --algo grpo exit=3"),  # a login shell's, on a machine without
+        ("GPU-8a56a4bc,GPU-77", True, 2, "start it by torchrun --standalone --nproc_per_node RANKS training/main.py"),
+        ("", True, 3, "args --algo grpo exit=3"),  # none, although SLURM has given one
+    ],
+)
+def test_visible_devices_that_the_launcher_does_not_take(
+    repository: Path, devices: str, gpus: bool, code: int, said: str
+) -> None:
+    """`compgen` says whether the machine has GPUs; DeepSpeed's launcher is told that it has none."""
+    env = active() | {"CUDA_VISIBLE_DEVICES": devices, "DS_ACCELERATOR": "cpu", "SLURM_GPUS_ON_NODE": "2"}
+    command = f"compgen() {{ {str(gpus).lower()}; }}; export -f compgen; bash slurm/run_stage2_grpo.sh exit=3"
+    done = run(["bash", "-c", command], repository, env)
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_scripts_are_sbatch_scripts_without_hyperparameters(name: str) -> None:
     lines = (ROOT / "slurm" / name).read_text().splitlines()
@@ -185,6 +247,7 @@ def login_node(repository: Path) -> dict[str, str]:
     (programs / "scancel").write_text('#!/usr/bin/env bash\necho "scancel $*" >>"$CALLS"\n')
     for program in programs.iterdir():
         program.chmod(0o755)
+    (repository / "site.env").touch()
     env = active() | {
         "CALLS": str(repository / "calls"),
         "FAIL": "nothing",
@@ -279,6 +342,16 @@ def test_both_containers_are_made_by_the_same_steps() -> None:
         assert part in made
     checked = run(["bash", "-n"], ROOT, active(), input="\n".join(steps))
     assert checked.returncode == 0, checked.stderr
+
+
+def test_a_port_at_which_somebody_answers_is_passed_over() -> None:
+    for port in range(12000, 32000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            asked = f"source slurm/steps.sh; SLURM_JOB_ID=0; _port {port - 12000} 127.0.0.1"
+            found = int(run(["bash", "-c", asked], ROOT, active()).stdout)
+            break
+    assert 12000 <= found < 32000
+    assert found != port
 
 
 def test_logs_without_room_do_not_end_who_writes_them() -> None:

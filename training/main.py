@@ -6,7 +6,7 @@
 
     python training/main.py --plan --config my.yaml      what it needs: memory, cards (docs/planning.md)
     python training/main.py --doctor --config my.yaml    whether its numbers are right
-    srun python training/main.py --doctor --cluster      whether the nodes of a job can work together
+    bash slurm/submit.sh stage2_grpo --doctor --cluster  whether the nodes of a job can work together
 
 Without --config it runs the embedded Faroese demo (configs/demo/ALGO_REWARD.yaml). The same command again goes on
 where the run stopped. Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint (run it again).
@@ -35,12 +35,12 @@ def main(argv: list[str]) -> int:
             from training.tools.plan import plan
 
             return plan(config)
+        if "--cluster" in argv:
+            from training.tools.cluster import cluster
+
+            return cluster(config)
     except ValueError as error:
         fail(str(error))
-    if "--cluster" in argv:
-        from training.tools.cluster import cluster
-
-        return cluster(config)
     if "--doctor" in argv:
         from training.tools.doctor import doctor
 

@@ -32,6 +32,7 @@ from training.data.overlap import data_warnings
 from training.data.preflight import (
     Inputs,
     check_files,
+    check_interfaces,
     check_room,
     check_served_room,
     check_vocabulary,
@@ -126,12 +127,13 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
 
     Raises ValueError for a mistake in the input.
     """
-    launcher.check_port()
+    launcher.check_launcher()
     check_choices(config)
     config = with_model_directories(config)
     check_extra_rewards(config)
     check_files(config)
     check_world(config, launcher.environment_world_size())
+    check_interfaces(config, several_machines=launcher.several_machines())
     set_threads(config)
     config = resolve_demo(config, stage=2)
     facts = teacher_facts(config, config.teacher)

@@ -129,7 +129,7 @@ def run_stage(
     launcher.watch_launcher()
     quiet_logging()
     try:
-        launcher.check_port()
+        launcher.check_launcher()
         boards = board_names(config.report_to)
         config = with_model_directories(config)
         check_output(config)

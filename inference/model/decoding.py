@@ -7,16 +7,20 @@ the longest unused goes first. A client whose decoding is gone opens it again wi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from inference.attention.decode import DecodePlan
 from inference.attention.packed import PrefillPlan
 from inference.attention.packing import Group, pack_row, within
 from inference.model.teacher import Teacher
 from inference.protocol.wire import Request, StateLost
+
+logger = logging.getLogger("teacher")
 
 
 class Decoding:
@@ -76,7 +80,12 @@ class Decodings:
         self._held.pop(request.owner, None)
         free = self._limit - sum(held.opened.cache_tokens for held in self._held.values())
         while self._held and free < request.cache_tokens:
-            free += self._held.pop(next(iter(self._held))).opened.cache_tokens
+            free += (dropped := self._held.pop(next(iter(self._held))).opened.cache_tokens)
+            if dist.get_rank() == 0:
+                said = (
+                    "%d tokens of one session are dropped for another's %d, and decoded again: raise max_cache_tokens"
+                )
+                logger.warning(said, dropped, request.cache_tokens)
         rows = within(request.groups, lambda group: len(group.prompt), self._batch)
         parts = [Decoding(self._teacher, row, request.samples, request.max_new_tokens) for row in rows]
         held = _Held(request, parts, request.rows_A)

@@ -108,7 +108,8 @@ class Endpoint:
         """An answer to each prompt, drawn by the server: with a seed on vLLM, without one on SGLang."""
         prompts = [group.prompt for group in request.groups]
         answers = self._at_once(
-            lambda n: self._ended(self._ask_answer(prompts[n], n, request), request), range(len(prompts))
+            lambda n: self._ended(_read("token ids of its answers", self._ask_answer, prompts[n], n, request), request),
+            range(len(prompts)),
         )
         lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.int64)
         return [lengths, torch.tensor([token for answer in answers for token in answer], dtype=torch.int64)]
@@ -125,15 +126,7 @@ class Endpoint:
         return [one for batch in found for one in batch]
 
     def _score_rows(self, rows: Sequence[Row], k: int) -> list[Scored]:
-        try:
-            return self._ask_scores(rows, k)
-        except WireError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise WireError(
-                f"the server at teacher.url gives no log-probabilities of a prompt's tokens ({type(error).__name__}: "
-                f"{error}); vLLM and SGLang do"
-            ) from None
+        return _read("log-probabilities of a prompt's tokens", self._ask_scores, rows, k)
 
     def _vllm_scores(self, rows: Sequence[Row], k: int) -> list[Scored]:
         asked = {"prompt": [[*p, *r] for p, r in rows], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
@@ -235,6 +228,17 @@ class Endpoint:
                 f"teacher.path = {self._config.path!r}: its tokenizer is not that of {self._served['id']!r} at "
                 f"{self._config.url}; give the directory or hub id of the model that is served"
             )
+
+
+def _read(what: str, ask: Callable[..., Any], *asked: Any) -> Any:
+    """What `ask` finds in the server's reply; a WireError that names `what` where it is not there."""
+    try:
+        return ask(*asked)
+    except WireError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise WireError(f"the server at teacher.url gives no {what} ({why}); vLLM and SGLang of today do") from None
 
 
 def _index(choice: dict[str, Any]) -> int:

@@ -37,6 +37,9 @@ class Connector:
         self.addresses = [address.strip() for address in addresses.split(",") if address.strip()]
         if not self.addresses:
             raise ValueError(f"teacher.address = {addresses!r}: names no server")
+        for host, _, port in (address.rpartition(":") for address in self.addresses):
+            if ":" in host and "/" not in host and port.isdigit():
+                raise ValueError(f"teacher.address = {addresses!r}: give IPv4 addresses or names; IPv6 is not spoken")
         self.closed = threading.Event()
         self.info: TeacherInfo | None = None
         """What the server said in the last handshake."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from inference.attention.packing import Group
+from inference.attention.packing import Group, within
 
 MAGIC = 0x46414F4B44  # "FAOKD"
 VERSION = 3
@@ -23,6 +23,9 @@ HEADER_WORDS = 16
 MAX_JSON_BYTES = 65536
 MAX_REQUEST_TOKENS = 1 << 22
 """Tokens of all prompts and responses of a request: 32 MiB, several steps of the largest runs."""
+PART_TOKENS = 1 << 18
+"""Tokens of the parts that a client cuts a longer request into, and of requests that are answered together: many of the
+teacher's rows, a few GB of hidden states, and nobody else who asks has to wait long."""
 MAX_REQUEST_RESPONSES = 1 << 16
 MAX_TOP_K = 4096
 MAX_ENDS = 64
@@ -32,7 +35,9 @@ MAX_REPLY_BYTES = 1 << 36
 _NAMES = ("ping", "score", "topk", "hidden", "answer", "open", "next", "release")
 KINDS = {name: number for number, name in enumerate(_NAMES, start=1)}
 KIND_NAMES = {number: name for name, number in KINDS.items()}
-GROUP_KINDS = ("score", "topk", "hidden", "answer", "open")
+TOKEN_KINDS = ("score", "topk", "hidden")
+"""About response tokens: long ones are asked in parts, and those that wait are answered together."""
+GROUP_KINDS = (*TOKEN_KINDS, "answer", "open")
 OK, REFUSED, STATE_LOST = 0, 1, 2
 """Status of a reply. Refused ends the session."""
 
@@ -89,6 +94,29 @@ class Request:
 
 INTEGERS = ("k", "samples", "max_new_tokens", "seed", "handle", "owner", "step")
 """Fields of a request that are header words 9 to 15."""
+
+
+def in_parts(request: Request) -> list[Request]:
+    """A question about response tokens in parts whose answers, end to end, are its own. A group is never cut."""
+    if request.kind not in TOKEN_KINDS:
+        return [request]
+
+    def cost(group: Group) -> int:
+        return max(
+            len(group.prompt) + group.response_tokens, len(group.responses) * (PART_TOKENS // MAX_REQUEST_RESPONSES)
+        )
+
+    return [replace(request, groups=renumbered(part)) for part in within(request.groups, cost, PART_TOKENS)]
+
+
+def renumbered(groups: Iterable[Group]) -> tuple[Group, ...]:
+    """The groups with their responses counted from 0, in order."""
+    out: list[Group] = []
+    first = 0
+    for group in groups:
+        out.append(replace(group, first_response=first))
+        first += len(group.responses)
+    return tuple(out)
 
 
 def encode_request(request: Request) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 
-from inference.attention.packing import Group
 from inference.model.backend import Backend, Unavailable
 from inference.protocol import wire
 from inference.protocol.arriving import Limits, decode_request
@@ -27,8 +26,6 @@ from inference.protocol.wire import Request
 logger = logging.getLogger("teacher")
 
 Job = tuple[Request, Future[list[torch.Tensor]]]
-MERGED = ("score", "topk", "hidden")
-"""Kinds whose waiting requests are answered together."""
 KEEP_ALIVE_S = 10.0
 DRAIN_S = 10.0
 STOPPING = "the server is stopping"
@@ -116,7 +113,7 @@ class Engine:
         tokens = 0
         for item in self._held:
             size = _cost(item[0])
-            if not batch or (_mergeable(batch[0][0], item[0]) and tokens + size <= wire.MAX_REQUEST_TOKENS):
+            if not batch or (_mergeable(batch[0][0], item[0]) and tokens + size <= wire.PART_TOKENS):
                 batch.append(item)
                 tokens += size
             else:
@@ -135,6 +132,10 @@ class Engine:
         try:
             tensors = getattr(self._backend, merged.kind)(merged)  # a backend has a method for each kind
         except (wire.StateLost, wire.WireError, Unavailable) as error:
+            if len(batch) > 1 and isinstance(error, wire.WireError):  # the others are not to pay for the one it is of
+                for job in batch:
+                    self._work([job])
+                return
             for _, future in batch:
                 future.set_exception(error)
             return
@@ -195,7 +196,7 @@ def _mergeable(first: Request, other: Request) -> bool:
     """Whether two requests can be one: the same question of different groups."""
     # hidden states do not depend on the temperature
     return (
-        first.kind == other.kind in MERGED
+        first.kind == other.kind in wire.TOKEN_KINDS
         and first.k == other.k
         and (first.kind == "hidden" or first.temperature == other.temperature)
     )
@@ -205,9 +206,4 @@ def _merge(requests: list[Request]) -> Request:
     """One request with all groups, renumbered in order."""
     if len(requests) == 1:
         return requests[0]
-    groups: list[Group] = []
-    first = 0
-    for group in (group for request in requests for group in request.groups):
-        groups.append(replace(group, first_response=first))
-        first += len(group.responses)
-    return replace(requests[0], groups=tuple(groups))
+    return replace(requests[0], groups=wire.renumbered(group for request in requests for group in request.groups))

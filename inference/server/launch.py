@@ -13,6 +13,7 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -100,6 +101,7 @@ def start_local_teacher(config: TeacherConfig, model_dir: Path, work_dir: Path) 
     except BaseException:
         _stop(process, 5.0)
         raise
+    threading.Thread(target=_tell_end, args=(process, log_file), name="teacher-end", daemon=True).start()
     return LocalTeacher(process, address, secret, log_file)
 
 
@@ -190,6 +192,13 @@ def _wait_ready(process: subprocess.Popen[bytes], address_file: Path, log: Path,
             raise TeacherDied(f"the teacher was not ready after {timeout_s:.0f} s; {log} ends with:\n{_tail(log)}")
         time.sleep(0.05)
     return address_file.read_text(encoding="utf-8").strip()
+
+
+def _tell_end(process: subprocess.Popen[bytes], log_file: Path) -> None:
+    """Say why a server has ended by itself, while its clients still look for it."""
+    code = process.wait()
+    if process.stdin is not None and not process.stdin.closed:
+        log.error("the teacher ended with code %d; %s ends with:\n%s", code, log_file, _tail(log_file))
 
 
 def _tail(log: Path, lines: int = 15) -> str:

@@ -43,6 +43,7 @@ class Ranks:
             # The socket is handed to torch's store later: nobody can take the port in between.
             self._listener = socket.create_server(("127.0.0.1", 0))
             os.environ |= {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": ""}
+            os.environ.pop("LOCAL_RANK", None)
             os.environ[STORE] = str(self._listener.getsockname()[1])
             if sys.platform == "linux":  # gloo needs no name resolution on one machine
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -78,28 +79,30 @@ class Ranks:
         rank, size = self.rank, int(os.environ["WORLD_SIZE"])
         backend, device = "gloo", torch.device("cpu")
         if torch.cuda.is_available():
-            devices = torch.cuda.device_count()
-            device = torch.device("cuda", rank % devices)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
             torch.cuda.set_device(device)
-            if devices >= int(os.environ.get("LOCAL_WORLD_SIZE", size)):  # ranks of this machine
+        # The store is torchrun's, or rank 0's with a socket of its own: torch would listen on all interfaces.
+        where, torchrun = ("127.0.0.1", int(os.environ.get(STORE, "0"))), False
+        if STORE not in os.environ:
+            where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            self._listener = _listener(*where) if rank == 0 and not torchrun else None
+        opened, master = None if self._listener is None else self._listener.detach(), rank == 0 and not torchrun
+        store = dist.TCPStore(*where, size, is_master=master, wait_for_workers=False, master_listen_fd=opened)
+        if torchrun:
+            store = dist.PrefixStore(f"teacher/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if device.type == "cuda":
+            found = _devices(store, rank, size, str(torch.cuda.get_device_properties(device).uuid))
+            if found == size:
                 backend = "cpu:gloo,cuda:nccl"
             elif rank == 0:  # NCCL refuses two ranks on one device; gloo carries CUDA tensors through the host
                 logger.warning(
-                    "teacher.tensor_parallel = %d: more than the %d GPUs here, so ranks share them and talk through "
-                    "the host, which is slow; use %d",
+                    "teacher.tensor_parallel = %d: more than its %d GPUs, so ranks share them and talk through the "
+                    "host, which is slow; use %d",
                     size,
-                    devices,
-                    devices,
+                    found,
+                    found,
                 )
-        # The launcher's store is torchrun's own, or rank 0's: torch would listen on all interfaces.
-        where = ("127.0.0.1", int(os.environ.get(STORE, "0")))
-        if STORE not in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-            self._listener = _listener(*where) if rank == 0 else None
-        store = None
-        if where[1]:
-            opened = None if self._listener is None else self._listener.detach()
-            store = dist.TCPStore(*where, size, is_master=rank == 0, wait_for_workers=False, master_listen_fd=opened)
         timeout = timedelta(seconds=COLLECTIVE_S)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         return device
@@ -127,6 +130,14 @@ class Ranks:
         time.sleep(LEAVE_S)
         logger.warning("not all that was asked is answered after %.0f s; leaving", LEAVE_S)
         os._exit(0)
+
+
+def _devices(store: Any, rank: int, size: int, mine: str) -> int:
+    """How many different devices the ranks have: a launcher may show all of a machine to each of its ranks, or one
+    (`srun --gpus-per-task=1`). Collective."""
+    store.set_timeout(timedelta(seconds=COLLECTIVE_S))
+    store.set(f"device/{rank}", mine)
+    return len({store.get(f"device/{one}") for one in range(size)})
 
 
 def _listener(host: str, port: int) -> socket.socket | None:

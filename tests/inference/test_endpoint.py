@@ -112,6 +112,8 @@ def test_what_it_refuses_and_what_is_no_answer_are_errors_of_the_request(served:
     served.fault = lambda route, body: (200, '{"choices": [{"index": 0, "text": "no log-probabilities"}]}')
     with pytest.raises(WireError, match="gives no log-probabilities of a prompt's tokens"):
         teacher.topk(request)
+    with pytest.raises(WireError, match="gives no token ids of its answers"):  # a vLLM that knows no return_token_ids
+        teacher.answer(Request("answer", (Group((5, 6), ()),), max_new_tokens=2))
     with pytest.raises(WireError, match=r"temperature = 0\.5"):
         teacher.score(Request("score", GROUPS, temperature=0.5))
 

@@ -27,6 +27,12 @@ class Recorder:
 
     hidden = score
 
+    def topk(self, request: Request) -> list[torch.Tensor]:
+        found = self.score(request)
+        if 66 in found[0]:
+            raise WireError("66 is refused")
+        return found
+
     def next(self, request: Request) -> list[torch.Tensor]:
         self.requests.append(request)
         raise StateLost("gone")
@@ -66,7 +72,7 @@ def test_the_same_question_of_several_clients_is_asked_once(no_ranks: None) -> N
 
 
 def test_a_merge_keeps_to_its_budget_and_the_oldest_goes_first(no_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_REQUEST_TOKENS", 12)
+    monkeypatch.setattr(wire, "PART_TOKENS", 12)
     scorer, futures = serve([score(10, 8), score(20, 8), score(30, 4), score(40, 20)])
     # 8 + 4 tokens fit together, 8 + 8 do not; one that is too large by itself still runs.
     assert [[g.responses[0][0] for g in r.groups] for r in scorer.requests] == [[10, 30], [20], [40]]
@@ -83,6 +89,13 @@ def test_decode_steps_are_never_merged_and_a_lost_one_stops_nobody(no_ranks: Non
     assert futures[1].result(1)[0].tolist() == [10, 11]
 
 
+def test_what_is_refused_to_one_client_is_answered_to_the_others(no_ranks: None) -> None:
+    _, futures = serve([score(10, 5, kind="topk"), score(66, 5, kind="topk"), score(30, 5, kind="topk")])
+    with pytest.raises(WireError, match="66 is refused"):
+        futures[1].result(1)
+    assert [futures[n].result(1)[0].tolist() for n in (0, 2)] == [[10, 11], [30, 31]]
+
+
 def test_what_a_backend_does_not_have_is_refused(no_ranks: None) -> None:
-    with pytest.raises(WireError, match="backend has no 'topk'"):
-        serve([Request("topk", k=3)])
+    with pytest.raises(WireError, match="backend has no 'answer'"):
+        serve([Request("answer")])

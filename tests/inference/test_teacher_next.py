@@ -115,6 +115,8 @@ def test_a_decoding_survives_its_server_and_replicas_take_over(
                 if step == 1:
                     server.kill()
             assert second._connector.address == first._connector.address == address
+        said = (Path(address).parent / "log").read_text()  # there is room for one of the two
+        assert "38 tokens of one session are dropped for another's 38" in said
         (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         assert f"teacher at {other} was lost" in line
         assert f"asking {address}" in line

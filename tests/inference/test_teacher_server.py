@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from configs.schema import TeacherConfig
+from inference import serve_teacher
 from inference.attention.packing import Group, groups_of
 from inference.client import TeacherClient, TeacherLost, TeacherRefused
 from inference.model.backend import check_teacher
@@ -28,7 +29,7 @@ from inference.protocol import session, wire
 from inference.protocol.fingerprint import tokenizer_fingerprint
 from inference.protocol.replies import TeacherInfo
 from inference.server import server as server_module
-from inference.server.launch import LocalTeacher, start_local_teacher
+from inference.server.launch import LocalTeacher, _tell_end, start_local_teacher
 from tests.support.teacher_models import VOCAB, build, reference_logits, save_tokenizer
 from tests.support.teacher_servers import SECRET, SERVER, commands_with, serve, wait_until_gone
 
@@ -98,6 +99,50 @@ def test_every_request(client: TeacherClient, model: tuple[Any, Path]) -> None:
     assert info.eos_ids == (2,)
     assert info.tokenizer_fingerprint == tokenizer_fingerprint(model[1])
     assert info.output_layer == output_layer_hash(model[1])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_server_that_ends_by_itself_is_spoken_of(
+    stopped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "log").write_text("CUDA out of memory\n")
+    process = subprocess.Popen(["sh", "-c", "read line; exit 9"], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    if stopped:
+        process.stdin.close()
+    else:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    _tell_end(process, tmp_path / "log")
+    assert ("the teacher ended with code 9" in caplog.text and "CUDA out of memory" in caplog.text) != stopped
+
+
+@pytest.mark.parametrize("address", ["[fd00::2]:29400", "10.0.0.1:29400,fd00::2:29400"])
+def test_an_address_that_is_never_reached_is_not_waited_for(address: str) -> None:
+    with pytest.raises(ValueError, match=r"teacher\.address = .*: give IPv4 addresses or names; IPv6 is not spoken"):
+        TeacherClient(address, secret="", tokenizer_fingerprint=None, timeout_s=600.0)
+
+
+def test_a_name_that_is_loopback_here_and_an_address_elsewhere_is_refused(
+    model: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server would listen where no other machine looks for it."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    config = TeacherConfig(path=str(model[1]), interface="gpu7")
+    with pytest.raises(ValueError, match=r"teacher\.interface = 'gpu7': is 127\.0\.1\.1 here, loopback"):
+        serve_teacher.check(config, SECRET, doctor=False)
+
+
+def test_a_long_request_is_asked_in_parts(client: TeacherClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any length, and with more responses than one message takes."""
+    kinds = {"score": lambda: client.score(GROUPS), "topk": lambda: client.topk(GROUPS, 3)}
+    whole = {name: ask().result(30) for name, ask in kinds.items()}
+    for limit, most in (("PART_TOKENS", 8), ("MAX_REQUEST_RESPONSES", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(wire, limit, most)
+            assert len(wire.in_parts(wire.Request("score", tuple(GROUPS)))) > 2
+            in_parts = {name: ask().result(30) for name, ask in kinds.items()}
+        torch.testing.assert_close(in_parts, whole, rtol=0, atol=1e-5)
 
 
 def test_groups_in_any_order_are_answered_in_batch_order(client: TeacherClient) -> None:
@@ -329,6 +374,7 @@ def test_an_early_death_shows_the_last_log_lines(model: tuple[Any, Path], tmp_pa
         (["--path", "MODEL", "--nonsense", "3"], "nonsense"),
         (["--path", "MODEL", "--logit_chunk", "0"], "teacher.logit_chunk = 0: must be at least 1"),
         (["--path", "MODEL", "--interface", "0.0.0.0"], "teacher.interface"),
+        (["--path", "MODEL", "--interface", "::1"], "teacher.interface = '::1': .*; name an IPv4 address"),
         (["--path", "MODEL"], "GRPO_KD_TEACHER_SECRET is not set"),
         (["--path", "demo"], "demo"),
     ],

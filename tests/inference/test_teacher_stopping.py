@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from inference.attention.packing import Group
 from inference.client import TeacherClient, TeacherLost
 from inference.protocol import session, wire
 from inference.protocol.connection import resolve
+from inference.server.ranks import Ranks
 from tests.support.runs import free_port
 from tests.support.teacher_models import build, save_tokenizer
 from tests.support.teacher_servers import SECRET, SERVER, Started, serve, serve_forked, wait_ready
@@ -202,6 +204,49 @@ def listeners(process: int) -> list[tuple[str, int]]:
                 address, _, port = words[1].rpartition(":")
                 found.append((address, int(port, 16)))
     return found
+
+
+@pytest.mark.parametrize(
+    ("seen", "uuids", "backend"),
+    [
+        (2, ["a", "b"], "cpu:gloo,cuda:nccl"),
+        (1, ["a", "b"], "cpu:gloo,cuda:nccl"),  # srun --gpus-per-task=1: each sees its own as number 0
+        (1, ["a", "a"], "gloo"),  # NCCL refuses two ranks of one device
+    ],
+)
+def test_ranks_with_a_device_each_talk_by_nccl(
+    seen: int, uuids: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: what torch is asked for."""
+    shared = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (shared | {"MASTER_PORT": free_port()}).items():
+        monkeypatch.setenv(name, value)
+    asked: list[tuple[int, str]] = []
+    stores: list[object] = []  # rank 0's lives as long as the process group
+    mine = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[mine.rank]))
+
+    def init(name: str, rank: int, store: object, **_: object) -> None:
+        asked.append((rank, name))
+        stores.append(store)
+
+    monkeypatch.setattr(session.c10d, "init_process_group", init)
+
+    def join(rank: int) -> None:
+        mine.rank = rank
+        ranks = Ranks(Path(), [], 2)
+        ranks.rank = rank
+        ranks.join()
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(asked) == [(0, backend), (1, backend)]
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -9,12 +9,37 @@ from typing import Any
 import pytest
 
 from configs.io.results import Result, Value
-from configs.schema import TeacherConfig
+from configs.schema import RunConfig, TeacherConfig
 from inference.model.output_layer import output_layer_hash
 from tests.support.teacher_models import build
 from training import distributed
+from training.data.preflight import check_interfaces
+from training.run import launcher
 from training.run.run_folder import RunFolder
 from training.stage2 import check_served_model, evaluation_once
+
+
+def test_ranks_that_cannot_be_one_run_are_told_so_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun alone starts as many runs as tasks; ranks on several machines do not reach a teacher on loopback."""
+    for name in ("RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match="SLURM_STEP_NUM_TASKS = 4: each of srun's tasks would be a run of its own"):
+        launcher.check_launcher()
+    for started_by in ("SLURM_PTY_PORT", "RANK"):
+        with monkeypatch.context() as patch:
+            patch.setenv(started_by, "1")
+            launcher.check_launcher()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert not launcher.several_machines()  # nobody says how many are here
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert launcher.several_machines()
+    here, there = TeacherConfig(), TeacherConfig(interface="10.0.0.1")
+    for teacher, machines in ((here, False), (there, True), (TeacherConfig(address="h:1"), True)):
+        check_interfaces(RunConfig(teacher=teacher), several_machines=machines)
+    with pytest.raises(ValueError, match=r"teacher\.interface = '127\.0\.0\.1': only this machine reaches it"):
+        check_interfaces(RunConfig(), several_machines=True)
 
 
 def test_a_server_started_again_with_another_model_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,6 +23,12 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def several_machines() -> bool:
+    """Whether the launcher started ranks elsewhere too, as far as it says how many are here."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return local is not None and int(local) < environment_world_size()
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -40,9 +46,16 @@ def ensure_launcher_environment() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any
 
 
-def check_port() -> None:
-    """Raises ValueError where rank 0 cannot have the port at which the ranks meet: the launcher's is always 29500, so
-    of two runs on one machine the second would end in a trace. (torchrun has opened its port by now.)"""
+def check_launcher() -> None:
+    """Raises ValueError where srun alone has started the ranks, which then know nothing of each other; and where rank 0
+    cannot have the port at which they meet: the deepspeed launcher's is always 29500, so of two runs on one machine
+    the second would end in a trace. (torchrun has opened its port by now.)"""
+    tasks, known = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), {"RANK", "SLURM_PTY_PORT"} & os.environ.keys()
+    if tasks != "1" and not known:  # of `srun --pty` one task alone has a shell
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS = {tasks}: each of srun's tasks would be a run of its own; submit the run with "
+            "slurm/submit.sh, or have srun start one torchrun on each node"
+        )
     port = os.environ.get("MASTER_PORT", "")
     if os.environ.get("RANK") != "0" or not port.isdigit() or "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -67,11 +80,11 @@ def watch_launcher(interval_s: float = 1.0) -> None:
     """End this process, as by SIGTERM, when the launcher that started it is gone.
 
     `deepspeed` is two processes above a rank. Killing the first leaves the second and its ranks behind, so both are
-    watched. Does nothing without a launcher, or where there is no /proc.
+    watched. Does nothing without that launcher, or where there is no /proc: the parent of another start may leave.
     """
     launcher = os.getppid()
     with contextlib.suppress(OSError):
-        if b"deepspeed" in Path(f"/proc/{launcher}/cmdline").read_bytes():
+        if b"deepspeed.launcher" in Path(f"/proc/{launcher}/cmdline").read_bytes():
             started = (launcher, _parent_of(launcher))
             thread = threading.Thread(target=_watch, args=(started, interval_s), name="launcher-watch", daemon=True)
             thread.start()

@@ -36,12 +36,13 @@ class TimeLimit:
 
     def __init__(self, limit_s: float | None, environment: Mapping[str, str] = os.environ) -> None:
         """`limit_s`: seconds from now. The end of the SLURM job counts as well, where SLURM says it; the earlier one
-        is taken."""
+        is taken. An end that is over is that of an earlier job, in whose shell this runs."""
         self._ends: list[tuple[Callable[[], float], float]] = []
         if limit_s is not None:
             self._ends.append((time.monotonic, time.monotonic() + limit_s))  # whatever is done to the clock
-        if environment.get("SLURM_JOB_END_TIME", "").isdigit():
-            self._ends.append((time.time, float(environment["SLURM_JOB_END_TIME"])))
+        end = environment.get("SLURM_JOB_END_TIME", "")
+        if end.isdigit() and float(end) > time.time():
+            self._ends.append((time.time, float(end)))
         self._margin_s = min(60.0, max(self._left_s(), 0.0) / 20)
         self.step_s = self.checkpoint_s = 0.0
         """What the longest step and the last checkpoint took."""

@@ -30,18 +30,20 @@ def check_mixing(config: RunConfig, same_tokenizer: bool) -> None:
 
 
 def check_cache(config: RunConfig, asked: Format, prompts: Sequence[Prompt]) -> None:
-    """What the teacher holds while it is mixed in token by token fits into its cache, whichever prompts a step takes.
+    """What the teacher holds while it is mixed in token by token fits into its cache, whichever prompts a step takes,
+    for all ranks that ask one server at a time: of what does not, each token would be decoded from the start again.
     `asked`: how the teacher is asked. Raises ValueError."""
     sampling = config.sampling
     if sampling.teacher_mix == 0 or sampling.mix_by != "token":
         return
-    mine = config.prompts_per_step // environment_world_size()
+    world, replicas = environment_world_size(), (config.teacher.address or "").count(",") + 1
+    mine, ranks = config.prompts_per_step // world, -(-world // replicas)
     count = min(sampling.prompts_at_once or mine, mine)
     longest = sorted(len(asked.prompt(prompt.asked)) for prompt in prompts)[-count:]
-    needed = sum(longest) + count * sampling.group_size * sampling.max_new_tokens
+    needed = ranks * (sum(longest) + count * sampling.group_size * sampling.max_new_tokens)
     said = (
-        f"sampling.mix_by token holds up to {needed} tokens of {count} prompts with their responses there; raise it, "
-        "or set sampling.prompts_at_once lower"
+        f"sampling.mix_by token holds up to {needed} tokens of {ranks * count} prompts with their responses there "
+        f"({ranks} ranks ask one server); raise it, or set sampling.prompts_at_once lower"
     )
     most = config.teacher.max_cache_tokens
     require(needed <= most, "teacher.max_cache_tokens", most, said)

@@ -1,6 +1,6 @@
 """`training/main.py --doctor --cluster`: can the nodes of this job work together? One line a check, without any model.
 
-    srun python training/main.py --doctor --cluster --config my.yaml     as many tasks as ranks, as the run will have
+    bash slurm/submit.sh stage2_grpo --doctor --cluster --config my.yaml     with the nodes that the run will have
 
 What it asks: one set of versions everywhere, collectives that add up right and how fast they are, files that all ranks
 see, a teacher's address that all reach, limits. Every rank must come to each check.
@@ -23,6 +23,7 @@ import torch
 
 from configs.schema import RunConfig
 from training import distributed
+from training.run import launcher
 from training.student.deepspeed_engine import start_distributed
 from training.tools.doctor import Finding, report, say_finding
 
@@ -37,7 +38,8 @@ COLLECTIVE = 1 << 24
 
 
 def cluster(config: RunConfig) -> int:
-    """Make every check; returns the exit code. Collective."""
+    """Make every check; returns the exit code. Collective. Raises ValueError where there is no launcher to speak of."""
+    launcher.check_launcher()
     start_distributed()
     checks: dict[str, Callable[[RunConfig], Finding]] = {
         "nodes": nodes,

@@ -135,9 +135,9 @@ def test_what_a_mixing_teacher_holds_has_to_fit_into_its_cache(monkeypatch: pyte
     prompts = [Prompt(n, text, (1,), (), text) for n, text in enumerate(("A", "AB", "ABQ", "ABQX"))]
     lengths = sorted(len(asked.prompt(prompt.text)) for prompt in prompts)
 
-    def check(cache: int, at_once: int = 0, mix: float = 0.2) -> None:
+    def check(cache: int, at_once: int = 0, mix: float = 0.2, address: str | None = None) -> None:
         sampling = SamplingConfig(group_size=2, max_new_tokens=8, teacher_mix=mix, prompts_at_once=at_once)
-        teacher = TeacherConfig(max_cache_tokens=cache)
+        teacher = TeacherConfig(max_cache_tokens=cache, address=address)
         check_cache(RunConfig(sampling=sampling, teacher=teacher, prompts_per_step=4), asked, prompts)
 
     whole, half = sum(lengths) + 4 * 2 * 8, sum(lengths[2:]) + 2 * 2 * 8
@@ -147,9 +147,10 @@ def test_what_a_mixing_teacher_holds_has_to_fit_into_its_cache(monkeypatch: pyte
     check(1, mix=0.0)
     check(half, at_once=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check(half)
-    with pytest.raises(ValueError, match=rf"up to {half} tokens of 2 prompts"):
-        check(half - 1)
+    check(2 * half)  # both ranks ask one server
+    check(half, address="one:1, other:1")
+    with pytest.raises(ValueError, match=rf"up to {2 * half} tokens of 4 prompts .*\(2 ranks ask one server\)"):
+        check(2 * half - 1)
 
 
 def test_raw_text_and_answers_have_rows_in_the_students_embedding(tmp_path: Path) -> None:

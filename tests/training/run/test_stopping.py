@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +36,8 @@ from training.run.watchdog import Place, Watchdog
 from training.student import deepspeed_engine
 from training.teacher.api_teacher import ApiRefused
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 class Now:
     """A clock that a test moves."""
@@ -44,8 +48,10 @@ class Now:
             monkeypatch.setattr(time, name, lambda: self.seconds)
 
 
-def test_without_an_end_the_time_is_never_over() -> None:
-    limit = TimeLimit(None, {"SLURM_JOB_END_TIME": "soon"})
+@pytest.mark.parametrize("end", ["soon", "1"])
+def test_without_an_end_the_time_is_never_over(end: str) -> None:
+    """A terminal multiplexer's shell may know the end of the job that it was started in."""
+    limit = TimeLimit(None, {"SLURM_JOB_END_TIME": end})
     limit.step_s = 1e9
     assert not limit.is_over(next_step=True)
 
@@ -233,6 +239,36 @@ def test_who_is_left_alone_is_not_stuck(rests: bool, monkeypatch: pytest.MonkeyP
         time.sleep(0.05)
     watchdog.rest()
     assert bool(said) != rests, said
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from training.run.launcher import watch_launcher
+watch_launcher(0.05)
+open(sys.argv[2], "w").close()
+time.sleep(2)
+open(sys.argv[2] + "-alive", "w").close()
+"""
+STARTER = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
+while not os.path.exists(sys.argv[3]):
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize(("started_by", "stays"), [("envs/deepspeed/torchrun", True), ("deepspeed.launcher", False)])
+def test_only_deepspeeds_launcher_may_not_leave(started_by: str, stays: bool, tmp_path: Path) -> None:
+    """An environment is often called deepspeed; what was started in its shell with nohup outlives that."""
+    starter, marker = tmp_path / started_by, tmp_path / "marker"
+    starter.parent.mkdir(parents=True, exist_ok=True)
+    starter.write_text(STARTER)
+    subprocess.run([sys.executable, str(starter), CHILD, str(ROOT), str(marker)], check=True, timeout=60)
+    end = time.monotonic() + (30 if stays else 4)
+    while time.monotonic() < end and not (alive := Path(f"{marker}-alive").exists()):
+        time.sleep(0.05)
+    assert alive == stays
 
 
 def test_a_signal_that_came_with_the_last_step_is_not_forgotten() -> None:
