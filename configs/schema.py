@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configs.checks import require, validate  # noqa: F401
 from configs.learning import (
     ActorConfig,
     DistillConfig,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import RunConfig, validate
+from configs.checks import validate
+from configs.schema import RunConfig
 from tests.support.runs import ROOT, TINY, environment, finish
 from tests.support.teacher_servers import SECRET
 from training.data.preflight import check_world

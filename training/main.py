@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     """Parse, check, run. Heavy libraries load only after the arguments are known to be good."""
     config = parse(argv, "Stage 2: reinforcement learning from a teacher.", demo_config, TOOLS)
     try:
-        from configs.schema import validate
+        from configs.checks import validate
 
         validate(config)
         if "--plan" in argv:

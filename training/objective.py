@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from configs.schema import RunConfig, require
+from configs.checks import require
+from configs.schema import RunConfig
 from inference.attention.packing import Group
 from rewards import REWARDS
 from training.experience import Experience

@@ -18,8 +18,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from configs.checks import require
 from configs.io.loading import loading
-from configs.schema import require
 from training.run.cli import fail, leave, parse_supervised
 
 

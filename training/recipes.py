@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from configs.schema import RunConfig, require
+from configs.checks import require
+from configs.schema import RunConfig
 from inference.attention.packing import Group
 from rewards.tokens import sum_by_response
 from training.advantages import group_scores_advantage, quantile_rewards

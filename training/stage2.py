@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from configs.checks import require
 from configs.io.results import Result, find_result
-from configs.schema import RunConfig, TeacherConfig, require
+from configs.schema import RunConfig, TeacherConfig
 from inference.client import TeacherClient, TeacherLost
 from inference.model.output_layer import output_layer_hash
 from inference.protocol.fingerprint import tokenizer_fingerprint

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs.checks import names_setting
+from configs.checks import names_setting, require
 from configs.io.files import fingerprint, locked, read_json, write_atomically
 from configs.io.results import Result, Value, versions
 from configs.prompts import Format
-from configs.schema import RunConfig, require
+from configs.schema import RunConfig
 from inference.attention.packing import Group
 from training import distributed
 from training.data.demo.resolve import resolve_demo

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
+from configs.checks import require
 from configs.io.files import read_json
 from configs.io.loading import loading
-from configs.schema import TeacherConfig, require
+from configs.schema import TeacherConfig
 from inference.model.files import check_directory, check_heads, megatron_model
 
 if TYPE_CHECKING:  # the table is read before anything heavy is loaded
@@ -50,10 +51,6 @@ class Backend(Protocol):
         """An answer to each prompt: lengths int64 [N], tokens int64 [sum of lengths]. It ends with one of `ids`, which
         belongs to it, or at `max_new_tokens`; temperature 0 is greedy."""
         ...
-
-
-class Unavailable(RuntimeError):
-    """The model cannot answer now. The session ends, and the client asks again until teacher.timeout_s is over."""
 
 
 @dataclass(frozen=True)

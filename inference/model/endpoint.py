@@ -21,12 +21,11 @@ from transformers import AutoConfig
 
 from configs.schema import TeacherConfig
 from inference.attention.packing import within
-from inference.model.backend import Unavailable
 from inference.model.files import context_of, end_ids
 from inference.model.output_layer import fingerprint_of
 from inference.protocol.fingerprint import load_tokenizer
 from inference.protocol.replies import NONE, TeacherInfo
-from inference.protocol.wire import Request, WireError
+from inference.protocol.wire import Request, Unavailable, WireError
 
 Item = TypeVar("Item")
 Row = tuple[Sequence[int], Sequence[int]]

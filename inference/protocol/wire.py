@@ -49,6 +49,10 @@ class WireError(ValueError):
     """The peer sent something that this protocol does not allow. Its session ends."""
 
 
+class Unavailable(RuntimeError):
+    """The model cannot answer now. The session ends, and the client asks again until teacher.timeout_s is over."""
+
+
 class StateLost(RuntimeError):
     """The server does not hold the decoding that a `next` goes on with: the client opens it again."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 
-from inference.model.backend import Backend, Unavailable
+from inference.model.backend import Backend
 from inference.protocol import wire
 from inference.protocol.arriving import Limits, decode_request
 from inference.protocol.wire import Request
@@ -131,7 +131,7 @@ class Engine:
         dist.broadcast(payload, 0)
         try:
             tensors = getattr(self._backend, merged.kind)(merged)  # a backend has a method for each kind
-        except (wire.StateLost, wire.WireError, Unavailable) as error:
+        except (wire.StateLost, wire.WireError, wire.Unavailable) as error:
             if len(batch) > 1 and isinstance(error, wire.WireError):  # the others are not to pay for the one it is of
                 for job in batch:
                     self._work([job])

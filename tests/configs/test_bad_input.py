@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from configs.checks import names_setting
+from configs.checks import names_setting, validate
 from configs.io.results import read_result
-from configs.schema import RunConfig, validate
+from configs.schema import RunConfig
 from tests.support.forked import finish_forked
 from tests.support.runs import command, metrics
 from tests.support.student_models import save

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from configs.schema import ExtraTeacherConfig, RunConfig, SamplingConfig, as_dict, validate
+from configs.checks import validate
+from configs.schema import ExtraTeacherConfig, RunConfig, SamplingConfig, as_dict
 from training.algorithms import without_effect
 from training.main import main
 from training.objective import pt_coef, single_step_coef

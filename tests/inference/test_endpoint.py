@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 import inference.model.endpoint as endpoint
 from configs.models import TeacherConfig
 from inference.attention.packing import Group
-from inference.model.backend import Unavailable, check_teacher
+from inference.model.backend import check_teacher
 from inference.model.endpoint import Endpoint
-from inference.protocol.wire import Request, WireError
+from inference.protocol.wire import Request, Unavailable, WireError
 from tests.support.forked import finish_forked
 from tests.support.runs import command, metrics
 from tests.support.served_model import ServedModel

@@ -22,9 +22,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from configs.checks import validate
 from configs.learning import BilingualConfig, RewardConfig
 from configs.models import StudentConfig, TeacherConfig
-from configs.schema import RunConfig, validate
+from configs.schema import RunConfig
 from inference.attention.packing import Group
 from tests.support.tiny_tokenizers import build_tokenizer, save_tiny
 from tests.training.teacher.test_teaching import rollout

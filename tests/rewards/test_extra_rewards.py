@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import RewardConfig, RunConfig, validate
+from configs.checks import validate
+from configs.schema import RewardConfig, RunConfig
 from rewards.base import RewardInput, RewardOutput
 from rewards.combine import add_parts
 from rewards.parts import part_weights

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig
 
+from configs.checks import require
 from configs.io.files import read_json
 from configs.io.hub import base_of, find_model
 from configs.io.jsonl import iterate_jsonl, read_open_questions, read_questions
 from configs.io.loading import loading
 from configs.models import DEMO_STAGE1
 from configs.prompts import Format
-from configs.schema import DEMO, RunConfig, require
+from configs.schema import DEMO, RunConfig
 from inference.attention.packing import Group
 from inference.model.backend import check_teacher
 from inference.model.files import context_of

@@ -6,10 +6,11 @@ import logging
 import re
 from pathlib import Path
 
+from configs.checks import require
 from configs.io.jsonl import read_open_questions, read_questions
 from configs.models import AskedConfig
 from configs.prompts import Format, as_text, render
-from configs.schema import DataConfig, require
+from configs.schema import DataConfig
 from inference.attention.packing import Group
 from inference.model.files import end_ids
 from inference.protocol.fingerprint import load_tokenizer

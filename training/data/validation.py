@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from configs.schema import RunConfig, require
+from configs.checks import require
+from configs.schema import RunConfig
 from training.data.overlap import folded
 from training.experience import Prompt
 

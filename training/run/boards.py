@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from configs.checks import require
 from configs.io.files import read_json, write_atomically
-from configs.schema import require
 
 log = logging.getLogger(__name__)
 IDS = "boards.json"

@@ -16,9 +16,10 @@ from typing import NoReturn
 import jsonargparse
 import yaml
 
+from configs.checks import validate
 from configs.io.files import read_yaml
 from configs.models import DEMO, DEMO_STAGE1
-from configs.schema import RunConfig, as_dict, check_sections, validate
+from configs.schema import RunConfig, as_dict, check_sections
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_CONFIGS = ROOT / "configs" / "demo"

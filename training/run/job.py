@@ -18,9 +18,10 @@ if __name__ == "__main__":
 
 import yaml
 
+from configs.checks import validate
 from configs.io.claims import in_use
 from configs.io.files import write_atomically
-from configs.schema import DEMO, RunConfig, validate
+from configs.schema import DEMO, RunConfig
 from training.run.cli import TOOLS, demo_config, fail, parse, parse_supervised
 
 SUPERVISED = ("pretrain", "sft")

@@ -28,12 +28,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from configs.checks import check_ranges
+from configs.checks import check_ranges, require
 from configs.io.files import locked, parse_json, write_atomically
 from configs.io.jsonl import read_questions
 from configs.io.lines import LineFile, whole_rows
 from configs.learning import ApiConfig
-from configs.schema import require
 from training.run.stopping import REQUEUE, RunFailed
 
 log = logging.getLogger(__name__)

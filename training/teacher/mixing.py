@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import torch
 
+from configs.checks import require
 from configs.prompts import Format
-from configs.schema import RunConfig, SamplingConfig, require
+from configs.schema import RunConfig, SamplingConfig
 from rewards.minillm import mixed_logprobs, mixture_importance, response_mixture_importance
 from training.data.order import random_stream
 from training.experience import Prompt, Rollout, TeacherView

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from configs.checks import require
 from configs.io.hub import has_tokenizer
-from configs.schema import DEMO, RunConfig, TeacherConfig, require
+from configs.schema import DEMO, RunConfig, TeacherConfig
 from inference.model.families import Architecture, parse_architecture
 from inference.model.files import model_directory, tensor_parallel_sizes
 from inference.protocol.fingerprint import tokenizer_fingerprint

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from configs.checks import validate
 from configs.models import DEMO_STAGE1
-from configs.schema import RunConfig, as_dict, flat, validate
+from configs.schema import RunConfig, as_dict, flat
 from eval.experiments.openings import main as make_openings
 from eval.experiments.openings import split
 from eval.experiments.plan import Plan, filled, read_plan

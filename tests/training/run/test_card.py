@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import pytest
 from huggingface_hub import ModelCard
 
-from configs.schema import DataConfig, ExportConfig, RunConfig, StudentConfig, TeacherConfig, validate
+from configs.checks import validate
+from configs.schema import DataConfig, ExportConfig, RunConfig, StudentConfig, TeacherConfig
 from training.run import card
 from training.run.card import hub_id, licence_of, publish, push
 

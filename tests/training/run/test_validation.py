@@ -13,7 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from configs.schema import DataConfig, EvalConfig, RunConfig, validate
+from configs.checks import validate
+from configs.schema import DataConfig, EvalConfig, RunConfig
 from tests.support.runs import metrics, timeless
 from training.data.validation import check_validation, set_aside
 from training.evaluation import note

@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs.schema import ExtraTeacherConfig, RunConfig, TeacherConfig, as_dict, validate
+from configs.checks import validate
+from configs.schema import ExtraTeacherConfig, RunConfig, TeacherConfig, as_dict
 from rewards.base import RewardOutput
 from rewards.combine import TeacherReward, weighted_sum
 from tests.support.forked import finish_forked
