@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from configs.checks import require
 from configs.io.results import Result, find_result
-from configs.schema import RunConfig, TeacherConfig
-from inference.client import TeacherClient, TeacherLost
-from inference.model.output_layer import output_layer_hash
-from inference.protocol.fingerprint import tokenizer_fingerprint
-from inference.protocol.replies import NONE
-from inference.server.launch import SECRET, start_local_teacher
+from configs.schema import RunConfig
+from inference.client import TeacherLost
 from training import distributed
 from training.algorithms import ALGORITHMS, check_choices, without_effect
 from training.collect import Models, Run
@@ -45,7 +40,6 @@ from training.data.preflight import (
 from training.evaluation import evaluate, evaluate_teacher, validation_summary
 from training.experience import Prompt
 from training.loop import save_checkpoint, saved_parts, train
-from training.losses import Head
 from training.objective import single_step_coef
 from training.recipes import RECIPES, check_recipe
 from training.run import launcher
@@ -66,6 +60,7 @@ from training.student.reference import FrozenCopy, Reference, make_reference
 from training.student.sampling_check import check_sampling
 from training.teacher.bilingual import Bilingual, Translator
 from training.teacher.check import teacher_check, warning
+from training.teacher.connect import check_served_model, connect, find_teacher
 from training.teacher.facts import TeacherFacts, check_tokenizers, teacher_facts
 from training.teacher.link import TeacherLink
 from training.teacher.mixing import check_cache, check_mixing
@@ -135,7 +130,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     check_files(config)
     check_world(config, launcher.environment_world_size())
     check_interfaces(config, several_machines=launcher.several_machines())
-    set_threads(config)
+    launcher.set_threads(config.threads)
     config = resolve_demo(config, stage=2)
     facts = teacher_facts(config, config.teacher)
     single_step_coef(config, facts.same_tokenizer)
@@ -302,40 +297,6 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
     return Models(actor, reference, critic, link, start, others, bilingual)
 
 
-def connect(
-    teacher: TeacherConfig,
-    place: tuple[str, str],
-    facts: TeacherFacts,
-    stack: ExitStack,
-    head: Head | None = None,
-) -> TeacherLink:
-    """This rank's session with the server at `place` (address, secret)."""
-    client = TeacherClient(
-        place[0],
-        secret=place[1],
-        tokenizer_fingerprint=tokenizer_fingerprint(facts.path) if facts.same_tokenizer else None,
-        timeout_s=teacher.timeout_s,
-        prefer=distributed.rank(),
-    )
-    return TeacherLink(stack.enter_context(client), facts, head)
-
-
-def check_served_model(key: str, teacher: TeacherConfig, link: TeacherLink) -> None:
-    """A server that somebody started, perhaps anew since the run's last start, may serve another model than the setting
-    `key` names. Raises ValueError; another type than the run's is a warning."""
-    if teacher.address is None:
-        return
-    info = link.client.info()
-    try:
-        mine = output_layer_hash(link.facts.path)
-    except ValueError:  # its weights are not here
-        mine = NONE
-    said = f"{teacher.address} serves another model, {info.model!r}: start that server with this one, or name its own"
-    require(NONE in (mine, info.output_layer) or mine == info.output_layer, f"{key}.path", str(link.facts.path), said)
-    if info.dtype != teacher.dtype and distributed.is_main():
-        log.warning("%s.dtype = %r: %s computes in %s", key, teacher.dtype, teacher.address, info.dtype)
-
-
 def _check_answers(config: RunConfig, link: TeacherLink) -> None:
     """A teacher whose backend does not give what this run asks of it is a mistake in the input."""
     kinds = link.client.info().kinds
@@ -367,19 +328,6 @@ def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Refe
     if fixed:
         return reference, reference
     return reference, FrozenCopy(config, config.student.path, actor.engine.device, update="fixed", way=actor.policy.way)
-
-
-def find_teacher(teacher: TeacherConfig, work_dir: Path, stack: ExitStack) -> tuple[str, str]:
-    """Address and secret for every rank: a running server's, or those of one that rank 0 starts and takes down with
-    `stack`, with its log in `work_dir`. Collective."""
-    if teacher.address is not None:
-        return teacher.address, os.environ.get(SECRET, "")
-    found = ("", "")
-    if distributed.is_main():
-        local = stack.enter_context(start_local_teacher(teacher, Path(teacher.path), work_dir))
-        found = (local.address, local.secret)
-    address, secret, *_ = distributed.gather_strings(found)
-    return address, secret
 
 
 def evaluation_once(folder: RunFolder, name: str, evaluate: Callable[[], Result | None]) -> dict[str, float]:
@@ -466,12 +414,6 @@ def _report(folder: RunFolder) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         log.warning("report.html was not made: %s", done.stderr.strip().splitlines()[-1:])
-
-
-def set_threads(config: RunConfig) -> None:
-    """Share the cores among this machine's trainer ranks."""
-    local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1)
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // max(local, 1)))
 
 
 def quiet_logging() -> None:

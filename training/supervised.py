@@ -56,11 +56,12 @@ from training.run.resuming import OpenRun, check_settings, open_run
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest
 from training.run.supervisor import Supervisor, lowered
-from training.stage2 import check_served_model, connect, evaluation_once, find_teacher, quiet_logging, set_threads
+from training.stage2 import evaluation_once, quiet_logging
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.export import export
 from training.student.passes import each_token
+from training.teacher.connect import check_served_model, connect, find_teacher
 from training.teacher.facts import TeacherFacts, check_tokenizers, teacher_facts
 from training.teacher.link import TeacherLink
 from training.teacher.token_bytes import TokenBytes
@@ -134,7 +135,7 @@ def run_stage(
         config = with_model_directories(config)
         check_output(config)
         check_files(config)
-        set_threads(config)
+        launcher.set_threads(config.threads)
         config = resolve_demo(config, stage=number)
         asked = format_of("student", config.student, config.data)
         inputs = read(config, asked)

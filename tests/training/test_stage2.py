@@ -16,7 +16,8 @@ from training import distributed
 from training.data.preflight import check_interfaces
 from training.run import launcher
 from training.run.run_folder import RunFolder
-from training.stage2 import check_served_model, evaluation_once
+from training.stage2 import evaluation_once
+from training.teacher.connect import check_served_model
 
 
 def test_ranks_that_cannot_be_one_run_are_told_so_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 
@@ -74,6 +75,12 @@ def join_on_cpu(meeting: str) -> None:
     """Meet the ranks of this machine that RANK and WORLD_SIZE speak of by a file, without DeepSpeed."""
     rank, ranks = environment_rank(), environment_world_size()
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+
+
+def set_threads(asked: int | None) -> None:
+    """So many threads, or this rank's share of the cores."""
+    local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1)
+    torch.set_num_threads(asked or max(1, len(os.sched_getaffinity(0)) // max(local, 1)))
 
 
 def watch_launcher(interval_s: float = 1.0) -> None:

@@ -36,10 +36,11 @@ from training.run import launcher
 from training.run.cli import fail
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest
-from training.stage2 import Setup, connect, find_teacher, prepare, quiet_logging, without_loop
+from training.stage2 import Setup, prepare, quiet_logging, without_loop
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.loading import NOISE, mean_gap, own_logprobs
+from training.teacher.connect import connect, find_teacher
 from training.teacher.facts import teacher_facts
 from training.teacher.link import all_read
 
