@@ -64,14 +64,21 @@ def counts_of(batch: UpdateInput) -> dict[str, float]:
     }
 
 
-def single_step_coef(config: RunConfig, same_tokenizer: bool) -> float:
-    """lambda_1 with its default resolved. Raises ValueError where it is asked for but cannot be had."""
-    asked = config.loss.single_step_coef
+def check_single_step(config: RunConfig, same_tokenizer: bool, columns: int) -> None:
+    """Raises ValueError where the single-step term is asked for but cannot be had, or of more entries than the
+    `columns` of the teacher's vocabulary."""
+    asked, entries = config.loss.single_step_coef, config.loss.single_step_entries
     said = "the exact single-step KL compares whole vocabularies, and student and teacher have different tokenizers"
     require(same_tokenizer or not asked, "loss.single_step_coef", asked, f"{said}; set it to 0 or leave it out")
-    if asked is None:
-        return 1.0 if REWARDS[config.reward].single_step and same_tokenizer else 0.0
-    return asked
+    mend = f"the teacher's vocabulary has {columns}: set fewer, or 0 for the whole distribution"
+    require(entries <= columns, "loss.single_step_entries", entries, mend)
+
+
+def single_step_coef(config: RunConfig, same_tokenizer: bool) -> float:
+    """lambda_1 with its default resolved."""
+    if config.loss.single_step_coef is not None:
+        return config.loss.single_step_coef
+    return 1.0 if REWARDS[config.reward].single_step and same_tokenizer else 0.0
 
 
 def pt_coef(config: RunConfig) -> float:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from configs.checks import require
 from configs.io.results import Result, find_result
 from configs.schema import RunConfig
 from inference.client import TeacherLost
@@ -40,7 +39,7 @@ from training.data.preflight import (
 from training.evaluation import evaluate, evaluate_teacher, validation_summary
 from training.experience import Prompt
 from training.loop import save_checkpoint, saved_parts, train
-from training.objective import single_step_coef
+from training.objective import check_single_step
 from training.recipes import RECIPES, check_recipe
 from training.run import launcher
 from training.run.boards import board_names
@@ -133,10 +132,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     launcher.set_threads(config.threads)
     config = resolve_demo(config, stage=2)
     facts = teacher_facts(config, config.teacher)
-    single_step_coef(config, facts.same_tokenizer)
-    entries = config.loss.single_step_entries
-    mend = f"the teacher's vocabulary has {facts.columns}: set fewer, or 0 for the whole distribution"
-    require(entries <= facts.columns, "loss.single_step_entries", entries, mend)
+    check_single_step(config, facts.same_tokenizer, facts.columns)
     check_recipe(config, facts.same_tokenizer)
     check_mixing(config, facts.same_tokenizer)
     every = {f"{key}.path": teacher_facts(config, one, key) for key, one in config.every_teacher.items()}

@@ -13,7 +13,7 @@ from configs.checks import validate
 from configs.schema import ExtraTeacherConfig, RunConfig, SamplingConfig, as_dict
 from training.algorithms import without_effect
 from training.main import main
-from training.objective import pt_coef, single_step_coef
+from training.objective import check_single_step, pt_coef, single_step_coef
 from training.run.cli import COMMON, DEMO_CONFIGS, dump_config, instantiate, load_config, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def test_lambda_pt_and_lambda_1_follow_the_reward() -> None:
     asked = replace(config, loss=replace(config.loss, single_step_coef=0.5))
     assert single_step_coef(asked, same_tokenizer=True) == 0.5
     with pytest.raises(ValueError, match=r"loss.single_step_coef = 0.5: .* different tokenizers"):
-        single_step_coef(asked, same_tokenizer=False)
+        check_single_step(asked, same_tokenizer=False, columns=100)
 
 
 def test_help_explains_every_field() -> None:
