@@ -64,8 +64,9 @@ class Format:
 
     @property
     def lead(self) -> str:
-        """What stands between prompt and answer: plain templates end in a colon, a chat template where text begins."""
-        return "" if self.chat else " "
+        """What stands between prompt and answer: a space behind a plain template that ends in a colon, say; nothing
+        behind one that ends in white space, or in a chat template, which ends where text begins."""
+        return "" if self.chat or self.parsed[-1:].isspace() else " "
 
     @property
     def end_of_text(self) -> int:
@@ -110,14 +111,10 @@ class Format:
 
     def scored(self, text: str) -> str:
         """What counts of a reply (`said`): of a model that thinks aloud what it says behind its last `</think>`, and
-        nothing where it does not come to that, as in EuroEval."""
+        nothing where it does not come to that, as in EuroEval. A chat template may have begun the thoughts already."""
         _, end, answer = text.rpartition("</think>")
-        return answer.strip() if end or not (self._thinks or text.startswith("<think>")) else ""
-
-    @cached_property
-    def _thinks(self) -> bool:
-        """The chat template has begun the thoughts already."""
-        return self.chat and self.rendered("Hvat?").rstrip().endswith("<think>")
+        begun = text.startswith("<think>") or (self.chat and self.rendered("Hvat?").rstrip().endswith("<think>"))
+        return answer.strip() if end or not begun else ""
 
     def text(self, text: str) -> list[int]:
         """Token ids of a text that is only text: the names of special symbols in it are spelt out."""

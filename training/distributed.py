@@ -12,8 +12,6 @@ import torch.distributed as dist
 T = TypeVar("T")
 DistError = dist.DistError
 """What a store raises whose server has gone."""
-LOST = (dist.DistStoreError, dist.DistNetworkError)
-"""What ranks raise that do not meet."""
 _beats = 0
 
 

@@ -116,7 +116,7 @@ class Bilingual:
         beginning."""
         facts, texts = self._link.facts, self._translate(rollout.texts_B)
         room = self._link.client.info().max_positions
-        plain = replace(facts.teacher, kind="plain")
+        plain = replace(facts.teacher, kind="plain", parsed=self._config.template)
         read = [(*plain.answer(text), plain.end) if text else (plain.end,) for text in texts]
         read = [tokens[: room // 2] for tokens in read]
         english = [self.prompt(prompt) for prompt in rollout.prompt_of_response()]

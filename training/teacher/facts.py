@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,10 @@ from inference.model.output_layer import load_output_layer, logit_softcap
 from inference.protocol.fingerprint import tokenizer_fingerprint
 from training.data.prompts import format_of
 from training.losses import OutputLayer
+from training.run.launcher import environment_rank
 from training.teacher.token_bytes import TokenBytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,15 @@ def teacher_facts(config: RunConfig, teacher: TeacherConfig, key: str = "teacher
 
 
 def check_tokenizers(config: RunConfig, key_of_teacher: str, facts: TeacherFacts) -> None:
-    """Raises ValueError where responses cannot be carried between the tokenizers."""
+    """Raises ValueError where responses cannot be carried between the tokenizers. With one, whose tokens go as they
+    are, a warning where an answer begins with a space for one of the two models only."""
+    if facts.same_tokenizer and facts.student.lead != facts.teacher.lead and environment_rank() == 0:
+        log.warning(
+            "%s: student and teacher have one tokenizer, but one of them begins an answer with a space (in plain text) "
+            "and the other without (in its chat template), and the first token is scored as it was written; end "
+            "data.template in a line break, behind which both begin without",
+            key_of_teacher,
+        )
     if not facts.same_tokenizer:
         TokenBytes(facts.student.tokenizer, f"student.path = {config.student.path!r}")
         TokenBytes(facts.teacher.tokenizer, f"{key_of_teacher} = {str(facts.path)!r}")

@@ -24,7 +24,7 @@ from tests.support.tokenizer_zoo import build
 from training.data.prompts import answer_group, format_of, load_prompts
 from training.experience import Prompt, Rollout
 from training.losses import OutputLayer
-from training.teacher.facts import TeacherFacts, teacher_facts
+from training.teacher.facts import TeacherFacts, check_tokenizers, teacher_facts
 from training.teacher.link import TeacherLink, chosen_logprobs
 from training.teacher.token_bytes import TokenBytes
 
@@ -276,6 +276,28 @@ def test_a_base_students_end_stands_for_an_instruct_teachers(tmp_path: Path) -> 
     assert group.responses == ((*asked.responses_B[0][:-1], turn), asked.responses_B[1])
     assert group.prompt == facts.teacher.prompt(TEXTS[0])
     assert group.prompt[0] == turn
+
+
+@pytest.mark.parametrize("template", ["Svar:", "Svar:\n"])
+def test_an_answer_that_begins_with_a_space_for_one_of_them_is_said(
+    template: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The teacher would write `Havn` where the student writes ` Havn`, which is another token. Behind a line break
+    both write the same, and an answer to imitate has no space there."""
+    student, _ = base_and_instruct(tmp_path)
+    facts = facts_of(tmp_path, template=f"{{question}} {template}")
+    check_tokenizers(RunConfig(), "teacher.path", facts)
+    assert ("teacher.path: student and teacher have one tokenizer, but" in caplog.text) == (template == "Svar:")
+    words = facts.student.answer("Havn")
+    assert student.decode(words) == (" Havn" if template == "Svar:" else "Havn")
+    listener = Listener()
+    two = TeacherLink(listener, replace(facts, same_tokenizer=False), None)  # type: ignore[arg-type]
+    asked = replace(rollout(student, ["Havn"], [True]), responses_B=[(*words, facts.student.end)])
+    two.ask(asked, whole_distribution=False)()
+    assert student.decode(listener.groups[0].responses[0]) == "Havn<turn>", "with two it is as the teacher writes"
+    caplog.clear()
+    check_tokenizers(RunConfig(), "teacher.path", replace(facts, teacher=facts.student))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("same", [True, False])
