@@ -35,8 +35,9 @@ _nap() { # SECONDS
 _on_signal() { # SIGNAL
     [[ -n "$job_asked" ]] || _say "got $1: the run writes a checkpoint and leaves"
     job_asked="$1"
-    # TERM comes to the steps from SLURM itself; srun would make SIGKILL of it.
-    if [[ "$1" == USR1 && -n "$job_student" ]]; then kill -USR1 "$job_student" 2>/dev/null; fi
+    # Of TERM, too: SLURM may have sent it to this script alone (--signal=B:TERM), and srun would make SIGKILL of it. Where
+    # the ranks have got it as well, they are leaving already.
+    if [[ -n "$job_student" ]]; then kill -USR1 "$job_student" 2>/dev/null; fi
 }
 
 # The exit status of a child of ours: a trapped signal ends `wait` early, and bash keeps what a child ended with.

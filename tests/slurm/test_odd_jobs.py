@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, run, until
 from tests.slurm.desk import Desk
 from tests.support.runs import ROOT
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 TRAINER = """
-import os, sys, time
+import os, signal, sys, time
 rank = os.environ["RANK"]
+if "waits" in sys.argv:
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(4))
+    print("waiting", flush=True)
+    time.sleep(100)
 time.sleep(4 * (rank == "0"))
 print("rank", rank, "of", os.environ["WORLD_SIZE"], "has written its report", *sys.argv[1:], flush=True)
 sys.exit(3 * ("fails" in sys.argv and rank == "1"))
@@ -96,6 +100,15 @@ def test_teacher_and_failed_rank_are_found_whatever_the_run_is_called(desk: Desk
     assert state == "FAILED", log
     assert "rank 1 of 2 has written its report --algo grpo fails --teacher.address 10.0.0.1:5\n" in log
     assert "a rank has failed (rank 1 on node0: exit code 3), and others are still there" in log
+
+
+def test_a_signal_to_the_batch_script_alone_reaches_the_ranks(desk: Desk, repository: Path) -> None:
+    job = run("bash", str(repository / "slurm" / "submit.sh"), "stage2_grpo", "waits").strip()
+    log = repository / f"slurm-grpo-kd-grpo-{job}.out"
+    until(lambda: log.is_file() and log.read_text().count("waiting") == 2, "two ranks")
+    run("scancel", "--batch", "--signal=TERM", job)
+    assert desk.cluster.wait_for(job, *ENDED, seconds=60) == "FAILED"
+    assert "student component ended with exit code 4" in log.read_text()
 
 
 def test_a_task_of_an_array_starts_again_alone(desk: Desk, repository: Path) -> None:
