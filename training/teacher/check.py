@@ -75,8 +75,8 @@ def teacher_check(actor: Actor, link: TeacherLink, config: RunConfig, heldout: S
         for name, found in logprobs.items():
             scores = score_pairs(pairs, found[0::2], found[1::2])
             values |= {f"{name}/{key}": Value(*one) for key, one in scores.items()}
-        student, teacher = (wins_of(found[0::2], found[1::2]) for found in logprobs.values())
-        values["difference"] = Value(*accuracy_difference(teacher, student))
+        wins = {name: wins_of(found[0::2], found[1::2]) for name, found in logprobs.items()}
+        values["difference"] = Value(*accuracy_difference(wins["teacher"], wins["student"]))
     return Result(
         measure="teacher_check",
         model=config.student.path,
