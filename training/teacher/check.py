@@ -58,8 +58,8 @@ def teacher_check(actor: Actor, link: TeacherLink, config: RunConfig, heldout: S
     their names, and the `difference` in accuracy; none where there is no pair. Collective; every rank judges all."""
     pairs = make_pairs(sentences(config, heldout), config.eval.minimal_pairs, config.seed)
     facts = link.facts
-    student, teacher = (replace(one, kind="plain", parsed="") for one in (facts.student, facts.teacher))
-    facts = replace(facts, student=student, teacher=teacher)
+    ours, theirs = (replace(one, kind="plain", parsed="") for one in (facts.student, facts.teacher))
+    facts = replace(facts, student=ours, teacher=theirs)
     link = TeacherLink(link.client, facts, None)
     rooms = (facts.student, config.data.max_prompt_tokens), (facts.teacher, link.client.info().max_positions)
     pairs = [pair for pair in pairs if all(_fits(pair, one.tokenizer, room) for one, room in rooms)]
