@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -52,7 +53,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval import run_euroeval
 from eval.euroeval import model as euroeval_model
-from eval.euroeval.model import Completion, Engine, Output, SamplingParams
+from eval.euroeval.model import Engine, SamplingParams
 from eval.measures import generation
 from eval.measures.generation import Journal
 
@@ -102,9 +103,13 @@ class RuleEngine(Engine):
 
     def generate(
         self, prompts: Sequence[str], sampling_params: SamplingParams, use_tqdm: Any = None, lora_request: Any = None
-    ) -> list[Output]:
+    ) -> list[SimpleNamespace]:
         choices = sampling_params.structured_outputs and sampling_params.structured_outputs.choice
-        return [Output(prompt, [Completion(self.encode(self.reply(prompt, choices)), None)]) for prompt in prompts]
+        replies = [self.encode(self.reply(prompt, choices)) for prompt in prompts]
+        return [
+            SimpleNamespace(prompt=prompt, outputs=[SimpleNamespace(token_ids=reply, logprobs=None)])
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
 
     @staticmethod
     def reply(prompt: str, choices: Sequence[str] | None) -> str:
@@ -128,7 +133,7 @@ class WatchedEngine(Engine):
 
     def generate(
         self, prompts: Sequence[str], sampling_params: SamplingParams, use_tqdm: Any = None, lora_request: Any = None
-    ) -> list[Output]:
+    ) -> list[SimpleNamespace]:
         outputs = super().generate(prompts, sampling_params, use_tqdm, lora_request)
         if sampling_params.structured_outputs and (choices := sampling_params.structured_outputs.choice):
             for prompt, output in zip(prompts, outputs, strict=True):
