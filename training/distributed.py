@@ -12,6 +12,8 @@ import torch.distributed as dist
 T = TypeVar("T")
 DistError = dist.DistError
 """What a store raises whose server has gone."""
+NOT_MET = (dist.DistStoreError, dist.DistNetworkError)
+"""What is raised where ranks do not meet."""
 _beats = 0
 
 

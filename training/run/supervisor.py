@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.distributed import DistNetworkError, DistStoreError
 
 from configs.checks import names_setting
 from configs.io.claims import release
@@ -184,7 +183,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_lost_peer(error: Exception) -> bool:
     """Whether an exception of a collective, or of ranks that meet, means that another rank is not there."""
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
-    return said or isinstance(error, DistStoreError | DistNetworkError)
+    return said or isinstance(error, distributed.NOT_MET)
 
 
 def lowered(config: RunConfig, folder: Path) -> RunConfig:
