@@ -138,13 +138,10 @@ def check_world(config: RunConfig, world: int) -> None:
 
 def check_interfaces(config: RunConfig, *, several_machines: bool) -> None:
     """A teacher that is started here listens where every rank can reach it."""
-    for key, one in {"teacher": config.teacher, **{f"teachers[{i}]": t for i, t in enumerate(config.teachers)}}.items():
-        require(
-            not several_machines or one.address is not None or not one.interface.startswith(("127.", "localhost")),
-            f"{key}.interface",
-            one.interface,
-            "only this machine reaches it, and the ranks are on several; name the address of rank 0's machine",
-        )
+    mend = "only this machine reaches it, and the ranks are on several; name the address of rank 0's machine"
+    for key, one in config.every_teacher.items():
+        reached = not several_machines or one.address is not None or not one.interface.startswith(("127.", "localhost"))
+        require(reached, f"{key}.interface", one.interface, mend)
 
 
 def context_length(model: str | Path) -> int | None:

@@ -26,8 +26,12 @@ def environment_world_size() -> int:
 
 def several_machines() -> bool:
     """Whether the launcher started ranks elsewhere too, as far as it says how many are here."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return local is not None and int(local) < environment_world_size()
+    return 0 < _ranks_here() < environment_world_size()
+
+
+def _ranks_here() -> int:
+    """Ranks of this machine, as DeepSpeed's launcher or torchrun says; 0 where nobody does."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 0)
 
 
 def free_port() -> int:
@@ -79,8 +83,7 @@ def join_on_cpu(meeting: str) -> None:
 
 def set_threads(asked: int | None) -> None:
     """So many threads, or this rank's share of the cores."""
-    local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1)
-    torch.set_num_threads(asked or max(1, len(os.sched_getaffinity(0)) // max(local, 1)))
+    torch.set_num_threads(asked or max(1, len(os.sched_getaffinity(0)) // max(_ranks_here(), 1)))
 
 
 def watch_launcher(interval_s: float = 1.0) -> None:
