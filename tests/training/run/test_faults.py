@@ -24,6 +24,22 @@ pytestmark = pytest.mark.alone
 FOREVER = ["--steps", "100000", "--checkpoint.every", "2", "--eval.questions", "2"]
 NAME = "grpo-minillm"
 
+# A reward of zeros that takes its time in step 2 of the first start, so that a signal surely finds the run in that step.
+PAUSING = """
+import time
+from pathlib import Path
+
+mark, calls = Path({mark!r}), []
+
+
+def nothing_in_step_2_at_once(inputs):
+    calls.append(1)
+    if len(calls) == 2 and not mark.exists():
+        mark.touch()
+        time.sleep(5)
+    return [0.0] * len(inputs.texts_B)
+"""
+
 
 @contextmanager
 def running(
@@ -196,12 +212,13 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, demo_cache: Path) -> None
 def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
     """USR1 in the middle of a step: it is left, and the next start takes it as an unbroken run does; that start has a
     limited time, and ends by itself before it is over. Last here, when the other files of `make test` are through."""
-    passes = ["--actor.micro_batch_tokens", "64"]  # many places to leave at
+    in_step_2 = tmp_path / "in-step-2"
+    (tmp_path / "pausing.py").write_text(PAUSING.format(mark=str(in_step_2)))
+    pausing = ["--rewards.custom", f"{tmp_path / 'pausing.py'}:nothing_in_step_2_at_once"]
     begun = time.monotonic()
-    with running(tmp_path, demo_cache, *FOREVER, *passes) as process:
-        wait_for(lambda: steps_done(tmp_path) >= 1, tmp_path, process)
+    with running(tmp_path, demo_cache, *FOREVER, *pausing) as process:
+        wait_for(in_step_2.exists, tmp_path, process)
         started_s = time.monotonic() - begun
-        time.sleep(metrics(tmp_path / NAME)[0]["seconds/total"] / 3)
         os.kill(process.pid, signal.SIGUSR1)
         assert process.wait(400) == 75
         assert all_gone(tmp_path)
@@ -213,7 +230,7 @@ def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_p
     limit_s = 3 * started_s + 30
     end = time.time() + limit_s
     slurm = {"SLURM_JOB_END_TIME": str(int(end)), "SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "17"}
-    with running(tmp_path, demo_cache, *FOREVER, *passes, **slurm) as process:
+    with running(tmp_path, demo_cache, *FOREVER, *pausing, **slurm) as process:
         assert process.wait(limit_s) == 75
         assert time.time() < end
     second = starts(tmp_path)[1]
