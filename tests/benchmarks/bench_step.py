@@ -1,7 +1,7 @@
 """One step against TRL's GRPOTrainer and DistillationTrainer, and each phase beside its floor.
 
     python tests/benchmarks/bench_step.py [--rival grpo distillation] [--shape 400/32 32/128 64/512] [--dtype float32]
-        [--rounds 3] [--skip-trl]
+        [--rounds 3] [--apart] [--skip-trl]
 
 `grpo`: a teacher-log-probability reward and a KL to a reference. `distillation`: on-policy generalised JSD to the
 teacher's whole distribution, ours by `recipe: gkd`. Student, reference and teacher have SmolLM2-135M's shape and random
@@ -22,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +60,41 @@ def start(side: str, models: Path, shape: str, options: argparse.Namespace) -> s
 
 
 def take_turns(models: Path, shape: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Reports of each side, round by round, the first (warming up) left out."""
+    """Reports of each side, round by round; a process's first, in which it warms up, is left out."""
     sides = ["ours"] if options.skip_trl else ["ours", "trl"]
-    workers = {side: start(side, models, shape, options) for side in sides}
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    try:
+    if options.apart:
+        for side in sides * options.rounds:
+            with working([side], models, shape, options) as workers:
+                ask(workers[side])
+                rounds[side].append(ask(workers[side]))
+        return rounds
+    with working(sides, models, shape, options) as workers:
         for _ in range(options.rounds + 1):
             for side, worker in workers.items():
-                assert worker.stdin is not None
-                worker.stdin.write("\n")
-                worker.stdin.flush()
-                rounds[side].append(shared.read_report(worker.stdout))
+                rounds[side].append(ask(worker))
+    return {side: reports[1:] for side, reports in rounds.items()}
+
+
+@contextmanager
+def working(
+    sides: Sequence[str], models: Path, shape: str, options: argparse.Namespace
+) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    workers = {side: start(side, models, shape, options) for side in sides}
+    try:
+        yield workers
     finally:
         for worker in workers.values():
             worker.stdin.close()  # type: ignore[union-attr]
             worker.wait(60)
-    return {side: reports[1:] for side, reports in rounds.items()}
+
+
+def ask(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """One step, and its report."""
+    assert worker.stdin is not None
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    return shared.read_report(worker.stdout)
 
 
 def median(reports: list[dict[str, Any]], *keys: str) -> float:
@@ -139,6 +160,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=1, help="prompts in a step, 8 responses each")
+    parser.add_argument(
+        "--apart", action="store_true", help="one process at a time, started anew each round: less memory, more time"
+    )
     parser.add_argument("--skip-trl", action="store_true", help="our side alone")
     parser.add_argument(
         "--trl", type=Path, default=HERE.parent.parent / "runs" / "cache" / "-".join(TRL[0].split("=="))
