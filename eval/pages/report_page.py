@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from eval.pages.page_parts import HELDOUT, answer_cards, render, signed
-from eval.pages.report_plots import Plot, smoothing_window
+from eval.pages.report_plots import MOST, Plot, smoothing_window
 from eval.pages.run_files import RunFiles
 
 HEADLINES = (
@@ -49,6 +49,7 @@ def render_page(run: RunFiles, plots: list[Plot]) -> str:
         scores=_scores(run),
         plots=first,
         more=[plot for plot in plots if plot not in first],
+        points="steps" if len(run.steps) <= MOST else f"lowest and highest of each {2 * len(run.steps) // MOST} steps",
         window=smoothing_window(len(run.steps)),
         cards=answer_cards(asked, answers),
         data=next((one.data for one in run.evaluations.values()), {}),

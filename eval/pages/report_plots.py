@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 Series = dict[str, list[float]]
+Point = tuple[int, float]
 Draw = Callable[[Axes], None]
 
 # Colours of the PNG and of the light page; in the SVG each becomes a CSS variable, which the dark page sets anew.
@@ -46,6 +48,8 @@ STYLE = {
     "text.parse_math": False,
 }
 
+MOST = 1000
+"""Points of a line or of a cloud: the page and the time that it takes do not grow with the run."""
 PHASES = ("sample", "teacher", "reference", "update")
 # key: title, unit, factor
 CURVES = {
@@ -140,7 +144,7 @@ def _lines(lines: Mapping[str, tuple[Sequence[int], list[float]]], names: Sequen
         for name, (steps, values) in lines.items():
             cycle, colour = divmod(names.index(name), len(PALETTE))
             known = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
-            at, shown = [s for s, _ in known], moving_average([v for _, v in known], smoothing_window(len(known)))
+            at, shown = moving_average([s for s, _ in known], [v for _, v in known], smoothing_window(len(known)))
             marker = "o" if len(known) == 1 else None
             dashes = DASHES[cycle % len(DASHES)]
             axes.plot(at, shown, color=PALETTE[colour], linestyle=dashes, linewidth=1.5, marker=marker, label=name)
@@ -149,14 +153,24 @@ def _lines(lines: Mapping[str, tuple[Sequence[int], list[float]]], names: Sequen
     return draw
 
 
-def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Mean over `window` steps around each step, fewer at the ends; NaN is left out."""
-    before, after = (window - 1) // 2, window // 2
-    means = []
-    for index in range(len(values)):
-        near = [value for value in values[max(0, index - before) : index + after + 1] if math.isfinite(value)]
-        means.append(sum(near) / len(near) if near else float("nan"))
-    return means
+def outline(points: Sequence[Point]) -> list[Point]:
+    """The points; of more than MOST the lowest and the highest of each stretch, so that no outlier is lost."""
+    if len(points) <= MOST:
+        return list(points)
+    stretches = [points[len(points) * 2 * i // MOST : len(points) * 2 * (i + 1) // MOST] for i in range(MOST // 2)]
+    return [p for s in stretches for p in sorted((min(s, key=itemgetter(1)), max(s, key=itemgetter(1))))]
+
+
+def moving_average(steps: Sequence[int], values: Sequence[float], window: int) -> tuple[list[int], list[float]]:
+    """Steps, and the mean over `window` of them around each, fewer at the ends; NaN is left out. Of more than MOST
+    so many, evenly spaced, the first and the last among them: a chart has some hundred pixels."""
+    every, last, count = np.asarray(values, float), len(steps) - 1, min(len(steps), MOST)
+    places, means = [last * i // max(count - 1, 1) for i in range(count)], []
+    for place in places:
+        near = every[max(0, place - (window - 1) // 2) : place + window // 2 + 1]
+        near = near[np.isfinite(near)]
+        means.append(float(near.mean()) if len(near) else float("nan"))
+    return [steps[place] for place in places], means
 
 
 def smoothing_window(steps: int) -> int:
@@ -170,11 +184,12 @@ def _curve(steps: Sequence[int], values: list[float]) -> Draw:
 
     def draw(axes: Axes) -> None:
         window = smoothing_window(len(steps))
+        points = list(zip(*outline(known), strict=True))
         if window == 1 or 2 * len(known) < len(steps):
-            axes.plot(*zip(*known, strict=True), color=PALETTE[0], linewidth=1.4, marker="o", markersize=2.5)
+            axes.plot(*points, color=PALETTE[0], linewidth=1.4, marker="o", markersize=2.5)
             return
-        axes.plot(steps, values, color=PALETTE[0], linestyle="none", marker="o", markersize=1.8, alpha=0.35)
-        axes.plot(steps, moving_average(values, window), color=PALETTE[0], linewidth=1.6)
+        axes.plot(*points, color=PALETTE[0], linestyle="none", marker="o", markersize=1.8, alpha=0.35)
+        axes.plot(*moving_average(steps, values, window), color=PALETTE[0], linewidth=1.6)
 
     return draw
 
@@ -199,14 +214,15 @@ def _seconds_plot(steps: Sequence[int], seconds: Series) -> Plot:
         stack["other"] = np.maximum(rest, 0.0)
 
     def draw(axes: Axes) -> None:
-        bottom = np.zeros(len(steps))
+        bottom = np.zeros(min(len(steps), MOST))
         for index, (name, values) in enumerate(stack.items()):
             colour = PALETTE[index % len(PALETTE)]
-            smooth = np.array(moving_average(list(values), smoothing_window(len(steps))))
+            at, means = moving_average(steps, list(values), smoothing_window(len(steps)))
+            smooth = np.array(means)
             if len(steps) == 1:
-                axes.bar(steps, smooth, bottom=bottom, color=colour, label=name, width=0.5)
+                axes.bar(at, smooth, bottom=bottom, color=colour, label=name, width=0.5)
             else:
-                axes.fill_between(steps, bottom, bottom + smooth, color=colour, label=name, linewidth=0, alpha=0.85)
+                axes.fill_between(at, bottom, bottom + smooth, color=colour, label=name, linewidth=0, alpha=0.85)
             bottom = bottom + smooth
         axes.set_ylim(bottom=0)
         _legend(axes)

@@ -6,13 +6,21 @@ import json
 import re
 import subprocess
 import sys
+import time
 import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from eval.pages.report_plots import draw_plots, moving_average, slug_of, smoothing_window
+from eval.pages.report_plots import (
+    MOST,
+    draw_plots,
+    moving_average,
+    outline,
+    slug_of,
+    smoothing_window,
+)
 from eval.pages.run_files import read_run
 from eval.report import main
 from tests.support.compare_files import result, write_json
@@ -213,9 +221,28 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
 
 def test_moving_average_by_hand() -> None:
     nan = float("nan")
-    assert moving_average([1, 2, 6, nan, 8], 3) == pytest.approx([1.5, 3, 4, 7, 8])
-    assert moving_average([1, 2, 6], 1) == [1, 2, 6]
+    assert moving_average(range(5), [1, 2, 6, nan, 8], 3) == ([0, 1, 2, 3, 4], pytest.approx([1.5, 3, 4, 7, 8]))
+    assert moving_average([4, 5, 9], [1, 2, 6], 1) == ([4, 5, 9], [1, 2, 6])
     assert (smoothing_window(9), smoothing_window(10), smoothing_window(100)) == (1, 1, 11)
+
+
+def test_a_chart_does_not_grow_with_the_run() -> None:
+    """Of 50,000 steps no outlier is lost, and the line is what it would be with all of its points."""
+    steps = range(1, 50_001)
+    values = [step % 7 + 100.0 * (step == 31_234) for step in steps]
+    points = outline(list(zip(steps, values, strict=True)))
+    assert len(points) == MOST
+    assert points == sorted(points)
+    assert (31_234, values[31_233]) in points
+    assert [v for _, v in points].count(0.0) == MOST // 2, "the lowest of each stretch"
+    at, means = moving_average(steps, values, 3)
+    assert (at[0], at[-1], len(at)) == (1, 50_000, MOST)
+    assert means[0] == (1 + 2) / 2
+    assert means[500] == sum(values[at[500] - 2 : at[500] + 1]) / 3
+    began = time.process_time()
+    for plot in draw_plots(steps, {"grad_norm": values, "seconds/sample": values, "seconds/total": values}):
+        assert len(plot.svg) < 300_000, plot.title
+    assert time.process_time() - began < 10
 
 
 def test_charts_of_names_that_are_not_ascii_have_files_of_their_own() -> None:
