@@ -1,8 +1,8 @@
 """Who writes into a folder: one program at a time, whatever machine it runs on.
 
 The claim is a file with host, process and since when, put there by a hard link, which one of several makers gets on NFS
-too. A claim whose process has ended on this machine is taken over; so is one of an earlier start of the same SLURM
-job, which has ended when SLURM starts it again. Of a process on another machine nothing can be known: its claim stands.
+too. A claim whose process has ended on this machine is taken over; so is one of a SLURM job that was started again, or
+runs no more. Of any other process on another machine nothing can be known: its claim stands.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import socket
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,10 +29,10 @@ def claim(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(folder):
+            stale = _content(folder / FILE)
             if (problem := in_use(folder)) is not None:
                 raise ValueError(problem)
-            (folder / FILE).unlink(missing_ok=True)
-            if not _make(folder):
+            if not _removed(folder / FILE, stale) or not _make(folder):
                 raise ValueError(in_use(folder) or f"{folder}: another program has just begun in it; start again")
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
@@ -64,8 +65,24 @@ def in_use(folder: Path, environment: Mapping[str, str] = os.environ) -> str | N
     same_job = mine["slurm_job"] is not None and holder.get("slurm_job") == mine["slurm_job"]
     if not visible and same_job and int(holder.get("slurm_restart", 0)) < int(mine["slurm_restart"]):
         return None
+    if not visible and holder.get("slurm_cluster") == mine["slurm_cluster"] is not None and _ended(holder["slurm_job"]):
+        return None
     mend = f"wait for it, or end it (kill {process})" if visible else f"wait for it; if it has ended, delete {path}"
     return f"{folder} is in use by process {process} on {host} since {since}: {mend}, or choose another name"
+
+
+def _ended(job: str) -> bool:
+    """Whether a job of this cluster runs no more: one that lost its node, or was killed at its time limit, leaves its
+    claim to the next job of a chain. False where SLURM cannot be asked."""
+    try:
+        asked = ["squeue", "--noheader", "--job", job, "--format", "%A %T"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    if done.returncode != 0:
+        return "Invalid job id" in done.stderr  # SLURM forgets a job some minutes after its end
+    states = (line.split() for line in done.stdout.splitlines())  # those of other tasks of an array too
+    return all(number != job or state == "PENDING" for number, state in states)
 
 
 def _me(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -75,6 +92,7 @@ def _me(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "process": os.getpid(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "slurm_job": environment.get("SLURM_JOB_ID"),
+        "slurm_cluster": environment.get("SLURM_CLUSTER_NAME"),
         "slurm_restart": int(environment.get("SLURM_RESTART_COUNT", "0")),
         "began": _began(os.getpid()),
         "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -95,6 +113,23 @@ def _began(process: object) -> str | None:
     except OSError:
         return None
     return None if words[0] in "ZX" else words[19]
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _removed(path: Path, stale: bytes | None) -> bool:
+    """Take the stale claim away; False where there is another one by now, of a program that took it over more quickly,
+    perhaps on another machine."""
+    aside = path.with_name(f".{FILE}.{secrets.token_hex(8)}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)  # one of several gets it
+        if aside.read_bytes() != stale:
+            aside.rename(path)
+            return False
+        aside.unlink()
+    return True
 
 
 def _make(folder: Path) -> bool:
@@ -119,7 +154,7 @@ def _make(folder: Path) -> bool:
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Of this machine's processes, which are the only ones that take a claim over."""
+    """Of this machine's processes."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # no locks there: the link decides alone

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from configs.io import claims
 from configs.io.claims import FILE, claim, in_use, release
 from tests.support.runs import ROOT
 
@@ -116,6 +117,61 @@ def test_a_slurm_job_that_is_started_again_elsewhere(tmp_path: Path, holder: sub
         assert "far-away" in str(in_use(tmp_path, other))
     written(tmp_path, host=os.uname().nodename)
     assert "kill" in str(in_use(tmp_path, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"})), "it is seen to live"
+
+
+@pytest.mark.parametrize(
+    ("code", "out", "error", "ended"),
+    [
+        (1, "", "slurm_load_jobs error: Invalid job id specified", True),
+        (0, "", "", True),
+        (0, "7 PENDING", "", True),  # of a node that was lost: it waits to be started again
+        (0, "8 RUNNING\n9 RUNNING", "", True),  # other tasks of its array
+        (0, "7 RUNNING", "", False),
+        (0, "7 COMPLETING", "", False),
+        (1, "", "slurm_load_jobs error: Unable to contact slurm controller", False),
+    ],
+)
+def test_the_claim_of_a_job_that_has_ended(
+    code: int, out: str, error: str, ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain of jobs: the one before was killed at its time limit, or lost its node, and left its claim."""
+
+    def squeue(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert (words[0], words[words.index("--job") + 1]) == ("squeue", "7")
+        return subprocess.CompletedProcess(words, code, out, error)
+
+    monkeypatch.setattr(subprocess, "run", squeue)
+    claim(tmp_path)
+    written(tmp_path, host="far-away", slurm_job="7", slurm_cluster="faroe")
+    mine = {"SLURM_JOB_ID": "10", "SLURM_CLUSTER_NAME": "faroe"}
+    assert (in_use(tmp_path, mine) is None) == ended
+    for other in ({}, {**mine, "SLURM_CLUSTER_NAME": "shetland"}):  # where that number is nobody's, or another job's
+        assert "far-away" in str(in_use(tmp_path, other))
+    written(tmp_path, slurm_job=None, slurm_cluster=None)
+    assert "far-away" in str(in_use(tmp_path, {})), "no job, and nobody to ask"
+
+
+def test_a_claim_that_another_machine_takes_over_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs find the claim of one that has ended; whoever is second leaves the first one's alone."""
+    claim(tmp_path)
+    written(tmp_path, host="far-away")
+
+    def quicker(folder: Path) -> None:
+        written(folder, host="as-far-away", process=1)
+
+    monkeypatch.setattr(claims, "in_use", quicker)
+    with pytest.raises(ValueError, match="another program has just begun in it"):
+        claim(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert json.loads((tmp_path / FILE).read_text())["host"] == "as-far-away"
+
+
+def test_no_squeue_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container, say."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    claim(tmp_path)
+    written(tmp_path, host="far-away", slurm_job="7", slurm_cluster="faroe")
+    assert "far-away" in str(in_use(tmp_path, {"SLURM_JOB_ID": "10", "SLURM_CLUSTER_NAME": "faroe"}))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[" * 100_000, b'{"host": "a"}', b"\xff", b"null"])
