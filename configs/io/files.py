@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,12 @@ def fingerprint(path: str | Path, *, whole: bool = True) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the system drops it when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold an exclusive lock on `path`; the system drops it when the process ends, however it ends. Where the file
+    system has no locks (Lustre without `flock`), processes of one machine wait for each other alone."""
+    with ExitStack() as stack:
+        try:
+            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+        except OSError:
+            here = Path(tempfile.gettempdir(), f"grpo-kd-{xxhash.xxh3_64_hexdigest(bytes(path.resolve()))}.lock")
+            fcntl.flock(stack.enter_context(here.open("w")), fcntl.LOCK_EX)
         yield

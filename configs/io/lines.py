@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,20 @@ class LineFile:
 def whole_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of lines, without one that a killed process did not finish."""
     if path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        for line in text.split("\n"):  # splitlines() would cut at U+2028 too
+        yield from (row for row, _ in _rows(path))
+
+
+def cut_behind(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
+    """End the file behind its last row that is `kept`. What stays is not written again, however long it is."""
+    os.truncate(path, max((end for row, end in _rows(path) if kept(row)), default=0))
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each whole row, and where its line ends, in bytes; one in memory at a time."""
+    end = 0
+    with path.open("rb") as lines:  # as text, U+2028 and others would end a line too
+        for line in lines:
+            end += len(line)
             with contextlib.suppress(ValueError):
-                if isinstance(row := parse_json(line), dict):
-                    yield row
+                if isinstance(row := parse_json(line.decode(errors="replace")), dict):
+                    yield row, end

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.io.files import read_json, write_atomically
-from configs.io.lines import LineFile, whole_rows
+from configs.io.lines import LineFile, cut_behind
 from training.run.boards import Boards
 
 log = logging.getLogger(__name__)
@@ -115,8 +115,7 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples.jsonl", "eval/validation.jsonl"):
             path = self.path / name
             if path.is_file():
-                kept = [row for row in whole_rows(path) if row["step"] <= step]
-                write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+                cut_behind(path, lambda row: row["step"] <= step)
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
