@@ -115,6 +115,9 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     )
     for key in (*slots, "student.system_prompt", "teacher.system_prompt"):
         yield key, "\\n" not in (attrgetter(key)(config) or ""), broken
+    mend = "its greedy answers to a prompt are all one: set distill.answer_temperature (1 is usual), or leave it at 1"
+    asks = config.sft.answers == "teacher" and config.distill.answer_temperature == 0
+    yield "sft.samples", config.sft.samples == 1 or not asks, mend
     sampling, loss, rewards = config.sampling, config.loss, config.rewards
     mend = "sampling.teacher_mix mixes the two models' distributions at temperature 1"
     yield "sampling.temperature", sampling.teacher_mix == 0 or sampling.temperature == 1, mend

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from configs.checks import validate
-from configs.schema import ExtraTeacherConfig, RunConfig, SamplingConfig, as_dict
+from configs.schema import DistillConfig, ExtraTeacherConfig, RunConfig, SamplingConfig, SFTConfig, as_dict
 from training.algorithms import without_effect
 from training.main import main
 from training.objective import check_single_step, pt_coef, single_step_coef
@@ -199,6 +199,17 @@ def test_a_number_out_of_its_range_is_named_wherever_it_stands(key: str, value: 
 
     with pytest.raises(ValueError, match=rf"^{re.escape(key)} = {value!r}: must .*{mend}"):
         validate(changed(RunConfig(), key.split(".")))
+
+
+def test_greedy_answers_to_a_prompt_are_asked_for_once() -> None:
+    def check(answers: Literal["data", "teacher"], temperature: float) -> None:
+        sft, distill = SFTConfig(answers=answers, samples=4), DistillConfig(answer_temperature=temperature)
+        validate(replace(RunConfig(), sft=sft, distill=distill))
+
+    check("teacher", 1.0)
+    check("data", 0.0)
+    with pytest.raises(ValueError, match=r"^sft.samples = 4: .* set distill.answer_temperature"):
+        check("teacher", 0.0)
 
 
 def test_the_demos_settings_are_for_the_demos_models() -> None:
