@@ -60,7 +60,7 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     """What goes together (configs/checks.py)."""
     algorithm, recipe, named = ALGORITHMS[config.algo], RECIPES[config.recipe], f"recipe {config.recipe}"
     mend = f"--algo {config.algo} compares responses to the same prompt; use at least 2"
-    yield "sampling.group_size", not algorithm.compares_groups or config.sampling.group_size >= 2, mend
+    yield "sampling.group_size", not learns_from_groups(config) or config.sampling.group_size >= 2, mend
     mend = f"{named} ranks the responses of a group: use --algo grpo"
     yield "algo", not recipe.ranks_groups or algorithm.compares_groups, mend
     mend = f"{named} ranks the student's own responses: set it to 0"
@@ -69,6 +69,23 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     yield "sampling.teacher_mix", not recipe.teacher_answers or config.sampling.teacher_mix == 0, mend
     mend = f"{named} needs the whole distribution: set it to 0"
     yield "loss.single_step_entries", not recipe.always_divergence or config.loss.single_step_entries == 0, mend
+
+
+def learns_from_groups(config: RunConfig) -> bool:
+    """Whether differences within a group are learnt from: without a policy gradient a group teaches, however it is
+    credited."""
+    return ALGORITHMS[config.algo].compares_groups and RECIPES[config.recipe].policy_gradient
+
+
+def has_critic(config: RunConfig) -> bool:
+    """Whether a value model is trained: not beside a recipe that makes advantages of its own."""
+    return ALGORITHMS[config.algo].needs_critic and RECIPES[config.recipe].advantages is None
+
+
+def has_reference(config: RunConfig) -> bool:
+    """Whether a KL to the reference is in the loss or in the reward."""
+    read = config.loss.kl_coef > 0 or ALGORITHMS[config.algo].needs_reference(config)
+    return RECIPES[config.recipe].policy_gradient and read
 
 
 def without_effect(config: RunConfig, same_tokenizer: bool) -> list[str]:
@@ -85,15 +102,23 @@ def _readers(config: RunConfig, same_tokenizer: bool) -> dict[str, bool]:
     """How keys begin, and whether what they set is read in this run."""
     algorithm, recipe, rewards = ALGORITHMS[config.algo], RECIPES[config.recipe], config.rewards
     weights = recipe.weights(config, 0, same_tokenizer)
-    critic = algorithm.needs_critic and recipe.advantages is None
-    penalised = recipe.policy_gradient and (algorithm.needs_reference(config) or weights.kl > 0)
-    learnt = recipe.policy_gradient
+    critic, penalised = has_critic(config), has_reference(config)
+    chosen = learns_from_groups(config) and config.grpo.no_signal != "keep"
+    learnt = recipe.policy_gradient and (weights.policy > 0 or recipe.ranks_groups or chosen)
+    returns = learnt and algorithm.compares_groups and not recipe.ranks_groups
     read = {
+        "actor.offload": config.actor.zero_stage > 0 or (critic and config.critic.zero_stage > 0),
+        "data.text": weights.pt > 0 or config.loss.pt_coef is not None or config.eval.minimal_pairs > 0,
+        "data.text_": weights.pt > 0,
+        "data.deduplicate": weights.pt > 0,
+        "eval.metric": config.eval.every > 0,
+        "eval.validation_questions": config.eval.every > 0,
         "grpo.": learnt and algorithm.compares_groups,
         "grpo.scale": not recipe.ranks_groups,
         "grpo.epsilon": not recipe.ranks_groups,
         "grpo.resample_rounds": config.grpo.no_signal == "resample",
-        "ppo.": critic,
+        "ppo.": critic and learnt,
+        "ppo.kl_target": config.ppo.kl_penalty > 0,
         "critic.learning_rate": critic,
         "reference.update": penalised,
         "reference.every": penalised and config.reference.update == "every",
@@ -101,10 +126,12 @@ def _readers(config: RunConfig, same_tokenizer: bool) -> dict[str, bool]:
         "loss.ratio": weights.policy > 0,
         "loss.aggregation": weights.policy > 0 or weights.kl > 0,
         "loss.kl_estimator": weights.kl > 0,
-        "loss.pt_batch": weights.pt > 0 or weights.bc > 0,
+        "loss.importance_cap": not recipe.teacher_answers,
+        "loss.pt_batch": weights.pt > 0 or (weights.bc > 0 and recipe.imitated is None),
         "loss.bc_": recipe.imitated is None or recipe.teacher_answers,
         "loss.single_step_entries": weights.single_step > 0,
         "sampling.group_size": not recipe.teacher_answers,
+        "sampling.temperature": not recipe.teacher_answers,
         "sampling.mix_by": config.sampling.teacher_mix > 0,
         "sampling.mix_weight": config.sampling.teacher_mix > 0 and config.sampling.mix_by == "token",
         "phases.steps": config.phases.every > 0,
@@ -128,4 +155,6 @@ def _readers(config: RunConfig, same_tokenizer: bool) -> dict[str, bool]:
         read[f"distill.{key}"] = key in recipe.settings
     for key in (name for kind in REWARDS.values() for name in kind.settings):
         read[f"rewards.{key}"] = key in REWARDS[config.reward].settings
+    read["rewards.length_normalize"] &= returns  # of the sums of rewards, in place of MiniLLM's returns, it is no part
+    read["rewards.gamma"] &= returns or weights.single_step > 0
     return read

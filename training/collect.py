@@ -19,7 +19,7 @@ from rewards.parts import part_weights
 from rewards.tokens import sum_by_response
 from training import distributed
 from training.advantages import has_signal
-from training.algorithms import ALGORITHMS
+from training.algorithms import ALGORITHMS, learns_from_groups
 from training.data.order import replacement_positions, share_of_rank
 from training.experience import Corpus, Experience, Prompt, Rewarded, Rollout, Scored, join, take
 from training.losses import truncated_importance
@@ -234,11 +234,6 @@ def make_experience(run: Run, batch: Rewarded, kl_coef: float) -> tuple[Experien
     if learns_from_groups(config) and config.grpo.no_signal == "skip":
         experience = take(experience, torch.nonzero(has_signal(batch)).flatten().tolist())
     return experience, len(dropped)
-
-
-def learns_from_groups(config: RunConfig) -> bool:
-    """Whether grpo.no_signal applies: without a policy gradient a group teaches, however it is credited."""
-    return ALGORITHMS[config.algo].compares_groups and RECIPES[config.recipe].policy_gradient
 
 
 def finite_groups(batch: Rewarded) -> torch.Tensor:

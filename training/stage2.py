@@ -20,7 +20,7 @@ from configs.io.results import Result, find_result
 from configs.schema import RunConfig
 from inference.client import TeacherLost
 from training import distributed
-from training.algorithms import ALGORITHMS, check_choices, without_effect
+from training.algorithms import check_choices, has_critic, has_reference, without_effect
 from training.collect import Models, Run
 from training.data.demo.resolve import resolve_demo
 from training.data.overlap import data_warnings
@@ -274,9 +274,8 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
             log.info("%s", line)
     check_sampling(actor, setup.inputs.corpus.prompts[:4], config)
     reference, start = _references(config, actor)
-    needs_critic = ALGORITHMS[config.algo].needs_critic and RECIPES[config.recipe].advantages is None
     critic = None
-    if needs_critic:
+    if has_critic(config):
         critic = Critic(config, Path(config.student.path), total_steps=total, grouped=actor.policy.grouped)
     link = connect(config.teacher, place, facts, stack, actor.teacher_head)
     if facts.same_tokenizer:
@@ -315,10 +314,8 @@ def _check_answers(config: RunConfig, link: TeacherLink) -> None:
 def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Reference | None]:
     """What the KL term is measured against, and what the limit is; one and the same where it stays the start."""
     limited = config.reference.kl_limit is not None
-    penalised = ALGORITHMS[config.algo].needs_reference(config)
-    wanted = RECIPES[config.recipe].policy_gradient and (penalised or config.loss.kl_coef > 0)
     fixed = config.reference.update == "fixed"
-    reference = make_reference(config, actor) if wanted or (limited and fixed) else None
+    reference = make_reference(config, actor) if has_reference(config) or (limited and fixed) else None
     if not limited:
         return reference, None
     if fixed:

@@ -55,6 +55,24 @@ def configured(options: str) -> RunConfig:
         ("--sampling.teacher_mix 0.1 --sampling.mix_weight sequence", ""),
         ("--loss.pt_schedule.final 0.5 --loss.kl_schedule.kind linear",
          "loss.kl_schedule.kind loss.pt_schedule.final"),
+        # MiniLLM's normalised returns are GRPO's; a sum of rewards has its discount where it begins behind the token
+        ("--rewards.gamma 0.9 --rewards.length_normalize false", ""),
+        ("--algo ppo --rewards.gamma 0.9 --rewards.length_normalize false", "rewards.length_normalize"),
+        ("--recipe bond --rewards.gamma 0.9 --rewards.length_normalize false",
+         "rewards.gamma rewards.length_normalize"),
+        ("--algo ppo --loss.single_step_coef 0 --rewards.gamma 0.9", "rewards.gamma"),
+        ("--algo ppo --ppo.kl_penalty 0 --ppo.kl_target 0.1", "ppo.kl_target"),
+        ("--recipe seqkd --loss.importance_cap 2 --sampling.temperature 0.7 --loss.pt_coef 0 --loss.pt_batch 4",
+         "loss.importance_cap loss.pt_batch sampling.temperature"),
+        ("--loss.policy_coef 0 --rewards.format_weight 1 --grpo.scale none", "grpo.scale rewards.format_weight"),
+        ("--loss.policy_coef 0 --rewards.format_weight 1 --grpo.no_signal skip", ""),
+        ("--reward teacher_logprob --data.text mine.jsonl --data.deduplicate true", "data.deduplicate data.text"),
+        ("--reward teacher_logprob --data.text mine.jsonl --loss.pt_coef 0", ""),
+        ("--reward teacher_logprob --data.text mine.jsonl --eval.minimal_pairs 50 --data.text_packing documents",
+         "data.text_packing"),
+        ("--eval.metric reverse_kl --eval.validation_questions 9", "eval.metric eval.validation_questions"),
+        ("--actor.offload true --actor.zero_stage 0", "actor.offload"),
+        ("--algo ppo --actor.offload true --actor.zero_stage 0 --critic.zero_stage 2", ""),
     ],
 )  # fmt: skip
 def test_what_is_asked_for_and_not_read(options: str, unread: str) -> None:
@@ -65,6 +83,13 @@ def test_the_table_names_settings_that_there_are() -> None:
     keys = flat(as_dict(RunConfig()))
     unknown = [start for start in _readers(RunConfig(), True) if not any(key.startswith(start) for key in keys)]
     assert not unknown
+
+
+@pytest.mark.parametrize("recipe", ["gkd", "seqkd", "sampled_ce"])
+def test_one_response_is_a_group_where_none_are_compared(recipe: str) -> None:
+    check_choices(configured(f"--recipe {recipe} --sampling.group_size 1"))
+    with pytest.raises(ValueError, match=r"sampling.group_size = 1: --algo grpo compares"):
+        check_choices(configured("--sampling.group_size 1"))
 
 
 def test_a_teacher_that_writes_every_answer_is_not_mixed_in() -> None:

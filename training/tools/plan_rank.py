@@ -14,9 +14,10 @@ from torch import nn
 from configs.schema import AdapterConfig, RunConfig, SamplingConfig, StudentConfig, TeacherConfig
 from inference.attention.packing import Group, PackedRow, pack_row
 from inference.model.families import Architecture
-from training.algorithms import ALGORITHMS
+from training.algorithms import has_critic, has_reference
 from training.losses import OutputLayer, WholeDistribution, reverse_kl_term
-from training.objective import pt_coef, single_step_coef
+from training.objective import pt_coef
+from training.recipes import RECIPES
 from training.student.policy import Policy
 from training.tools.plan_trace import (
     META,
@@ -93,8 +94,7 @@ def parameters_of(module: nn.Module) -> Parameters:
 def reference_copies(config: RunConfig) -> int:
     """Frozen copies of the student, as training/stage2.py and training/student/reference.py make them."""
     limited, fixed = config.reference.kl_limit is not None, config.reference.update == "fixed"
-    wanted = config.loss.kl_coef > 0 or ALGORITHMS[config.algo].needs_reference(config)
-    copies = int(wanted or (limited and fixed)) + int(limited and not fixed)
+    copies = int(has_reference(config) or (limited and fixed)) + int(limited and not fixed)
     switched_off = config.student.adapter.rank > 0 and fixed and config.loss.kl_estimator != "full"
     return 0 if switched_off else copies
 
@@ -127,7 +127,7 @@ class Tracer:
 
     @functools.cache  # noqa: B019
     def _policy_row(self, config: RunConfig, prompts: int) -> UpdatePeaks:
-        term = self.facts.same_tokenizer and single_step_coef(config, True) > 0
+        term = RECIPES[config.recipe].weights(config, 0, self.facts.same_tokenizer).single_step > 0
         return self._student_update(config, self._row(config, prompts), term)
 
     @functools.cache  # noqa: B019
@@ -228,7 +228,7 @@ def rank_memory(config: RunConfig, tracer: Tracer, world: int, device: Device = 
         "update": update_peak(tracer.student, actor, tracer.update(key, row_prompts, blocks), rows),
         "evaluation": tracer.sampling(questions, min(config.eval.batch, held), graph) + extra,
     }
-    if ALGORITHMS[config.algo].needs_critic:
+    if has_critic(config):
         engine = replace(actor, zero_stage=config.critic.zero_stage)
         state = engine_state(tracer.critic, engine)
         static |= _parts("critic", state)
@@ -276,7 +276,7 @@ def alternatives(config: RunConfig, *, offload: bool) -> Sequence[tuple[str, Run
     batches = sorted({config.eval.batch, min(config.eval.batch, 8)}, reverse=True)
     budgets = sorted({config.actor.micro_batch_tokens, min(config.actor.micro_batch_tokens, 2048)}, reverse=True)
     checkpoints = sorted({config.student.gradient_checkpointing, True})
-    stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    stages: tuple[Literal[1, 2, 3], ...] = (1, 2) if config.loss.gradient_shares_every else (1, 2, 3)
     for budget, batch, checkpointing, stage in itertools.product(budgets, batches, checkpoints, stages):
         changed = replace(
             config,
@@ -286,9 +286,7 @@ def alternatives(config: RunConfig, *, offload: bool) -> Sequence[tuple[str, Run
             eval=replace(config.eval, batch=batch),
         )
         flags = [f"--actor.zero_stage {stage}"] * (stage != config.actor.zero_stage)
-        flags += [f"--critic.zero_stage {stage}"] * (
-            ALGORITHMS[config.algo].needs_critic and stage != config.critic.zero_stage
-        )
+        flags += [f"--critic.zero_stage {stage}"] * (has_critic(config) and stage != config.critic.zero_stage)
         flags += ["--student.gradient_checkpointing true"] * (checkpointing > config.student.gradient_checkpointing)
         flags += ["--actor.offload true"] * (offload > config.actor.offload)
         flags += [f"--eval.batch {batch}"] * (batch != config.eval.batch)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ import transformers
 import yaml
 from tokenizers import Tokenizer, models
 
-from configs.schema import AdapterConfig, RunConfig, SamplingConfig, StudentConfig, TeacherConfig
+from configs.checks import validate
+from configs.schema import (
+    AdapterConfig,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    RunConfig,
+    SamplingConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from inference.model.families import parse_architecture
 from tests.support.plan_teacher_worker import GROUPS, MAX_BATCH_TOKENS
 from tests.support.plan_worker import PROMPT
@@ -25,7 +36,7 @@ from tests.support.runs import ROOT, free_port
 from tests.support.teacher_models import build
 from training.main import main
 from training.run.cli import load_config
-from training.tools.plan_rank import ModelFacts, Tracer, parameters_of, rank_memory
+from training.tools.plan_rank import ModelFacts, Tracer, alternatives, parameters_of, rank_memory
 from training.tools.plan_teacher import shard_weights, teacher_memory
 from training.tools.plan_trace import meta_policy
 from training.tools.plan_zero import BUCKET, EngineSettings, Parameters, engine_state
@@ -283,6 +294,30 @@ def test_a_graph_of_the_decoding_step_is_counted() -> None:
     without, captured = (tracer.sampling(sampling, 3, graph) for graph in (False, True))
     logits = 3 * 4 * shape.vocab_size * 4
     assert 2 * logits <= captured - without < without
+
+
+def test_a_recipe_is_planned_as_it_runs() -> None:
+    """GKD's divergence is over the vocabulary with any reward, and a recipe without a policy gradient has neither
+    critic nor reference."""
+    shape = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    tracer = Tracer(ModelFacts(shape, shape, same_tokenizer=True, prompt_tokens=16), StudentConfig(dtype="float32"))
+    rl = RunConfig(
+        algo="ppo", reward="teacher_logprob", sampling=SamplingConfig(group_size=2, max_new_tokens=8),
+        data=DataConfig(text=None), eval=EvalConfig(batch=2),
+    )  # fmt: skip
+    of_rl, of_gkd = (rank_memory(replace(rl, recipe=recipe), tracer, 1) for recipe in ("rl", "gkd"))
+    assert of_gkd.moments["update"] > of_rl.moments["update"]
+    assert {"reference", "critic: parameters"} < of_rl.static.keys()
+    assert not any(name.startswith(("reference", "critic")) for name in of_gkd.static)
+
+
+def test_what_a_plan_proposes_is_not_refused() -> None:
+    """Gradients of single terms cannot be measured at stage 3."""
+    config = replace(RunConfig(), loss=LossConfig(gradient_shares_every=5))
+    for _, proposed in alternatives(config, offload=False):
+        validate(proposed)
 
 
 @pytest.mark.parametrize(
