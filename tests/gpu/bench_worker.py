@@ -34,7 +34,7 @@ import torch
 import transformers
 
 from configs.schema import ActorConfig, DataConfig, RunConfig, SamplingConfig, StudentConfig
-from inference.attention import grouped as attention
+from inference.attention import packed as attention
 from inference.attention.packing import pack
 from tests.gpu import bench_shapes as shapes
 from tests.gpu.bench_shapes import GROUP, Shape, Work

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference.attention import grouped as attention
+from inference.attention import packed as attention
 from inference.attention.packing import PackedRow, groups_of, pack_row
 from inference.attention.varlen import flash_attention
 from tests.support.recorded_graph import recorded

@@ -61,7 +61,7 @@ def test_scores_and_answers_are_those_of_transformers(
     again_S = (hidden.float() @ output.T).log_softmax(-1).gather(-1, labels_S[:, None])[:, 0]
     assert float((again_S - want_S).abs().mean()) <= TOLERANCE[dtype]
     if dtype == "float32":
-        assert list(answers.responses) == [greedy(model, prompt) for prompt in PROMPTS]
+        assert answers == [greedy(model, prompt) for prompt in PROMPTS]
 
 
 @torch.no_grad()
