@@ -94,6 +94,7 @@ def without_effect(config: RunConfig, same_tokenizer: bool) -> list[str]:
     known = flat(as_dict(RunConfig()))
     asked = {key for key, value in flat(as_dict(config)).items() if value != known.get(key, value)}
     asked -= {f"loss.{term}_coef" for term in TERMS if not getattr(config.loss, f"{term}_coef")}  # off, as it is
+    asked -= {"data.text"} if config.data.text is None else set()
     unread = [prefix for prefix, read in _readers(config, same_tokenizer).items() if not read]
     return sorted(key for key in asked if key.startswith(tuple(unread)))
 

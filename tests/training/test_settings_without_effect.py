@@ -68,6 +68,7 @@ def configured(options: str) -> RunConfig:
         ("--loss.policy_coef 0 --rewards.format_weight 1 --grpo.no_signal skip", ""),
         ("--reward teacher_logprob --data.text mine.jsonl --data.deduplicate true", "data.deduplicate data.text"),
         ("--reward teacher_logprob --data.text mine.jsonl --loss.pt_coef 0", ""),
+        ("--reward teacher_logprob --data.text null", ""),
         ("--reward teacher_logprob --data.text mine.jsonl --eval.minimal_pairs 50 --data.text_packing documents",
          "data.text_packing"),
         ("--eval.metric reverse_kl --eval.validation_questions 9", "eval.metric eval.validation_questions"),
