@@ -85,15 +85,17 @@ class TeacherClient:
         temperature: float = 0.0,
         eos_ids: Sequence[int] | None = None,
         seed: int = 0,
+        numbers: Sequence[int] = (),
     ) -> Future[list[tuple[int, ...]]]:
         """An answer to each prompt, an ending id included; temperature 0 is greedy. `eos_ids` None: the teacher's
-        own."""
+        own. Random numbers belong to the seed and the answer's number; by default, its place."""
         request = Request(
             "answer",
             tuple(Group(tuple(prompt), ()) for prompt in prompts),
             temperature,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            rows_A=tuple(numbers),
             ids=tuple(self.info().eos_ids if eos_ids is None else eos_ids),
         )
         return self._ask(request, _answers)

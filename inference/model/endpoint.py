@@ -153,9 +153,8 @@ class Endpoint:
         return out
 
     def _vllm_answer(self, prompt: Sequence[int], n: int, request: Request) -> list[int]:
-        seed = request.seed * 1_000_003 + n & (1 << 63) - 1
         asked = {"prompt": list(prompt), "max_tokens": request.max_new_tokens, "temperature": request.temperature}
-        asked |= {"seed": seed, "stop_token_ids": list(request.ids), "return_token_ids": True, **NEUTRAL}
+        asked |= {"seed": request.streams[n], "stop_token_ids": list(request.ids), "return_token_ids": True, **NEUTRAL}
         (choice,) = self._post("/v1/completions", {"model": self._served["id"], **asked})["choices"]
         return [*choice["token_ids"], *(end for end in [choice.get("stop_reason")] if end in request.ids)]
 

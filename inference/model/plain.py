@@ -215,8 +215,8 @@ class _Gumbel(LogitsProcessor):
 
     def __init__(self, numbers: Sequence[int], request: Request, device: torch.device) -> None:
         self._temperature = request.temperature
-        seeds = [request.seed * 1_000_003 + n & (1 << 63) - 1 for n in numbers]
-        self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        seeds = request.streams
+        self._streams = [torch.Generator(device).manual_seed(seeds[n]) for n in numbers]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] in, the same with noise out."""

@@ -185,7 +185,8 @@ class Scorer:
         for b in numbers:
             answers[b] = []
         device = self.teacher.device
-        streams = [torch.Generator(device).manual_seed(request.seed * 1_000_003 + b & (1 << 63) - 1) for b in numbers]
+        seeds = request.streams
+        streams = [torch.Generator(device).manual_seed(seeds[b]) for b in numbers]
         active = list(range(len(numbers)))
         decoding = Decoding(self.teacher, prompts, 1, request.max_new_tokens)
         hidden, ends = decoding.first_BH, set(request.ids)

@@ -96,6 +96,9 @@ def _check(request: Request, limits: Limits) -> None:
         bounds("response tokens of an answer request", request.response_tokens, 0, 0)
         tokens = sum(len(group.prompt) + request.max_new_tokens for group in request.groups)
         bounds("tokens to generate", tokens, 1, MAX_REQUEST_TOKENS)
+        bounds(
+            "numbered answers", len(request.rows_A), len(request.groups) if request.rows_A else 0, len(request.groups)
+        )
     elif request.kind == "open":
         _check_open(request, limits)
     elif request.kind == "next":  # whether the rows fit the decoding is for the ranks to say

@@ -18,7 +18,7 @@ import torch
 from inference.attention.packing import Group, within
 
 MAGIC = 0x46414F4B44  # "FAOKD"
-VERSION = 3
+VERSION = 4
 HEADER_WORDS = 16
 MAX_JSON_BYTES = 65536
 MAX_REQUEST_TOKENS = 1 << 22
@@ -73,7 +73,7 @@ class Request:
     max_new_tokens: int = 0
     """answer, open: longest response."""
     seed: int = 0
-    """answer: seed of the request; each response has a stream of its own."""
+    """answer: seed of the request; each answer has a stream of its own (`streams`)."""
     handle: int = 0
     """open, next, release: the client's name for its decoding."""
     owner: int = 0
@@ -81,7 +81,7 @@ class Request:
     step: int = 0
     """open: tokens that the growing responses have. next: those that they had before this one."""
     rows_A: tuple[int, ...] = field(default=(), repr=False)
-    """open, next: the responses that grow, ascending."""
+    """open, next: the responses that grow, ascending. answer: the number of each answer; none: its place."""
     ids: tuple[int, ...] = field(default=(), repr=False)
     """answer: the tokens that end a response. next: the token that was chosen for each of rows_A."""
 
@@ -89,6 +89,12 @@ class Request:
     def response_tokens(self) -> int:
         """S: response tokens in the request."""
         return sum(len(response) for group in self.groups for response in group.responses)
+
+    @property
+    def streams(self) -> list[int]:
+        """The seed of each answer: what is drawn does not depend on which answers are asked for together."""
+        numbers = self.rows_A or range(len(self.groups))
+        return [self.seed * 1_000_003 + number & (1 << 63) - 1 for number in numbers]
 
     @property
     def cache_tokens(self) -> int:
@@ -159,7 +165,7 @@ def request_payload_size(words: Sequence[int]) -> int:
     bounds("groups", groups, int(has_groups), MAX_REQUEST_RESPONSES * has_groups)
     bounds("responses", responses, 0, MAX_REQUEST_RESPONSES * has_groups)
     bounds("tokens", tokens, int(has_groups), MAX_REQUEST_TOKENS * has_groups)
-    bounds("growing responses", rows, int(grows), MAX_REQUEST_RESPONSES * grows)
+    bounds("growing responses", rows, int(grows), groups if kind == "answer" else MAX_REQUEST_RESPONSES * grows)
     bounds("ids", ids, *{"answer": (0, MAX_ENDS), "next": (rows, rows)}.get(kind, (0, 0)))
     return 2 * groups + responses + tokens + rows + ids
 

@@ -165,6 +165,8 @@ def test_generate_ends_with_an_ending_id(client: TeacherClient, model: tuple[Any
     sampled = [client.generate(PROMPTS, max_new_tokens=6, temperature=1.0, seed=s).result(30) for s in (1, 1, 2)]
     assert len(sampled[0]) == 4
     assert sampled[0] == sampled[1] != sampled[2]
+    some = client.generate(PROMPTS[2:], max_new_tokens=6, temperature=1.0, seed=1, numbers=[2, 3]).result(30)
+    assert some == sampled[0][2:]
 
 
 def test_clients_at_the_same_time_get_their_own_answers(teacher: LocalTeacher, model: tuple[Any, Path]) -> None:

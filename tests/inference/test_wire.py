@@ -20,7 +20,7 @@ REQUESTS = {
     "score": Request("score", GROUPS, temperature=0.7),
     "hidden": Request("hidden", GROUPS),
     "topk": Request("topk", GROUPS, k=5),
-    "answer": Request("answer", (Group((1, 2), ()),), 0.0, max_new_tokens=9, seed=-3, ids=(98, 99)),
+    "answer": Request("answer", (Group((1, 2), ()),), 0.0, max_new_tokens=9, seed=-3, rows_A=(-7,), ids=(98, 99)),
     "open": Request(
         "open",
         (Group((1, 2), ((3, 4), (), (5, 6)), 0), Group((7,), ((8, 9), (), ()), 3)),
@@ -123,6 +123,8 @@ def test_temperatures_that_are_no_temperatures(temperature: float) -> None:
         (Request("answer", (Group((1,), ()),), max_new_tokens=64), "together: 65"),
         (Request("answer", (Group((1,), ()),), max_new_tokens=1, ids=(100,)), "token id: 100"),
         (Request("answer", (Group((1,), ()),), max_new_tokens=1, ids=(1,) * 65), "ids: 65"),
+        (Request("answer", (Group((1,), ()),) * 2, max_new_tokens=1, rows_A=(1,)), "numbered answers: 1"),
+        (Request("answer", (Group((1,), ()),) * 2, max_new_tokens=1, rows_A=(1, 2, 3)), "growing responses: 3"),
         (Request("score", (Group((1,) * 40, ((2,) * 30,), 0),)), "together: 70"),
     ],
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -138,12 +139,10 @@ class TeacherLink:
             log.warning(said, self.facts.path, tokens, self.client.info().max_positions)
         self._said_too_long = True
 
-    def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
-    ) -> list[tuple[str, bool]]:
-        """The teacher's own answers as texts, and whether each has ended; temperature 0 is greedy. A character that
-        the limit has cut is left out."""
-        written = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, **drawn: Any) -> list[tuple[str, bool]]:
+        """The teacher's own answers as texts, and whether each has ended. A character that the limit has cut is left
+        out. `drawn`: temperature, seed and numbers, as `TeacherClient.generate` takes them; by default it is greedy."""
+        written = self._generate(prompts, max_new_tokens, **drawn)
         texts = [self.facts.teacher.said(tokens) for tokens, _ in written]
         return [
             (text if ended else text.rstrip("\ufffd").strip(), ended)
@@ -151,7 +150,7 @@ class TeacherLink:
         ]
 
     def responses(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float, seed: int
+        self, prompts: Sequence[Prompt], max_new_tokens: int, **drawn: Any
     ) -> list[tuple[tuple[int, ...], bool]]:
         """The teacher's answers as student tokens, what ends the student's answers last where it has ended, and whether
         it has.
@@ -161,25 +160,23 @@ class TeacherLink:
         if not prompts:
             return []
         if self._translator is None:
-            written = self._generate(prompts, max_new_tokens, temperature=temperature, seed=seed)
+            written = self._generate(prompts, max_new_tokens, **drawn)
             return [(self._with_other_end(tokens, ended), ended) for tokens, ended in written]
         out, student = [], self.facts.student
-        for text, ended in self.answer(prompts, max_new_tokens, temperature=temperature, seed=seed):
+        for text, ended in self.answer(prompts, max_new_tokens, **drawn):
             words = self._translator.student.encode(student.lead + text).tokens if text else ()
             tokens = (*words, student.end) if ended else words
             out.append((tokens[:max_new_tokens], ended and len(tokens) <= max_new_tokens))
         return out
 
     def _generate(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float, seed: int
+        self, prompts: Sequence[Prompt], max_new_tokens: int, **drawn: Any
     ) -> list[tuple[tuple[int, ...], bool]]:
         """The teacher's answers in its own tokens, and whether each has ended: by a symbol that the model names, or the
         one that its chat template puts there."""
         ends = sorted({*self.client.info().eos_ids, self.facts.teacher.end})
         asked = [self.prompt_tokens(p) for p in prompts]
-        written = self.client.generate(
-            asked, max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=ends, seed=seed
-        ).result()
+        written = self.client.generate(asked, max_new_tokens=max_new_tokens, eos_ids=ends, **drawn).result()
         return [(tokens, bool(tokens) and tokens[-1] in ends) for tokens in written]
 
     def prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:

@@ -83,7 +83,8 @@ def mix_responses(actor: Actor, link: TeacherLink, rollout: Rollout, config: Run
         chosen += [n * group + g for g in torch.nonzero(uniform_G < alpha).flatten().tolist()]
     responses, finished_B = list(rollout.responses_B), rollout.finished_B.clone()
     if chosen:
-        asked = [rollout.prompts_N[b // group] for b in chosen]
+        prompts_B = rollout.prompt_of_response()
+        asked = [(prompts_B[b].index * group + b % group, prompts_B[b]) for b in chosen]
         for b, (tokens, ended) in zip(chosen, _written(link, asked, config, step), strict=True):
             responses[b], finished_B[b] = tokens, ended
     return _with_logprobs(actor, replace(rollout, responses_B=responses, finished_B=finished_B))
@@ -93,7 +94,8 @@ def teacher_rollout(
     actor: Actor, link: TeacherLink, prompts: Sequence[Prompt], config: RunConfig, step: int
 ) -> Rollout:
     """One answer of the teacher to each prompt, as a rollout with G = 1. Collective."""
-    written = _written(link, prompts, config, step, temperature=config.distill.answer_temperature)
+    asked = [(prompt.index, prompt) for prompt in prompts]
+    written = _written(link, asked, config, step, temperature=config.distill.answer_temperature)
     rollout = Rollout(
         prompts_N=list(prompts),
         group_size=1,
@@ -107,11 +109,12 @@ def teacher_rollout(
 
 
 def _written(
-    link: TeacherLink, prompts: Sequence[Prompt], config: RunConfig, step: int, *, temperature: float = 1.0
+    link: TeacherLink, asked: Sequence[tuple[int, Prompt]], config: RunConfig, step: int, *, temperature: float = 1.0
 ) -> list[tuple[tuple[int, ...], bool]]:
-    """The teacher's answers in the student's tokens, and whether each has ended."""
-    seed = config.seed * 1_000_003 + step
-    return link.responses(prompts, config.sampling.max_new_tokens, temperature=temperature, seed=seed)
+    """The teacher's answers in the student's tokens, and whether each has ended. Random numbers belong to (seed, step,
+    number of the answer), so that it makes no difference which are asked for together."""
+    drawn = {"temperature": temperature, "seed": config.seed * 1_000_003 + step, "numbers": [n for n, _ in asked]}
+    return link.responses([prompt for _, prompt in asked], config.sampling.max_new_tokens, **drawn)
 
 
 def _with_logprobs(actor: Actor, rollout: Rollout) -> Rollout:
