@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -107,6 +108,18 @@ def test_every_script_is_in_the_list_of_commands_with_what_it_needs() -> None:
         else:
             assert run_by in ("itself", "not run", "not run by a test", "tests/gpu (dry run)"), row
     assert not wrong
+
+
+def test_the_benchmarks_import_names_that_exist() -> None:
+    """No test runs them, and importing EuroEval takes long; so what they import of ours is looked up in its source."""
+    for script in [*ROOT.glob("tests/benchmarks/*.py"), *ROOT.glob("tests/gpu/*.py")]:
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            source = ROOT / f"{(getattr(node, 'module', None) or '').replace('.', '/')}.py"
+            if isinstance(node, ast.ImportFrom) and source.is_file():
+                text = source.read_text(encoding="utf-8")
+                for name in node.names:
+                    defined = rf"^(class |def |from .*\b){name.name}\b|^(    )?{name.name}\b( =|:|,)"
+                    assert re.search(defined, text, re.MULTILINE), f"{script.name}: {node.module}.{name.name}"
 
 
 def test_a_page_is_found() -> None:

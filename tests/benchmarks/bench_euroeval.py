@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -28,7 +29,7 @@ import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from eval.euroeval import model as euroeval_model
-from eval.euroeval.model import Engine, Output, SamplingParams
+from eval.euroeval.model import Engine, SamplingParams
 from eval.euroeval.run import Settings, evaluate
 from eval.measures.generation import generate
 from eval.measures.model import Model
@@ -41,11 +42,11 @@ SHARED, ALONE = 2.0, 0.6
 class WatchedEngine(Engine):
     """Notes what the harness asked, and what it was told."""
 
-    asked: tuple[Sequence[str], SamplingParams, list[Output], Any] | None = None
+    asked: tuple[Sequence[str], SamplingParams, list[SimpleNamespace], Any] | None = None
 
     def generate(
         self, prompts: Sequence[str], sampling_params: SamplingParams, use_tqdm: Any = None, lora_request: Any = None
-    ) -> list[Output]:
+    ) -> list[SimpleNamespace]:
         outputs = super().generate(prompts, sampling_params, use_tqdm, lora_request)
         if use_tqdm:  # not EuroEval's look at what the model says to "Hello"
             type(self).asked = (prompts, sampling_params, outputs, self)
