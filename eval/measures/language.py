@@ -2,11 +2,11 @@
 
     python eval/measure.py language --model DIR [DIR2 ...] --text heldout.jsonl --words questions.jsonl text.jsonl
 
-A word list decides, not a language identifier: the texts are short, and what a small model writes when its language
-decays is no other language but words put together wrongly (`drongrin`, `høvustað`). The list is every word of the
-questions, answers, contexts and texts in --words. The measure says nothing of grammar or sense, and a right word that
-the list lacks counts against the model; docs/results.md has what held-out Faroese text itself reaches, and what the
-same text reaches with the letters of each word shuffled.
+A word list decides, not a language identifier: the texts are short, and a small model whose language decays does not
+write another language but malformed words (`drongrin`, `høvustað`). The list is every word of the questions, answers,
+contexts and texts in --words. Grammar and meaning do not count, and a correct word that the list lacks counts against
+the model. On the demo, held-out Faroese text itself reaches over 90 %, and the same text with the letters of each word
+shuffled stays below 10 % (tests/eval/measures/test_language.py).
 
 Result: values language_rate, known_words and empty, in percent; rows {id, opening, text, ended}.
 """
