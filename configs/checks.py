@@ -94,7 +94,7 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     mend = "4-bit weights are frozen: set student.adapter.rank (16 is usual), which is what is trained then"
     yield "student.adapter.four_bit", not adapter.four_bit or adapter.rank > 0, mend
     mend = "takes the student's place at the end, which 4-bit weights cannot give up: leave out one of the two"
-    yield "eval.beside", config.eval.beside is None or not adapter.four_bit, mend
+    yield "eval.baseline", config.eval.baseline is None or not adapter.four_bit, mend
     mend = "name a repository of the hub as owner/name"
     yield "export.push_to_hub", bool(re.fullmatch(r"[\w.-]+/[\w.-]+", repository)), mend
     validates, mend = config.eval.every > 0, "needs validations in the loop: set eval.every"

@@ -78,7 +78,7 @@ class EvalConfig:
     """Questions answered at a time."""
     kl_samples: PositiveInt = 1
     """Sampled answers a question for the reverse KL to the teacher, and for the share of right open answers."""
-    beside: str | None = None
+    baseline: str | None = None
     """Another student of the same shape, a baseline that is asked the same questions at the end: a model directory, or
     `demo`. None: none is."""
     minimal_pairs: NonNegativeInt = 0

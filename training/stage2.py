@@ -72,7 +72,7 @@ COLUMNS = {
     "f1": ("F1", 1),
     "exact_match": ("exact", 1),
     "reverse_kl": ("reverse KL", 3),
-    "open_right": ("right", 1),
+    "open_right": ("open right", 1),
     "open_different": ("different", 1),
     "open_kl": ("open KL", 3),
 }
@@ -222,9 +222,9 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     )
     distributed.barrier()
     evaluations = {"eval_before": before, "eval_after": after.numbers, "teacher_eval": teacher}
-    if (other := config.eval.beside) is not None:
+    if (other := config.eval.baseline) is not None:
         interpolate(models.actor, other, 0.0)
-        evaluations["eval_beside"] = evaluation_once(folder, "beside", lambda: evaluated(other))
+        evaluations["eval_baseline"] = evaluation_once(folder, "baseline", lambda: evaluated(other))
     supervisor.finished(progress.step)
     if distributed.is_main():  # before summary.json: a start that finds it has nothing left to do
         how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
@@ -389,8 +389,10 @@ def already_finished(folder: RunFolder, config: RunConfig) -> bool:
 
 def _print_table(folder: RunFolder, evaluations: Mapping[str, Any]) -> None:
     """Student before, student after, teacher, by what was measured: open questions are not asked in every run."""
-    print(f"\n{folder.path.name}: held-out questions; F1 and exact match in percent, reverse KL in nats a token\n")
-    rows = ROWS | ({"student beside": "eval_beside"} if "eval_beside" in evaluations else {})
+    asked = "; open: questions with many right answers" if "open_right" in evaluations["eval_before"] else ""
+    units = f"F1, exact match and right answers in percent, KL in nats a token{asked}"
+    print(f"\n{folder.path.name}: held-out questions; {units}\n")
+    rows = ROWS | ({"baseline": "eval_baseline"} if "eval_baseline" in evaluations else {})
     found = {name: evaluations[key] for name, key in rows.items()}
     columns = {key: one for key, one in COLUMNS.items() if any(key in scores for scores in found.values())}
     print(head := f"{'':24}" + "".join(f"{title:>12}" for title, _ in columns.values()))

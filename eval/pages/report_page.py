@@ -22,7 +22,7 @@ HEADLINES = (
     "seconds",
 )
 """Slugs of the charts that are shown first; the rest waits in a fold."""
-STAGE_NAMES = {"before": "Student before", "after": "Student after", "beside": "Baseline beside", "teacher": "Teacher"}
+STAGE_NAMES = {"before": "Student before", "after": "Student after", "baseline": "Baseline", "teacher": "Teacher"}
 
 
 def render_page(run: RunFiles, plots: list[Plot]) -> str:

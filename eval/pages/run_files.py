@@ -12,7 +12,7 @@ import yaml
 from configs.io.files import parse_json, read_json
 from configs.io.results import Result, find_result
 
-STAGES = ("before", "after", "beside", "teacher")
+STAGES = ("before", "after", "baseline", "teacher")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,8 +58,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.prompts", "/no/such.jsonl"], ["data.prompts", "/no/such.jsonl", "no such file"]),
         (["--name", "a/b"], ["name", "a/b", "runs_dir"]),
         (
-            ["--student.adapter.rank", "4", "--student.adapter.four_bit", "true", "--eval.beside", "runs/warm/export"],
-            ["eval.beside = 'runs/warm/export'", "which 4-bit weights cannot give up"],
+            ["--student.adapter.rank", "4", "--student.adapter.four_bit", "true", "--eval.baseline", "runs/a/export"],
+            ["eval.baseline = 'runs/a/export'", "which 4-bit weights cannot give up"],
         ),
         (["--runs_dir", "~/runs"], ["runs_dir = '~/runs'", "write the whole path"]),
         (["--runs_dir", "${SCRATCH}/runs"], ["runs_dir = '${SCRATCH}/runs'", "write the whole path"]),

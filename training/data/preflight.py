@@ -55,10 +55,10 @@ class Inputs:
 
 def with_models(config: RunConfig, find: Callable[[str, str], str]) -> RunConfig:
     """The configuration with what `find` (of a key and its path) gives as the path of each model."""
-    beside = config.eval.beside
+    baseline = config.eval.baseline
     return replace(
         config,
-        eval=replace(config.eval, beside=None if beside is None else find("eval.beside", beside)),
+        eval=replace(config.eval, baseline=None if baseline is None else find("eval.baseline", baseline)),
         student=replace(config.student, path=find("student.path", config.student.path)),
         teacher=replace(config.teacher, path=find("teacher.path", config.teacher.path)),
         teachers=tuple(replace(t, path=find(f"teachers[{i}].path", t.path)) for i, t in enumerate(config.teachers)),

@@ -51,7 +51,7 @@ def read_models(config: RunConfig) -> tuple[RunConfig, ModelFacts, list[str]]:
         require(path != DEMO, key, path, "the demo is built when a run starts; give a Hugging Face model directory")
         return str(model_directory(key, path, weights=False))
 
-    config = with_models(replace(config, eval=replace(config.eval, beside=None)), found)
+    config = with_models(replace(config, eval=replace(config.eval, baseline=None)), found)
 
     def text_config(key: str, path: str) -> Any:
         try:

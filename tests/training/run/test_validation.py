@@ -167,7 +167,7 @@ def test_validation_and_a_student_beside_change_no_number_of_training(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = train(
         tmp_path, "--steps", "3", "--checkpoint.every", "2", "--eval.every", "1",
-        "--data.validation", str(file), "--eval.metric", "reverse_kl", "--eval.beside", start,
+        "--data.validation", str(file), "--eval.metric", "reverse_kl", "--eval.baseline", start,
     )  # fmt: skip
     run = tmp_path / "grpo-minillm"
     with_it = [{k: v for k, v in row.items() if not k.startswith("validation/")} for row in metrics(run)]
@@ -181,9 +181,9 @@ def test_validation_and_a_student_beside_change_no_number_of_training(
     assert settings["eval"]["every"] == 1
     summary = json.loads((run / "summary.json").read_text())
     for name, value in summary["eval_before"].items():
-        assert summary["eval_beside"][name] == pytest.approx(value, abs=1e-4), name
-    assert "student beside" in done.stdout
-    assert summary["eval_beside"] != summary["eval_after"]
+        assert summary["eval_baseline"][name] == pytest.approx(value, abs=1e-4), name
+    assert "baseline" in done.stdout
+    assert summary["eval_baseline"] != summary["eval_after"]
 
 
 def test_held_out_questions_as_validation_are_refused(finished_run: Path, tmp_path: Path, train: Train) -> None:

@@ -75,7 +75,7 @@ def test_off_is_the_start_and_merged_is_the_adapted_student(family: str, tmp_pat
 
 
 def test_an_adapted_student_gives_its_place_to_another_whole(tmp_path: Path) -> None:
-    """`eval.beside`: matrices under an adapter are the other's too, and half-way back is half of the adapter."""
+    """`eval.baseline`: matrices under an adapter are the other's too, and half-way back is half of the adapter."""
     for seed, name in enumerate(("start", "other")):
         save("llama", tmp_path / name, seed)
     policy = moved(load_policy(tmp_path / "start", "float32", adapter=AdapterConfig(rank=4))).eval()

@@ -67,8 +67,8 @@ def resolve_demo(config: RunConfig, *, stage: int) -> RunConfig:
 
     Processes that start together build once; the others wait.
     """
-    if config.eval.beside == DEMO and (config.student.path not in DEMOS or config.demo_size == "tiny"):
-        config = replace(config, eval=replace(config.eval, beside=None))
+    if config.eval.baseline == DEMO and (config.student.path not in DEMOS or config.demo_size == "tiny"):
+        config = replace(config, eval=replace(config.eval, baseline=None))
     if config.data.heldout != DEMO and config.data.open == DEMO:
         config = replace(config, data=replace(config.data, open=None))
     parts = demo_parts(config, stage=stage)
@@ -84,8 +84,8 @@ def resolve_demo(config: RunConfig, *, stage: int) -> RunConfig:
     models = {"student.path": built.student_base, "teacher.path": built.teacher}
     if config.student.path == DEMO_STAGE1 or (stage == 2 and config.student.path == DEMO):
         models["student.path"] = _stage1(config, built.student_base, STAGE1[config.demo_size])
-        if config.eval.beside == DEMO:
-            models["eval.beside"] = _stage1(config, models["student.path"], MORE)
+        if config.eval.baseline == DEMO:
+            models["eval.baseline"] = _stage1(config, models["student.path"], MORE)
     files = {
         "prompts": built.rl,
         "warmup": built.warmup,
