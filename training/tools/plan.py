@@ -184,13 +184,13 @@ def _line(name: str, cells: Sequence[str], width: int = 34) -> str:
 def _parts_table(columns: dict[str, RankMemory]) -> list[str]:
     """Parts that stay, moments on top of them (the worst one counts), total."""
     lines = [_line("", [name.upper() for name in columns])]
-    for kind, heading in (("static", ""), ("moments", "while it lasts: ")):
+    for kind, heading in (("static", ""), ("moments", "during ")):
         names = list(dict.fromkeys(name for rank in columns.values() for name in getattr(rank, kind)))
         for name in names:
             cells = [getattr(rank, kind).get(name) for rank in columns.values()]
             lines.append(_line(heading + name, ["-" if cell is None else _gb(cell) for cell in cells], 46))
     lines[0] = _line("", [name.upper() for name in columns], 46)
-    lines.append(_line("total (all parts and the worst moment)", [_gb(r.total) for r in columns.values()], 46))
+    lines.append(_line("total (all parts and the largest phase)", [_gb(r.total) for r in columns.values()], 46))
     return lines
 
 
