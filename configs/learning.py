@@ -30,12 +30,12 @@ class SamplingConfig:
     temperature: PositiveFinite = 1.0
     """Softmax temperature of sampling and of every policy log-probability."""
     prompts_at_once: NonNegativeInt = 0
-    """Prompts that a rank samples at a time: the cache is that much smaller, and the teacher scores them while the next
-    ones are sampled. 0: all of the step."""
+    """Prompts that a rank samples at a time: the cache is smaller, and the teacher scores them while the next ones are
+    sampled. 0: all prompts of the step."""
     teacher_mix: ZeroToBelowOne = 0.0
     """alpha: share of the teacher in what is sampled from (MiniLLM, arXiv 2306.08543, section 2.2). 0: student only."""
     mix_by: Literal["token", "response"] = "token"
-    """Mix at each token (equal tokenizers), or let the teacher write a response whole (any tokenizers)."""
+    """Mix at each token (equal tokenizers), or let the teacher write whole responses (any tokenizers)."""
     mix_weight: Literal["token", "sequence"] = "token"
     """Importance weight of mixed samples: pi/q of the token (the paper's approximation, less variance), or of the
     whole response (exact)."""
@@ -52,17 +52,17 @@ class ActorConfig:
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
     max_grad_norm: PositiveFloat = 1.0
-    """Global gradient norm above which gradients are scaled down."""
+    """Gradients are clipped to this global norm."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     offload: bool = False
     """Keep the optimizer state in CPU memory (GPU runs, ZeRO 1 to 3)."""
     micro_batch_tokens: PositiveInt = 8192
-    """Packed tokens in one forward and backward pass; a longer single group is run by itself."""
+    """Packed tokens in one forward and backward pass; a single group that is longer gets a pass of its own."""
     updates_per_rollout: PositiveInt = 1
-    """Optimizer steps on one batch of samples; the prompts are dealt into that many mini-batches."""
+    """Optimizer steps on one batch of samples, whose prompts are divided into that many mini-batches."""
     max_skipped: PositiveInt = 10
-    """Updates in a row that may be skipped for a non-finite loss or score before the run ends."""
+    """End the run after so many updates in a row were skipped because of a non-finite loss or score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +80,14 @@ class ApiConfig:
     timeout_s: PositiveFloat = 60.0
     """Seconds that a reply may take."""
     attempts: PositiveInt = 6
-    """Times that a question is asked before it counts as unanswered; the pauses between are the openai client's own, or
-    what the endpoint asks for."""
+    """Attempts before a question counts as unanswered; the pauses between are the openai client's, or what the endpoint
+    asks for."""
     requests_per_minute: NonNegativeFloat = 0.0
     """Most requests a minute of each process. 0: no limit."""
     parallel: PositiveInt = 4
-    """Requests under way at once."""
+    """Concurrent requests."""
     dollars_per_million_in: NonNegativeFloat = 0.0
-    """Price of a million prompt tokens, for the count of the cost."""
+    """Price of a million prompt tokens, to compute the cost."""
     dollars_per_million_out: NonNegativeFloat = 0.0
     """Price of a million reply tokens."""
 
@@ -99,7 +99,7 @@ class BilingualConfig:
     path: str | None = None
     """Hugging Face directory of an encoder-decoder model for translation, or of a causal one."""
     instruction: str = "{text}"
-    """What the model is given; a causal one needs words around {text} (`Faroese: {text}\\nEnglish:`), T5 a prefix."""
+    """What the model gets; a causal one needs words around {text} (`Faroese: {text}\\nEnglish:`), T5 a prefix."""
     source_language: str | None = None
     """Name of Faroese for tokenizers that ask for one (NLLB: fao_Latn)."""
     target_language: str | None = None
@@ -109,54 +109,55 @@ class BilingualConfig:
     batch: PositiveInt = 32
     """Texts translated at a time."""
     template: str = "Question: {question}\nAnswer:"
-    """English prompt of a question; its context, where it has one, stands before it as `Text: ...` in a line."""
+    """English prompt of a question; its context, if any, comes before it in a line `Text: ...`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """From log-probabilities to token rewards (DESIGN: docs/algorithms.md)."""
+    """From log-probabilities to token rewards (docs/algorithms.md)."""
 
     length_alpha: Finite = 1.0
     """teacher_logprob: the sum over a response is divided by T**alpha. 1: mean of a token, 0: plain sum."""
     length_normalize: bool = True
-    """minillm: the long part is the mean, not the sum, of the rewards that follow."""
+    """minillm: the long part is the mean of the rewards that follow, not their sum."""
     gamma: ClosedUnitInterval = 1.0
     """minillm: discount of the long part, in powers relative to the token."""
     teacher_weight: Finite = 1.0
     """Weight of `teacher` in the reward; each of `teachers` has its own."""
     similarity_weight: Finite = 0.0
-    """Weight of an extra part: likeness 0..1 to the nearest of the data's answers. Needs answers in the prompts."""
+    """Weight of an extra part: similarity 0..1 to the nearest of the data's answers. Needs answers in the prompts."""
     similarity_metric: Literal["rouge_l", "chrf", "bleu", "exact_match", "token_f1", "edit"] = "rouge_l"
-    """How that likeness is measured (rewards/parts/similarity.py)."""
+    """How the similarity is measured (rewards/parts/similarity.py)."""
     language_weight: Finite = 0.0
     """Weight of an extra part: is the response Faroese, 0..1 (rewards/parts/language.py)."""
     language_dictionary: str | None = None
-    """Half of that part is the share of words that a Hunspell dictionary knows: `auto` for the installed Faroese one,
-    or a path without .dic and .aff. None: no dictionary. Needs the package spylls."""
+    """Also check words with a Hunspell dictionary, which counts for half of that part: `auto` for the installed Faroese
+    one, or a path without .dic and .aff. None: no dictionary. Needs the package spylls."""
     format_weight: Finite = 0.0
-    """Weight of an extra part: 1 where the response ended by itself and the whole of it matches `format_pattern`."""
+    """Weight of an extra part: 1 if the response ended by itself and all of it matches `format_pattern`."""
     format_pattern: str = r"[^\n]*\S[^\n]*"
-    """Regular expression for the whole response. Default: one line with something on it."""
+    """Regular expression for the whole response. Default: one line that is not blank."""
     length_weight: Finite = 0.0
-    """Weight of an extra part: 1 for a response of so many words, less outside, 0 at none and at twice the most."""
+    """Weight of an extra part: 1 for a response of a number of words in the range below, falling to 0 at no words and
+    at twice the maximum."""
     length_min_words: PositiveInt = 1
-    """Words from which a response is long enough."""
+    """Fewest words of that range."""
     length_max_words: int = 20
-    """Words up to which a response is short enough."""
+    """Most words of that range."""
     judge_weight: Finite = 0.0
-    """Weight of an extra part: the mark 0..1 of a model behind an OpenAI-compatible endpoint (`judge`)."""
+    """Weight of an extra part: the rating 0..1 by a model behind an OpenAI-compatible endpoint (`judge`)."""
     bilingual_weight: Finite = 0.0
     """Weight of an extra part: the teacher's mean log-probability of a token (nats, at most 0) of the answer's English
     translation, under an English prompt (`bilingual`)."""
     custom: str | None = None
-    """A function of one's own as an extra part, FILE.py:FUNCTION: from rewards.base.RewardInput to a number for each
+    """Your own function as an extra part, FILE.py:FUNCTION: from rewards.base.RewardInput to a number for each
     response, or for each token (docs/extending.md)."""
     custom_weight: Finite = 1.0
     """Weight of that part."""
     bilingual: BilingualConfig = field(default_factory=BilingualConfig)
     """The translator."""
     judge: ApiConfig = field(default_factory=ApiConfig)
-    """That endpoint."""
+    """The judge's endpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ class GRPOConfig:
     """A group whose scores are all equal: keep it (it counts in the denominators), leave it out, or answer other
     prompts in its place (DAPO's dynamic sampling, arXiv 2503.14476)."""
     resample_rounds: PositiveInt = 2
-    """Most rounds of sampling in place of such groups in a step."""
+    """Most rounds of such resampling in a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,25 +186,25 @@ class PPOConfig:
     gae_lambda: ClosedUnitInterval = 0.95
     """Lambda of GAE."""
     kl_penalty: NonNegativeFloat = 0.02
-    """Coefficient of -(log pi_b - log pi_ref) in the reward: the fixed one, or the first of the adaptive one."""
+    """Coefficient of -(log pi_b - log pi_ref) in the reward: fixed, or the initial value of the adaptive one."""
     kl_target: PositiveFloat | None = None
-    """Nats a token that the adaptive controller aims at. None: fixed coefficient."""
+    """Target of the adaptive coefficient, in nats a token. None: the coefficient is fixed."""
     value_clip: PositiveFloat = 0.2
-    """Values move at most this far from their old ones in one update."""
+    """Values are clipped to this distance from their old ones in an update."""
     whiten: bool = True
     """Centre and scale the advantages over all tokens of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Course of a weight over the run: its value times a factor that goes from 1 to `final`."""
+    """Schedule of a weight over the run: its value times a factor that goes from 1 to `final`."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """Constant: the factor stays 1."""
     final: NonNegativeFloat = 0.0
     """Factor at the end."""
     steps: PositiveInt | None = None
-    """RL steps until the end is reached. None: those of the run."""
+    """RL steps until `final` is reached. None: all steps of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,25 +240,25 @@ class LossConfig:
     single_step_coef: NonNegativeFloat | None = None
     """lambda_1, weight of MiniLLM's exact single-step KL. None: 1 with minillm and equal tokenizers, else 0."""
     single_step_entries: NonNegativeInt = 0
-    """L_single from the teacher's K likeliest entries and one bucket for the rest: a lower bound that spares the
-    trainer the product with the teacher's output layer, for a second request. 0: exact, from its hidden states."""
+    """L_single from the teacher's K likeliest entries and one bucket for the rest: a lower bound, which saves the
+    product with the teacher's output layer but needs a second request. 0: exact, from its hidden states."""
     policy_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Course of policy_coef over the run."""
+    """Schedule of policy_coef."""
     kl_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Course of kl_coef."""
+    """Schedule of kl_coef."""
     pt_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Course of pt_coef."""
+    """Schedule of pt_coef."""
     bc_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Course of bc_coef."""
+    """Schedule of bc_coef."""
     single_step_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Course of single_step_coef."""
+    """Schedule of single_step_coef."""
     gradient_shares_every: NonNegativeInt = 0
     """Steps between measurements of each term's gradient norm (costs one more backward pass a term). 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """The baselines beside reinforcement learning (`--recipe`)."""
+    """The baselines (`--recipe`)."""
 
     answer_temperature: NonNegativeFloat = 0.0
     """Stage 1 from the teacher, seqkd, sampled_ce: temperature of the teacher's answers. 0: greedy."""
@@ -269,8 +270,8 @@ class DistillConfig:
     """bond: weight of imitating the best of N (forward KL) against the quantile reward (backward KL), arXiv
     2407.14622."""
     warp_rate: ClosedUnitInterval = 0.5
-    """warp: place of the exported student between the start of the run (0) and its end (1) (arXiv
-    2406.16768, eq. 5)."""
+    """warp: the exported student is interpolated between the start of the run (0) and its end (1) (arXiv 2406.16768,
+    eq. 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,31 +15,31 @@ DEMO_STAGE1 = "demo-stage1"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Train a low-rank adapter in place of the whole student (LoRA, arXiv 2106.09685), through peft."""
+    """Train a low-rank adapter instead of the whole student (LoRA, arXiv 2106.09685), with peft."""
 
     rank: NonNegativeInt = 0
     """Rank of the update of each matrix. 0: no adapter, every parameter is trained."""
     alpha: PositiveInt = 16
     """The update is scaled by alpha / rank."""
     targets: str = "all-linear"
-    """Modules that get one: `all-linear`, or names with commas between (q_proj,v_proj)."""
+    """Modules that get an adapter: `all-linear`, or names separated by commas (q_proj,v_proj)."""
     four_bit: bool = False
     """Hold the frozen weights in 4 bits (NF4, QLoRA, arXiv 2305.14314). Needs the package bitsandbytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskedConfig:
-    """A model that answers questions, and how it is asked."""
+    """A model that answers questions, and its prompt format."""
 
     path: str = DEMO
     """Hugging Face model directory (config.json, safetensors, tokenizer), a hub id, or `demo`."""
     prompt: Literal["auto", "plain", "chat"] = "auto"
-    """How it is asked: in the text of data.template (plain), with that as a user's message in its tokenizer's chat
-    template (chat), or so where it has one (auto)."""
+    """Prompt format: the text of data.template (plain), that text as a user's message in the tokenizer's chat template
+    (chat), or chat if there is a template and plain otherwise (auto)."""
     system_prompt: str | None = None
-    """A system message before the user's (chat)."""
+    """System message before the user's message (chat)."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
-    """What else its chat template takes, as `{"enable_thinking": false}` (Qwen 3)."""
+    """More arguments of the chat template, such as `{"enable_thinking": false}` (Qwen 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class StudentConfig(AskedConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (the critic's too): less memory, about a third more time."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """Train an adapter only."""
+    """Train only an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,12 @@ class ReferenceConfig:
     """The frozen student that the KL term is measured against."""
 
     update: Literal["fixed", "every", "ema"] = "fixed"
-    """Stays the start of the run; becomes the student every `every` steps; or follows it as a moving average, which
-    keeps 0.99 of itself at each step (WARP, arXiv 2406.16768)."""
+    """The reference is the start of the run (fixed), is replaced by the student every `every` steps (every), or follows
+    it as a moving average with decay 0.99 (ema; WARP, arXiv 2406.16768)."""
     every: PositiveInt = 50
     """Steps between updates (`every`)."""
     kl_limit: PositiveFloat | None = None
-    """Nats a token of KL to the start of the run beyond which the run stops with a checkpoint. None: no limit."""
+    """Stop the run, with a checkpoint, if the KL to its start exceeds this, in nats a token. None: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,40 +76,40 @@ class TeacherConfig(AskedConfig):
     SGLang at `url`), or another row of BACKENDS (inference/model/backend.py). `auto`: `openai` where there is a `url`,
     else Megatron where it computes exactly what the model is."""
     url: str | None = None
-    """Where vLLM or SGLang serves it already (`http://host:8000/v1`). `path` is then read for its tokenizer and
-    config.json alone. The server's key is read from the environment (OPENAI_API_KEY)."""
+    """Address where vLLM or SGLang already serves it (`http://host:8000/v1`). `path` is then read only for its
+    tokenizer and config.json. The server's key is read from the environment (OPENAI_API_KEY)."""
     served_name: str | None = None
-    """Its name at `url`. None: the only model there."""
+    """Name of the model at `url`. None: the only model there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and compute type. Log-probabilities are always reduced in float32."""
     tensor_parallel: PositiveInt = 2
-    """Processes that share one teacher. Must divide the number of attention heads. The transformers backend has one
-    process, which deals the layers to so many CUDA devices."""
+    """Processes over which one teacher is split. Must divide the number of attention heads. The transformers backend
+    has one process, which spreads the layers over so many CUDA devices."""
     address: str | None = None
-    """`host:port` of a running server, or the path of its address file; several replicas with commas between. None:
-    start one here, which ends with the trainer. The secret is read from the environment (GRPO_KD_TEACHER_SECRET)."""
+    """`host:port` of a running server, or the path of its address file; several replicas separated by commas. None: the
+    trainer starts a server. The secret is read from the environment (GRPO_KD_TEACHER_SECRET)."""
     devices: str | None = None
-    """CUDA devices of a server that is started here, with commas between, as CUDA_VISIBLE_DEVICES has them. None: those
-    that the trainer's ranks of this machine leave; where they leave too few, the teacher shares theirs (a warning)."""
+    """CUDA devices of a server that the trainer starts, separated by commas, as in CUDA_VISIBLE_DEVICES. None: those
+    that the trainer's ranks on this machine leave; if these are too few, the teacher shares theirs (with a warning)."""
     interface: str = "127.0.0.1"
-    """Address that the server binds to. Only this one."""
+    """Address that the server binds to."""
     port: int = 0
     """TCP port of the server. 0: any free port."""
     threads: PositiveInt = 1
     """CPU threads of each teacher process."""
     timeout_s: PositiveFloat = 600.0
-    """Seconds that a client waits for a lost or slow teacher before the run is checkpointed and leaves with 75."""
+    """Seconds that a trainer waits for a lost or slow teacher before it writes a checkpoint and exits with 75."""
     max_batch_tokens: PositiveInt = 16384
-    """Packed tokens in one teacher forward; larger requests are cut into several."""
+    """Packed tokens in one forward pass of the teacher; larger requests are split."""
     max_cache_tokens: PositiveInt = 65536
-    """Tokens whose keys and values wait for the next decode step (`next`); the longest unused are dropped first."""
+    """Tokens whose keys and values are kept for the next decoding step; the longest unused are dropped first."""
     logit_chunk: PositiveInt = 1024
-    """Tokens whose vocabulary logits are alive at once."""
+    """Tokens whose vocabulary logits are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraTeacherConfig(TeacherConfig):
-    """One more teacher beside `teacher`, with the same settings; its tokenizer may be another one again."""
+    """One more teacher, with the settings of `teacher`; its tokenizer may differ from both."""
 
     name: str
     """Its part of the reward is logged as `reward/REWARD/NAME`."""

@@ -43,29 +43,29 @@ class DataConfig:
     Each is a file, a folder or a data set of the hub (`owner/name:split`), in a layout of docs/data.md."""
 
     prompts: str = DEMO
-    """RL prompts (answers are not used), or `demo`."""
+    """Questions for stage 2 (their answers are not used), or `demo`."""
     warmup: str = DEMO
     """Questions with answers for stage 1, or `demo`."""
     heldout: str = DEMO
     """Held-out questions with answers, or `demo`."""
     open: str | None = None
-    """Open questions asked beside the held-out ones: each row has a `pattern`, a regular expression that a right answer
-    matches whole; or `demo`. None: none are asked."""
+    """Open questions for the evaluation: each row has a `pattern`, a regular expression that matches the whole of a
+    right answer; or `demo`. None: no open questions."""
     validation: str | None = None
-    """Questions for the validation in the loop (eval.every). None: some RL prompts are set aside."""
+    """Questions for the validation during training (eval.every). None: some RL prompts are set aside."""
     text: str | None = DEMO
     """Rows with a `text`, for L_PT; `demo`; or None."""
     template: str = "Spurningur: {question}\nSvar:"
-    """How a question becomes a prompt; its context, where it has one, stands before it as `Tekstur: ...` in a line."""
+    """How a question becomes a prompt; its context, if any, comes before it in a line `Tekstur: ...`."""
     max_prompt_tokens: AtLeastTwo = 512
     """Longer prompts are counted and skipped."""
     text_block_tokens: AtLeastTwo = 64
     """Tokens in one L_PT sequence."""
     text_packing: Literal["blocks", "documents"] = "blocks"
-    """L_PT: texts stand end to end in a block, and a text sees those before it in its block (blocks), or itself only
-    (documents). The same tokens are predicted, without padding, in both."""
+    """L_PT: texts are concatenated into blocks. A text attends to those before it in its block (blocks), or only to
+    itself (documents). Both predict the same tokens, without padding."""
     deduplicate: bool = False
-    """Leave out raw texts that occurred before (but for case and white space). They are counted in any case."""
+    """Leave out repeated raw texts (ignoring case and white space). They are counted in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,23 +77,23 @@ class EvalConfig:
     batch: PositiveInt = 64
     """Questions answered at a time."""
     kl_samples: PositiveInt = 1
-    """Sampled answers a question for the reverse KL to the teacher, and for the share of right open answers."""
+    """Sampled answers per question, for the reverse KL to the teacher and the share of right open answers."""
     baseline: str | None = None
-    """Another student of the same shape, a baseline that is asked the same questions at the end: a model directory, or
-    `demo`. None: none is."""
+    """A baseline that is evaluated on the same questions at the end: the directory of a model with the student's shape,
+    or `demo`. None: no baseline."""
     minimal_pairs: NonNegativeInt = 0
-    """Pairs of a right sentence and one with a mistake that teacher and student judge at the start of stage 2; a
-    teacher that is no better at it gets a warning. 0: none."""
+    """Pairs of a right sentence and one with a mistake on which teacher and student are compared before stage 2, with a
+    warning if the teacher is no better. 0: none."""
     every: NonNegativeInt = 0
-    """Steps between validations in the loop, on other questions than the held-out ones. 0: none."""
+    """Steps between validations during training, on other questions than the held-out ones. 0: none."""
     validation_questions: PositiveInt = 64
-    """Questions of such a validation: set aside from the RL prompts, or the first ones of data.validation."""
+    """Questions of a validation: set aside from the RL prompts, or the first ones of data.validation."""
     metric: Literal["f1", "exact_match", "reverse_kl"] = "f1"
-    """What makes a checkpoint the best: F1 or exact match (higher), or reverse KL to the teacher (lower)."""
+    """By what the best checkpoint is chosen: F1 or exact match (higher), or reverse KL to the teacher (lower)."""
     patience: NonNegativeInt = 0
-    """Validations in a row without a better one after which the run ends. 0: it never does."""
+    """End the run after so many validations in a row without a better one. 0: never."""
     export: Literal["last", "best"] = "last"
-    """Which student is exported and evaluated at the end: that of the last step, or of the best validation."""
+    """Which student is exported and evaluated at the end: of the last step, or of the best validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +103,11 @@ class SFTConfig:
     steps: PositiveInt = 100
     """Optimizer steps."""
     batch: PositiveInt = 32
-    """Examples a step, over all ranks."""
+    """Examples per step, over all ranks."""
     learning_rate: PositiveFinite = 1e-5
     """Peak learning rate; the rest of the optimizer is the actor's."""
     answers: Literal["data", "teacher"] = "data"
-    """Train on the answers in data.warmup, or on the teacher's to data.prompts (asked through its server, cached)."""
+    """Train on the answers in data.warmup, or on the teacher's answers to data.prompts (from its server, cached)."""
     samples: PositiveInt = 1
     """The teacher's answers to each prompt, at distill.answer_temperature."""
     output: str | None = None
@@ -119,24 +119,24 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     every: PositiveInt = 50
-    """Steps between checkpoints; one more is written at the end."""
+    """Steps between checkpoints. One more is written at the end."""
     keep: PositiveInt = 2
-    """Checkpoints kept, besides the best."""
+    """Checkpoints that are kept, in addition to the best."""
     asynchronous: bool = False
-    """Write in the background, from a copy of the states in the host's memory, while training goes on."""
+    """Write in the background, from a copy of the states in host memory, while training continues."""
     on_error: Literal["stop", "continue"] = "stop"
-    """Where a checkpoint cannot be written (full disk): end the run with the reason, or warn and go on without it. The
-    ones before it stay whole in both cases."""
+    """If a checkpoint cannot be written (full disk): end the run with the reason, or warn and continue without it.
+    Earlier checkpoints stay intact in both cases."""
     samples_every: PositiveInt = 10
     """Steps between entries in samples.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Giving the student back."""
+    """Sharing the student."""
 
     push_to_hub: str | None = None
-    """Hub repository (owner/name) that the finished export is uploaded to; made, private, where there is none."""
+    """Hub repository (owner/name) to which the finished export is uploaded; created as private if it does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,41 +146,41 @@ class RunConfig:
     algo: str = "grpo"
     """Advantage estimator, a row of training/algorithms.py: group baseline (grpo) or critic (ppo)."""
     reward: str = "minillm"
-    """What a teacher's log-probabilities make of a response, a row of rewards/__init__.py: the log-likelihood itself
-    (teacher_logprob), or MiniLLM's reverse-KL reward (minillm)."""
+    """Reward of a response, a row of rewards/__init__.py: the teacher's log-likelihood (teacher_logprob), or MiniLLM's
+    reverse-KL reward (minillm)."""
     recipe: str = "rl"
-    """What is done with them: reinforcement learning (rl; warp: with averaged weights), or a baseline beside it:
-    supervised on the teacher's answers (seqkd), cross-entropy on sampled teacher tokens there (sampled_ce),
-    divergence to the teacher on the student's own answers (gkd), best of N (bond). See docs/algorithms.md."""
+    """How the student learns: reinforcement learning (rl; warp: with averaged weights), or a baseline: supervised on
+    the teacher's answers (seqkd), cross-entropy on sampled teacher tokens of these answers (sampled_ce), divergence to
+    the teacher on the student's own answers (gkd), best of N (bond). See docs/algorithms.md."""
     name: str | None = None
     """Name of the run's folder. None: ALGO-REWARD, -RECIPE where it is not rl, and -seedSEED where it is not 0."""
     runs_dir: str = "runs"
     """Folder of all runs."""
     cache_dir: str = "runs/cache"
-    """Folder of what can be made again: demo models, teacher answers."""
+    """Folder of what can be recomputed: demo models, teacher answers."""
     demo_size: Literal["demo", "small", "tiny"] = "demo"
-    """Size of the embedded demo's models; `small` has a smaller student, `tiny` is for tests and learns little."""
+    """Size of the built-in demo's models; `small` has a smaller student, `tiny` is for tests and learns little."""
     seed: Seed = 0
     """Seed of sampling, data order and new weights."""
     steps: PositiveInt = 100
     """RL steps."""
     prompts_per_step: PositiveInt = 16
-    """N: prompts sampled a step, over all ranks."""
+    """N: prompts per step, over all ranks."""
     report_to: str = "tensorboard"
-    """Where the numbers of each step are shown besides metrics.jsonl: tensorboard, wandb, mlflow, with commas between;
-    or none."""
+    """Where each step's metrics are logged in addition to metrics.jsonl: tensorboard, wandb, mlflow, separated by
+    commas; or none."""
     threads: PositiveInt | None = None
-    """CPU threads of each trainer process. None: the cores divided among the trainer's local ranks."""
+    """CPU threads of each trainer process. None: the cores, divided among the trainer's ranks on the machine."""
     time_limit_s: PositiveFloat | None = None
-    """Seconds that one start of the run may take: it checkpoints in time and leaves with 75. Where SLURM says when the
-    job ends, that counts as well. None: no limit of our own."""
+    """Seconds that one start of the run may take: it writes a checkpoint in time and exits with 75. The end of a SLURM
+    job is respected as well. None: no other limit."""
     stuck_timeout_s: float = 900.0
-    """Seconds without any progress on any rank after which the run ends and says who has not arrived. Longer than
+    """End the run after so many seconds without progress on any rank, and name the rank that hangs. Must be longer than
     teacher.timeout_s and than a checkpoint takes."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: tuple[ExtraTeacherConfig, ...] = ()
-    """More teachers, whose rewards are added by weight. A list in YAML; `name` and `path` are needed in each."""
+    """More teachers, whose weighted rewards are added. A list in YAML; each needs `name` and `path`."""
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
