@@ -383,7 +383,7 @@ def already_finished(folder: RunFolder, config: RunConfig) -> bool:
         if not (folder.path / "report.html").is_file():  # killed before it was made
             _report(folder)
         _print_table(folder, summary)
-        print("The run was finished already; choose another --name to run it anew.", flush=True)
+        print("The run was finished already; choose another --name for a new run.", flush=True)
     return True
 
 

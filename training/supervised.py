@@ -148,7 +148,7 @@ def run_stage(
     done = summary.get("status") == "finished" and summary["steps"] >= config.sft.steps
     if done and exported(config, folder).is_dir():
         if launcher.environment_rank() == 0:
-            print(f"stage {number} was finished already; choose another --name to run it anew", flush=True)
+            print(f"stage {number} was finished already; choose another --name for a new run", flush=True)
         return 0
     supervisor = Supervisor(config, folder.path, stop)
 

@@ -33,7 +33,7 @@ def find_model(key: str, path: str | Path, *, weights: bool = True) -> Path:
     except errors.GatedRepoError:
         mend = f"the model is gated: ask for access at https://huggingface.co/{name}, then {login}"
     except errors.RepositoryNotFoundError:
-        mend = f"no such directory, and no such model on the hub; mend the name, or {login} if it is a private one"
+        mend = f"no such directory, and no such model on the hub; correct the name, or {login} if it is a private one"
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
         offline = constants.HF_HUB_OFFLINE
         why = "HF_HUB_OFFLINE is set" if offline else f"the hub does not give it ({type(error).__name__})"

@@ -74,7 +74,7 @@ def _read_place(path: str) -> Iterator[Placed]:
     try:
         yield from READERS.get(layout(file), _read_lines)(file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: its gzip is damaged ({' '.join(str(error).split())}); pack it anew") from None
+        raise ValueError(f"{file}: its gzip is damaged ({' '.join(str(error).split())}); compress it again") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
@@ -149,7 +149,7 @@ def _parse_row(raw: bytes, where: str) -> Row:
         mend = "write one whole JSON object on each line"
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); {mend}") from None
     except ValueError as error:
-        raise ValueError(f"{where}: {error}; mend the row") from None
+        raise ValueError(f"{where}: {error}; correct the row") from None
     return _object(row, where)
 
 

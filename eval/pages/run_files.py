@@ -90,7 +90,7 @@ def _read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
             by_step[int(row["step"])] = row
         except (ValueError, KeyError, TypeError):
             if number < len(lines):  # the last line of a killed run may be half a line
-                raise ValueError(f"{path}:{number}: not an object with a `step`; mend or delete the line") from None
+                raise ValueError(f"{path}:{number}: not an object with a `step`; correct or delete the line") from None
     steps = sorted(by_step)
     keys = dict.fromkeys(key for step in steps for key, value in by_step[step].items() if is_number(value))
     keys.pop("step", None)

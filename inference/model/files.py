@@ -116,7 +116,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {name: Stored(file, one.get_dtype(), tuple(one.get_shape())) for name, one in found.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file.name} is damaged ({' '.join(str(error).split())[:150]}); copy it anew") from None
+        raise ValueError(f"{file.name} is damaged ({' '.join(str(error).split())[:150]}); copy it again") from None
 
 
 class Checkpoint:

@@ -53,7 +53,7 @@ def test_the_hub_gives_it_or_a_line_says_what_to_do(tmp_path: Path) -> None:
         "--model = 'org/gated': the model is gated: ask for access at https://huggingface.co/org/gated, then run "
         "`hf auth login` or set HF_TOKEN"
     )
-    assert "no such model on the hub; mend the name, or run `hf auth login` or set HF_TOKEN" in online[2]
+    assert "no such model on the hub; correct the name, or run `hf auth login` or set HF_TOKEN" in online[2]
     assert "the hub does not give it" in online[3]
     for line in offline[1:]:
         assert "not in the hub's cache, and HF_HUB_OFFLINE is set; fetch it where there is a network (`hf dow" in line

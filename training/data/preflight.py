@@ -200,7 +200,7 @@ def check_room(named: str, asked: Format, context: int | None, config: RunConfig
             raise ValueError(f"{named}: {error} for {prompt.text[:40]!r}") from None
         mend = (
             f"{named} needs {count} tokens for the prompt {prompt.text[:40]!r}, and its context of "
-            f"{context} leaves {room} beside sampling.max_new_tokens; lower it, or leave that prompt out"
+            f"{context} leaves {room} after sampling.max_new_tokens; lower that, or leave that prompt out"
         )
         require(count <= room, "data.max_prompt_tokens", config.data.max_prompt_tokens, mend)
 

@@ -49,7 +49,7 @@ def format_of(key: str, model: AskedConfig, data: DataConfig) -> Format:
         raise ValueError(f"{key}.path = {model.path!r}: {error}") from None
     words = set(re.findall(r"\w+", tokenizer.get_chat_template() if found.chat else ""))
     unknown = [name for name in model.chat_template_kwargs if name not in words]
-    mend = f"its chat template does not speak of {', '.join(unknown)}; mend the name, or leave it out"
+    mend = f"its chat template does not use {', '.join(unknown)}; correct the name, or leave it out"
     require(not unknown, f"{key}.chat_template_kwargs", model.chat_template_kwargs, mend)
     return found
 

@@ -142,7 +142,7 @@ def find(directory: Path) -> Found | None:
         damage.append(f"{checkpoint.name}: {found}")
     if damage:
         raise NoWholeCheckpoint(
-            f"{directory}: no checkpoint is whole ({'; '.join(damage)}); choose another --name to start anew, "
+            f"{directory}: no checkpoint is whole ({'; '.join(damage)}); choose another --name for a new run, "
             "or delete that folder"
         )
     return None

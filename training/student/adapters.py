@@ -74,7 +74,7 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
     for target in targets if isinstance(targets, list) else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):  # peft asks for one of them alone
             raise ValueError(
-                f"student.adapter.targets = {config.targets!r}: no matrix in it is called {target!r}; mend the name"
+                f"student.adapter.targets = {config.targets!r}: no matrix in it is called {target!r}; correct the name"
             )
     if fused := [name for name, layer in _layers(model) if isinstance(layer, ParamWrapper)]:  # peft's choice, by family
         others = {name.rpartition(".")[2] for name, layer in _layers(model) if not isinstance(layer, ParamWrapper)}

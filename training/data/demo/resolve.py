@@ -75,7 +75,7 @@ def resolve_demo(config: RunConfig, *, stage: int) -> RunConfig:
     if not parts:
         return config
     if not is_demo(config) and environment_rank() == 0:
-        said = "%s: not set, so the demo's is read beside models that are not the demo's; name your own"
+        said = "%s: not set, so the demo's is used with models that are not the demo's; set your own"
         log.warning(said, ", ".join(parts))
     from training.data.demo.models import ensure_demo
 
