@@ -134,7 +134,7 @@ def settle(policy: Policy, path: str) -> None:
     if not policy.grouped:
         log.warning("%s: run in %s, where every response carries its prompt: %s", path, policy.way.value, why)
     log.info(
-        "%s: as transformers computes it in %s, to %.1e nats a token (%.1f s)",
+        "%s: in %s, log-probabilities within %.1e nats a token of transformers (checked in %.1f s)",
         path, policy.way.value, gap, time.perf_counter() - started,
     )  # fmt: skip
 
