@@ -36,7 +36,7 @@ MESSAGES = (
     "KL to the start of the run is ",
     "student: log-probabilities as sampled, as trained and as transformers has them are within ",
     "in every way of running the model",
-    "which are not tokens of both models",
+    "vocabulary columns: not a token of both models",
     "set it to 0 or leave it out",
     "out of memory in phase ",
     "the teacher shares theirs",

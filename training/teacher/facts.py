@@ -65,9 +65,9 @@ class TeacherFacts:
             f"teacher sees ({kinds[1]}): ...{self.teacher.rendered(prompt)[-80:]!r}",
             f"an answer ends with: {ends[0]} for the student, {ends[1]} for the teacher"
             + (", and each stands for the other" if ends[0] != ends[1] else ""),
-            f"masked: {columns - shared} of the student's {columns} vocabulary columns, which are not tokens of both models"
+            f"masked: {columns - shared} of the student's {columns} vocabulary columns: not a token of both models"
             if self.same_tokenizer
-            else f"masked: {columns - shared} of the student's {columns} columns, which no token has; two tokenizers",
+            else f"masked: {columns - shared} of the student's {columns} vocabulary columns: no token; two tokenizers",
         ]
 
     @cached_property

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.alone
 FOREVER = ["--steps", "100000", "--checkpoint.every", "2", "--eval.questions", "2"]
 NAME = "grpo-minillm"
 
-# A reward of zeros that takes its time in step 2 of the first start, so that a signal surely finds the run in that step.
+# A reward of zeros that takes its time in step 2 of the first start, so that a signal is sure to find the run in it.
 PAUSING = """
 import time
 from pathlib import Path
