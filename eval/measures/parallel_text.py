@@ -11,31 +11,23 @@ Sentences with the same number say the same thing. FLORES asks that its text is 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from configs.io.jsonl import read_jsonl
+from configs.io.jsonl import read_jsonl, read_texts
 
-NAMES = {"fao": "Faroese", "eng": "English", "dan": "Danish", "isl": "Icelandic", "nob": "Norwegian", "swe": "Swedish"}
-HUB_TIMEOUT_S = "5"
-"""Seconds that the hub may take to answer at all."""
+NAMES = {"fao": "Faroese", "eng": "English", "dan": "Danish"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelText:
     """The same sentences in several languages."""
 
-    source: str
-    """`hub` or `local`."""
     name: str
-    """Hub id with split, or path."""
+    """Where they are from, and which split."""
     sentences: dict[str, list[str]]
     """By language; equally many."""
-    revision: str | None = None
-    """Of the hub's data set."""
 
     def digest(self, languages: Sequence[str]) -> str:
         """SHA-256 of the sentences of these languages."""
@@ -49,62 +41,29 @@ class ParallelText:
 
 def load_parallel(data: str, languages: Sequence[str], split: str) -> ParallelText:
     """Raises ValueError, naming file and line, where a language is missing or sentences do not match up."""
-    for language in languages:
-        if language not in NAMES:
-            raise ValueError(f"language {language!r}: unknown; there are {', '.join(NAMES)}")
     path = Path(data)
-    if path.is_dir():
-        found = {language: _flores_file(path, f"{language}_Latn", split) for language in languages}
-        return _checked(ParallelText(source="local", name=f"{path} ({split})", sentences=found))
-    if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+    if path.is_file():
         rows = read_jsonl(path, list(languages))
-        found = {language: [" ".join(str(row[language]).split()) for row in rows] for language in languages}
-        return _checked(ParallelText(source="local", name=str(path), sentences=found))
-    if data.count("/") == 1 and not data.startswith((".", "/", "~")):
-        return _checked(_from_hub(data, languages, split))
-    raise ValueError(
-        f"--data {data}: no such folder or file; give a hub id (facebook/flores), FLORES-200's folder, or a .jsonl or "
-        ".csv file with a column for each language"
+        name, found = data, {language: [str(row[language]) for row in rows] for language in languages}
+    elif path.is_dir():
+        name = f"{path} ({split})"
+        found = {language: _flores_file(path / split / f"{language}_Latn.{split}") for language in languages}
+    else:
+        name = f"{data}:{split}"
+        found = {language: _from_hub(f"{data}:{language}_Latn:{split}") for language in languages}
+    counts = {language: len(lines) for language, lines in found.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"{name}: {counts} sentences; each language needs the same ones")
+    return ParallelText(
+        name=name, sentences={language: [" ".join(line.split()) for line in lines] for language, lines in found.items()}
     )
 
 
-def _flores_file(folder: Path, code: str, split: str) -> list[str]:
-    file = folder / split / f"{code}.{split}"
+def _flores_file(file: Path) -> list[str]:
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; a FLORES-200 folder has {split}/{code}.{split}, a sentence a line")
-    lines = file.read_text(encoding="utf-8").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise ValueError(f"{file}:{number}: an empty line; each line is one sentence of all languages")
-    return [line.strip() for line in lines]
+        raise ValueError(f"{file}: no such file; a FLORES-200 folder has it, a sentence a line")
+    return read_texts(file)
 
 
-def _from_hub(name: str, languages: Sequence[str], split: str) -> ParallelText:
-    # Set before the import: a machine without a network is told so in seconds, not in minutes.
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_TIMEOUT_S)
-    import datasets
-    from huggingface_hub import HfApi
-
-    found: dict[str, list[str]] = {}
-    try:
-        revision = HfApi().dataset_info(name, timeout=float(HUB_TIMEOUT_S)).sha
-        for language in languages:
-            rows: Any = datasets.load_dataset(name, f"{language}_Latn", split=split, revision=revision)
-            column = "text" if "text" in rows.column_names else "sentence"
-            found[language] = [" ".join(str(text).split()) for text in rows[column]]
-    except Exception as error:  # the hub's clients raise many kinds; all mean the same to the user
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(
-            f"--data {name}: the hub did not give it ({type(error).__name__}: {reason}); log in where it asks for "
-            "consent, or give FLORES-200's folder or a .jsonl or .csv file"
-        ) from None
-    return ParallelText(source="hub", name=f"{name}:{split}", sentences=found, revision=revision)
-
-
-def _checked(text: ParallelText) -> ParallelText:
-    counts = {language: len(lines) for language, lines in text.sentences.items()}
-    if len(set(counts.values())) != 1 or 0 in counts.values():
-        raise ValueError(f"{text.name}: {counts} sentences; each language needs the same ones")
-    return text
+def _from_hub(name: str) -> list[str]:
+    return [row.get("text") or row["sentence"] for row in read_jsonl(name)]

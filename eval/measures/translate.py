@@ -79,9 +79,12 @@ def translate(model: Model, settings: TranslateSettings) -> Result:
     for direction in settings.directions:
         source, target = direction.split("-")
         shown = examples.first(settings.few_shot)
-        about = {"source": text.source, "path": text.name, "revision": text.revision,
-                 "sha256": text.digest([source, target]), "examples_sha256": shown.digest([source, target]),
-                 "rows": len(text.sentences[source])}  # fmt: skip
+        about = {
+            "path": text.name,
+            "sha256": text.digest([source, target]),
+            "examples_sha256": shown.digest([source, target]),
+            "rows": len(text.sentences[source]),
+        }
         if data.get(direction) == about:
             continue
         written = _written(model, text.sentences[source], direction, shown, settings)

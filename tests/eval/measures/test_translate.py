@@ -199,19 +199,19 @@ def test_mistakes_get_one_line(model_dir: Path, tmp_path: Path, capsys: pytest.C
         return error
 
     data = str(write(tmp_path / "data.jsonl", ROWS))
-    assert "no such folder or file" in ask("--data", str(tmp_path / "none"))
+    assert "none:dan_Latn:devtest: no such file; give a .jsonl" in ask("--data", str(tmp_path / "none"))
     assert "give other sentences for the prompts in --examples" in ask("--data", data)
     assert "a sentence of the prompt is translated too" in ask("--data", data, "--examples", data, "--few_shot", "2")
     assert "has 1 sentences" in ask("--data", data, "--examples", str(write(tmp_path / "one.jsonl", SHOWN)))
     lacking = write(tmp_path / "lacking.jsonl", [ROWS[0], {"fao": "Ja.", "eng": "Yes."}])
     assert "lacking.jsonl:2: key 'dan' is missing" in ask("--data", str(lacking))
-    assert "hub did not give it" in ask("--data", "facebook/flores")  # HF_HUB_OFFLINE is set in tests
+    assert "no data set 'facebook/flores'" in ask("--data", "facebook/flores")  # HF_HUB_OFFLINE is set in tests
     short = ("--data", data, "--few_shot", "0", "--max_new_tokens", "100000", "--directions", "fao-eng")
     assert "lower --few_shot or --max_new_tokens" in ask(*short)
     folder = tmp_path / "flores" / "devtest"
     folder.mkdir(parents=True)
-    assert "no such file; a FLORES-200 folder has devtest/" in ask("--data", str(folder.parent))
+    assert "dan_Latn.devtest: no such file; a FLORES-200 folder has it" in ask("--data", str(folder.parent))
     for code in ("dan", "eng", "fao"):
-        (folder / f"{code}_Latn.devtest").write_text("A.\n\nB.\n" if code == "fao" else "A.\nB.\n")
-    assert "fao_Latn.devtest:2: an empty line" in ask("--data", str(folder.parent))
+        (folder / f"{code}_Latn.devtest").write_text("A.\n\nC.\n" if code == "fao" else "A.\nB.\nC.\n")
+    assert "{'dan': 3, 'eng': 3, 'fao': 2} sentences; each" in ask("--data", str(folder.parent))
     assert not (tmp_path / "runs").exists()  # nothing half-written
