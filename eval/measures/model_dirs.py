@@ -8,22 +8,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from configs.io.files import read_yaml
+from configs.io.hub import base_of, find_model, has_tokenizer, is_adapter
 
-from configs.io.hub import base_of, find_model, is_adapter
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+def newest_run(runs_dir: Path, file: str = "config.yaml") -> Path:
+    """The run whose `file` was written last. Raises ValueError where none has it."""
+    found = list(runs_dir.glob(f"*/{file}"))
+    if not found:
+        raise ValueError(
+            f"--runs_dir = {str(runs_dir)!r}: no run with {file} in it; train first (bash slurm/run_stage2_grpo.sh), "
+            "or name one"
+        )
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    return runs_dir / newest.relative_to(runs_dir).parts[0]
 
 
 def newest_export(runs_dir: Path) -> Path:
     """The export that was written last."""
-    exports = [path.parent for path in runs_dir.glob("*/export/config.json")]
-    if not exports:
-        raise ValueError(
-            f"--runs_dir = {str(runs_dir)!r}: no run with an export in it; train first (bash slurm/run_stage2_grpo.sh) "
-            "or give --model DIR"
-        )
-    return max(exports, key=lambda export: (export / "config.json").stat().st_mtime_ns)
+    return newest_run(runs_dir, "export/config.json") / "export"
 
 
 def check_model(named: str | Path) -> Path:
@@ -43,7 +46,7 @@ def check_model(named: str | Path) -> Path:
         raise ValueError(f"{name}: no config.json in it; give a Hugging Face model directory")
     if not any(model.glob("*.safetensors")):
         raise ValueError(f"{name}: no weights (*.safetensors) in it; save the model with save_pretrained")
-    if not any((model / file).is_file() for file in TOKENIZER_FILES):
+    if not has_tokenizer(model):
         raise ValueError(f"{name}: no tokenizer in it; save one there with save_pretrained")
     return model
 
@@ -58,12 +61,7 @@ def run_of(model: str | Path) -> Path | None:
 def run_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """The settings in a run's config.yaml. Raises ValueError where it is not there, or lacks a `needed` section."""
     file = run / "config.yaml"
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{run}: no config.yaml in it; give the folder of a run (runs/NAME)") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    content = read_yaml(file)
     if not isinstance(content, dict) or not set(needed) <= content.keys():
         raise ValueError(f"{file}: not the config.yaml of a run; give the folder of a run (runs/NAME)")
     return content
@@ -78,18 +76,3 @@ def output_folder(model: str | Path, runs_dir: str | Path) -> Path:
         digest = hashlib.sha256(resolved.encode()).hexdigest()[:8]
         run = Path(runs_dir) / "models" / f"{Path(resolved).name}-{digest}"
     return run / "eval"
-
-
-def newest_run(runs_dir: str | Path) -> Path:
-    """The run whose evaluation or configuration was written last. Raises ValueError where there is none."""
-    runs = [path.parent for path in Path(runs_dir).glob("*/config.yaml")]
-    if not runs:
-        raise ValueError(
-            f"--runs_dir = {str(runs_dir)!r}: no run in it; train first (bash slurm/run_stage2_grpo.sh), or name one"
-        )
-
-    def written(run: Path) -> int:
-        files = [run / "config.yaml", run / "summary.json", *run.glob("eval/*.json")]
-        return max(file.stat().st_mtime_ns for file in files if file.is_file())
-
-    return max(runs, key=written)

@@ -184,7 +184,7 @@ def test_long_prompts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda run: (run / "export" / "config.json").unlink(), "no run with an export"),
+        (lambda run: (run / "export" / "config.json").unlink(), "no run with export/config.json in it"),
         (lambda run: (run / "export" / "model.safetensors").unlink(), "no weights"),
         (lambda run: (run / "export" / "model.safetensors").write_bytes(b"half"), "cannot be loaded"),
         (lambda run: [file.unlink() for file in (run / "export").glob("token*")], "no tokenizer"),
@@ -193,7 +193,7 @@ def test_long_prompts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[
         (lambda run: (run / "heldout.jsonl").write_text("{}\n{"), "heldout.jsonl:1: key 'question' is missing"),
         (lambda run: (run / "heldout.jsonl").unlink(), "heldout.jsonl: no such file"),
         (lambda run: (run / "config.yaml").write_text("- a"), "config.yaml: not the config.yaml of a run"),
-        (lambda run: (run / "config.yaml").write_text("a: {"), "config.yaml: not YAML"),
+        (lambda run: (run / "config.yaml").write_text("a: {"), "config.yaml: while parsing a flow node"),
         (lambda run: (run / "config.yaml").unlink(), "give --data FILE.jsonl"),
     ],
 )

@@ -266,7 +266,7 @@ def test_newest_run_is_the_default_and_mistakes_get_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--runs_dir", str(tmp_path)]) == 2
-    assert "no run in it" in capsys.readouterr().err
+    assert "no run with config.yaml in it" in capsys.readouterr().err
     assert main(["--run", str(tmp_path / "none"), "--runs_dir", str(tmp_path)]) == 2
     assert "no config.yaml" in capsys.readouterr().err
     run, _ = write_everything(tmp_path)
