@@ -53,11 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
         command.add_argument("--runs_dir", type=Path, default=Path(RunConfig().runs_dir), help="folder of all runs")
         add_options(command, settings_of(measure))
-    options = parser.parse_args(arguments)
-    settings = settings_of(MEASURES[options.measure])
-    given = {one.name: getattr(options, one.name) for one in fields(settings)}
-    asked = settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
-    return exit_code(lambda: run(options.measure, options.model, asked, options.dtype, options.runs_dir))
+    args = parser.parse_args(arguments)
+    settings = settings_of(MEASURES[args.measure])
+    return exit_code(lambda: run(args.measure, args.model, read_options(args, settings), args.dtype, args.runs_dir))
 
 
 def settings_of(measure: Callable[..., Result]) -> type[Any]:
@@ -90,9 +88,16 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
         parser.add_argument(f"--{one.name}", help=said.get(one.name), required=needed, default=default, **extra)
 
 
+def read_options(args: argparse.Namespace, settings: type[Any]) -> Any:
+    """The dataclass from the options of its fields. Raises ValueError for a number out of its range."""
+    given = {one.name: getattr(args, one.name) for one in fields(settings)}
+    found = settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    check_ranges(found, "--")
+    return found
+
+
 def run(name: str, models: Sequence[str], settings: Any, dtype: str, runs_dir: Path) -> list[Result]:
     """Measure each model, write its result, and print them all. Raises ValueError where something is to be mended."""
-    check_ranges(settings, "--")
     for path in models:
         check_model(path)
     from eval.measures import MEASURES

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import threading
-import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +25,9 @@ SPLITS = ("train", "val", "test")
 ENTITY_LABELS = ("O", *(f"{part}-{kind}" for kind in ("LOC", "ORG", "PER", "MISC") for part in "BI"))
 PROBE_S = 5.0
 Row = dict[str, Any]
-Source = Literal["hub", "local", "demo"]
+Task = Literal["foqa", "fone", "scala-fo", "fosent", "wikiann-fo", "multi-wiki-qa-fo"]
+DEMO_SPLITS = "euroeval"
+"""Folder of the demo's splits, beside its held-out questions (training/data/demo/splits.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class TaskFormat:
     """Counts on EuroEval's leaderboard."""
 
 
-TASKS: dict[str, TaskFormat] = {
+TASKS: dict[Task, TaskFormat] = {
     "foqa": TaskFormat(source="EuroEval/foqa", kind="question", few_shot=4),
     "fone": TaskFormat(source="EuroEval/fone-mini", kind="entities", few_shot=8, labels=ENTITY_LABELS),
     "scala-fo": TaskFormat(source="EuroEval/scala-fo", kind="label", few_shot=12, labels=("correct", "incorrect")),
@@ -71,7 +70,12 @@ OFFICIAL = tuple(name for name, task in TASKS.items() if task.official)
 # --- local splits --------------------------------------------------------------------------------------------------
 
 
-def check_splits(folder: Path, tasks: Sequence[str]) -> None:
+def is_demo(folder: Path) -> bool:
+    """Whether these splits are the demo's, which is built into a folder of this name (training/data/demo/models.py)."""
+    return folder.name == DEMO_SPLITS and folder.parent.name.startswith("demo-")
+
+
+def check_splits(folder: Path, tasks: Sequence[Task]) -> None:
     """Read every local split of `tasks`; ValueError names file, row and mend."""
     for name in tasks:
         task = TASKS[name]
@@ -190,27 +194,12 @@ def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 # --- the hub -------------------------------------------------------------------------------------------------------
 
 
-def probe_hub(tasks: Sequence[str]) -> str | None:
+def probe_hub(tasks: Sequence[Task]) -> str | None:
     """None where the hub answers for the first task's data set within PROBE_S; else what it said instead."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return "HF_HUB_OFFLINE is set"
-    url = f"{endpoint()}/api/datasets/{TASKS[tasks[0]].source}"
-    said: list[str | None] = [f"{url}: no answer within {PROBE_S:.0f} s"]
+    from huggingface_hub import HfApi
 
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=PROBE_S) as reply:
-                said[0] = None if reply.status == 200 else f"{url}: HTTP {reply.status}"
-        except (OSError, ValueError) as error:
-            said[0] = f"{url}: {' '.join(str(error).split())}"
-
-    # In a thread: looking a host name up has no time-out of its own.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_S)
-    return said[0]
-
-
-def endpoint() -> str:
-    """Address of the hub."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    try:
+        HfApi().dataset_info(TASKS[tasks[0]].source, timeout=PROBE_S)
+    except Exception as error:  # the hub's client raises many kinds
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None

@@ -22,11 +22,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from configs.io.files import write_atomically
 from configs.io.results import Result, Value, read_result, versions
-from eval.euroeval.data import TASKS, Row, Source, endpoint, fingerprint, stage
+from configs.ranges import PositiveInt
+from configs.schema import RunConfig
+from eval.euroeval.data import OFFICIAL, TASKS, Row, Task, fingerprint, is_demo, stage
 from eval.measures.model import Model
 
 RESULT = "euroeval.json"
@@ -38,24 +40,35 @@ PACKAGES = ("euroeval", "transformers", "torch", "datasets", "scikit-learn", "se
 class Settings:
     """How the tasks are put, and where their data come from."""
 
-    tasks: tuple[str, ...]
-    """Names out of eval.euroeval.data.TASKS."""
-    source: Source
-    """hub, local or demo."""
-    folder: Path | None
-    """Local splits; None: the hub."""
-    cache_dir: Path
-    """Where `datasets` keeps its own."""
-    iterations: int = LEADERBOARD_ITERATIONS
+    tasks: tuple[Task, ...] = OFFICIAL
+    """Which; by default the official ones."""
+    iterations: PositiveInt = LEADERBOARD_ITERATIONS
     """Bootstrap samples of the data, each with its own examples."""
-    split: str = "test"
-    """test or val."""
-    few_shot: bool = True
-    """Show examples."""
-    kind: str | None = None
-    """base or instruct; None: instruct where the tokenizer has a chat template."""
-    batch: int = 16
+    split: Literal["test", "val"] = "test"
+    """Which split is scored."""
+    zero_shot: bool = False
+    """Show no examples."""
+    kind: Literal["base", "instruct"] | None = None
+    """By default instruct where there is a chat template."""
+    data: Path | None = None
+    """Folder with local splits. By default the demo's for its student, and the hub's for any other."""
+    hub: bool = False
+    """The hub's data for a model of the demo too."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """By default float32, or bfloat16 on CUDA."""
+    batch: PositiveInt = 16
     """Rows generated at a time."""
+    no_heldout: bool = False
+    """Leave the run's own held-out questions out."""
+    cache_dir: Path = Path(RunConfig().cache_dir) / "euroeval"
+    """For the hub's data."""
+
+    @property
+    def source(self) -> Literal["hub", "local", "demo"]:
+        """Whose the data are."""
+        if self.data is None:
+            return "hub"
+        return "demo" if is_demo(self.data) else "local"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +100,18 @@ def load_data_set(name: str, settings: Settings, work: Path) -> DataSet:
 
     config = dataset_configs()[name]
     identity, revision = str(config.source), None
-    if settings.folder is not None:
-        identity = f"demo/{name}" if settings.source == "demo" else str(settings.folder / name)
-        config = replace(config, source=str(stage(settings.folder, work / "data", name).resolve()))
+    if settings.data is not None:
+        identity = f"demo/{name}" if settings.source == "demo" else str(settings.data / name)
+        config = replace(config, source=str(stage(settings.data, work / "data", name).resolve()))
     use_local_metrics(config.task.metrics)
     try:
         if settings.source == "hub":
             from huggingface_hub import HfApi
 
-            revision = HfApi(endpoint=endpoint()).dataset_info(identity, timeout=10).sha
+            revision = HfApi().dataset_info(identity, timeout=10).sha
         splits = load_raw_data(dataset_config=config, cache_dir=str(settings.cache_dir))
     except Exception as error:  # the hub's clients raise nearly anything
-        raise _lost(identity, settings.source, error) from error
+        raise _lost(identity, settings, error) from error
     about = {
         "source": settings.source,
         "id": identity,
@@ -109,12 +122,12 @@ def load_data_set(name: str, settings: Settings, work: Path) -> DataSet:
     return DataSet(config=config, about=about)
 
 
-def _lost(identity: str, source: Source, error: Exception) -> ValueError:
+def _lost(identity: str, settings: Settings, error: Exception) -> ValueError:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
-    if source != "hub":
+    if settings.data is not None:
         return ValueError(f"{identity}: the data cannot be loaded ({reason})")
     return ValueError(
-        f"{identity}: the hub ({endpoint()}) does not give it ({reason}); what is finished is kept, so give the same "
+        f"{identity}: the hub does not give it ({reason}); what is finished is kept, so give the same "
         "command again when the hub answers, or --data DIR with local splits"
     )
 
@@ -136,8 +149,14 @@ def evaluate(model: Model, settings: Settings) -> Result:
     settings = replace(settings, kind=kind)
     prepare_tokenizer(model.tokenizer, model.network, kind)
     data = {task: load_data_set(task, settings, work) for task in settings.tasks}
-    asked = {key: getattr(settings, key) for key in ("kind", "iterations", "split", "few_shot", "batch")}
-    asked["dtype"] = model.dtype
+    asked = {
+        "kind": kind,
+        "iterations": settings.iterations,
+        "split": settings.split,
+        "few_shot": not settings.zero_shot,
+        "batch": settings.batch,
+        "dtype": model.dtype,
+    }
     result = Result(
         measure="euroeval", model=name, data={}, settings=asked, versions=versions(*PACKAGES), values={}, rows=[]
     )
@@ -286,7 +305,7 @@ def _benchmark_config(engine: Any, config: Any, settings: Settings) -> Any:
         trust_remote_code=False,
         clear_model_cache=False,
         evaluate_test_split=settings.split == "test",
-        few_shot=settings.few_shot,
+        few_shot=not settings.zero_shot,
         num_iterations=settings.iterations,
         gpu_memory_utilization=0.0,
         requires_safetensors=True,
@@ -310,7 +329,7 @@ def _why_not(model: Any, data: DataSet, settings: Settings, truncated: int) -> l
         reasons.append(f"{settings.iterations} iterations, not {LEADERBOARD_ITERATIONS}")
     if settings.split != "test":
         reasons.append("the validation split")
-    if not settings.few_shot:
+    if settings.zero_shot:
         reasons.append("without examples")
     if truncated:
         reasons.append(f"{truncated} prompts were longer than the model's context and lost their beginning")
