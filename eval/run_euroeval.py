@@ -48,7 +48,7 @@ def ask(models: Sequence[str] | None, settings: Settings, runs_dir: Path) -> Non
     """Every model the tasks, and the run's own held-out questions first. Raises ValueError where something is to be
     mended, in models and data before anything heavy is imported."""
     # As the user calls them, which says where results go: those of a hub id not by its place in the hub's cache.
-    models = [str(model) for model in models or [newest_export(runs_dir)]]
+    models = models or [str(newest_export(runs_dir))]
     for model in models:
         check_model(model)
     if settings.data is None and not settings.hub:

@@ -45,7 +45,7 @@ class TaskFormat:
     """Counts on EuroEval's leaderboard."""
 
 
-TASKS: dict[Task, TaskFormat] = {
+TASKS: dict[str, TaskFormat] = {
     "foqa": TaskFormat(source="EuroEval/foqa", kind="question", few_shot=4),
     "fone": TaskFormat(source="EuroEval/fone-mini", kind="entities", few_shot=8, labels=ENTITY_LABELS),
     "scala-fo": TaskFormat(source="EuroEval/scala-fo", kind="label", few_shot=12, labels=("correct", "incorrect")),
@@ -75,7 +75,7 @@ def is_demo(folder: Path) -> bool:
     return folder.name == DEMO_SPLITS and folder.parent.name.startswith("demo-")
 
 
-def check_splits(folder: Path, tasks: Sequence[Task]) -> None:
+def check_splits(folder: Path, tasks: Sequence[str]) -> None:
     """Read every local split of `tasks`; ValueError names file, row and mend."""
     for name in tasks:
         task = TASKS[name]
@@ -194,7 +194,7 @@ def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 # --- the hub -------------------------------------------------------------------------------------------------------
 
 
-def probe_hub(tasks: Sequence[Task]) -> str | None:
+def probe_hub(tasks: Sequence[str]) -> str | None:
     """None where the hub answers for the first task's data set within PROBE_S; else what it said instead."""
     from huggingface_hub import HfApi
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from configs.schema import flat
 from eval.pages.compare_models import Entrant
 from eval.pages.compare_scores import GROUPS, LANGUAGES, measure
@@ -51,7 +49,7 @@ def render_comparison(comparison: Comparison, plots: Mapping[str, list[Plot]], t
 
 def render_curves(runs: Sequence[RunFiles], plots: Sequence[Plot], title: str) -> str:
     """The curves of several runs laid over each other, and the settings in which they differ."""
-    settings = [flat(yaml.safe_load(run.config) or {}) for run in runs]
+    settings = [flat(run.settings) for run in runs]
     keys = [key for key in dict.fromkeys(key for one in settings for key in one) if key not in NOT_COMPARED]
     rows = [(key, [one.get(key, "–") for one in settings]) for key in keys]
     differing = [(key, values) for key, values in rows if any(value != values[0] for value in values)]

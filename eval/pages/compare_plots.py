@@ -39,7 +39,7 @@ def _plot(key: str, rows: list[Row]) -> Plot:
     group = GROUPS.get(found.group, found.group)
     title = found.name if found.group == "euroeval" else f"{group}: {found.name}"
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.7, 0.75 + 0.28 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(3.7, 1.0 + 0.28 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         for place, (_, kind, cell) in enumerate(rows):
             _draw(axes, place, kind, cell)

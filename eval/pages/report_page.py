@@ -29,8 +29,8 @@ def render_page(run: RunFiles, plots: list[Plot]) -> str:
     """The whole page."""
     seconds, tokens = run.summary.get("seconds") or {}, run.summary.get("tokens") or {}
     facts = [
-        ("Algorithm", run.algo),
-        ("Reward", run.reward),
+        ("Algorithm", run.settings.get("algo")),
+        ("Reward", run.settings.get("reward")),
         ("Steps", run.summary.get("steps") or (len(run.steps) or None)),
         ("Time", _duration(seconds.get("total"))),
         ("Tokens sampled", _count(tokens.get("sampled"))),

@@ -12,8 +12,6 @@ from operator import itemgetter
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -87,8 +85,6 @@ class Plot:
 
     slug: str
     """Name in the PNG's file name."""
-    title: str
-    """Heading, plain text."""
     alt: str
     """What the chart shows, for those who do not see it."""
     svg: str
@@ -133,7 +129,7 @@ def draw_curves(runs: Mapping[str, tuple[Sequence[int], Series]]) -> list[Plot]:
         if lines:
             alt = f"{title}: {'; '.join(_alt(name, unit, *line) for name, line in lines.items())}"
             draw = _lines(lines, list(runs))
-            plots.append(_plot(slug_of(key), title, unit, alt, draw, 2.4 + 0.16 * len(lines)))
+            plots.append(_plot(slug_of(key), title, unit, alt, draw, 2.65 + 0.16 * len(lines)))
     return plots
 
 
@@ -255,7 +251,7 @@ def slug_of(key: str) -> str:
     return re.sub(r"[\W_]+", "-", key.lower()).strip("-") or "curve"
 
 
-def _plot(slug: str, title: str, unit: str, alt: str, draw: Draw, height: float = 2.5) -> Plot:
+def _plot(slug: str, title: str, unit: str, alt: str, draw: Draw, height: float = 2.75) -> Plot:
     """Draw once, `height` inches high, save twice."""
     with rc_context(STYLE):
         figure = Figure(figsize=(4.3, height), layout="constrained")
@@ -270,33 +266,17 @@ def _plot(slug: str, title: str, unit: str, alt: str, draw: Draw, height: float 
 
 
 def save_plot(figure: Figure, slug: str, title: str, alt: str, dpi: int = 160) -> Plot:
-    """A finished figure as inline SVG without a title (the page has it) and as PNG with one. Call within STYLE.
+    """A finished figure as inline SVG and as PNG. Call within STYLE.
 
-    It is laid out once, and drawn once for each: `savefig` would lay out and draw twice as often."""
-    engine, vector, pixels = figure.get_layout_engine(), io.StringIO(), io.BytesIO()
-    assert engine is not None
-    engine.execute(figure)
-    figure.set_layout_engine("none")
-    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
-        patch.set_alpha(0)  # the page's own background
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    FigureCanvasSVG(figure).print_svg(vector, metadata=nothing)
-    figure.patch.set_alpha(1)
-    _add_title(figure, title)
-    figure.set_dpi(dpi)
-    FigureCanvasAgg(figure).print_png(pixels)
-    return Plot(slug=slug, title=title, alt=alt, svg=_inline(vector.getvalue(), slug), png=pixels.getvalue())
-
-
-def _add_title(figure: Figure, title: str, inches: float = 0.25) -> None:
-    """Make the figure higher by a line, with the title in it."""
-    height = figure.get_figheight()
-    figure.set_figheight(height + inches)
-    share = height / (height + inches)
-    for axes in figure.axes:
-        left, bottom, width, upward = axes.get_position().bounds
-        axes.set_position((left, bottom * share, width, upward * share))
+    It is laid out once: `savefig` would do so for each."""
     figure.suptitle(title, fontsize=10)
+    vector, pixels = io.StringIO(), io.BytesIO()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(vector, format="svg", transparent=True, metadata=nothing)  # on the page's own background
+    figure.savefig(pixels, format="png", dpi=dpi)
+    return Plot(slug=slug, alt=alt, svg=_inline(vector.getvalue(), slug), png=pixels.getvalue())
 
 
 def _inline(svg: str, slug: str) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from configs.io.files import parse_json, read_json
+from configs.io.files import read_json
+from configs.io.lines import whole_rows
 from configs.io.results import Result, find_result
 
 STAGES = ("before", "after", "baseline", "teacher")
@@ -21,10 +22,6 @@ class RunFiles:
 
     name: str
     """Name of the folder."""
-    algo: str | None
-    """Advantage estimator."""
-    reward: str | None
-    """Reward that the run was trained on."""
     summary: dict[str, Any]
     """summary.json, or empty."""
     steps: list[int]
@@ -35,6 +32,8 @@ class RunFiles:
     """Of the held-out questions by stage, as far as they have been asked."""
     config: str
     """Text of config.yaml, or empty."""
+    settings: dict[str, Any]
+    """What that says, by section."""
     minimal_pairs: Result | None
     """What teacher and student said of right and wrong sentences at the start."""
 
@@ -54,24 +53,22 @@ def read_run(run_dir: Path) -> RunFiles:
     config = file.read_text(encoding="utf-8") if file.is_file() else ""
     return RunFiles(
         name=run_dir.resolve().name,
-        algo=_setting(config, "algo") or summary.get("algo"),
-        reward=_setting(config, "reward") or summary.get("reward"),
         summary=summary,
         steps=steps,
         metrics=metrics,
         evaluations={stage: one for stage, one in found.items() if one is not None},
         config=config,
+        settings=_settings(config),
         minimal_pairs=find_result(run_dir / "eval" / "minimal_pairs.json"),
     )
 
 
-def _setting(config: str, key: str) -> str | None:
-    """A top-level string of config.yaml; a file that is no YAML is still shown as text."""
+def _settings(config: str) -> dict[str, Any]:
+    """The settings in the text of a config.yaml; none where it is no YAML, which is still shown as text."""
     try:
-        value = (yaml.safe_load(config) or {}).get(key)
-    except (yaml.YAMLError, AttributeError):
-        return None
-    return value if isinstance(value, str) else None
+        return yaml.safe_load(config) or {}
+    except yaml.YAMLError:
+        return {}
 
 
 def is_number(value: Any) -> bool:
@@ -80,17 +77,7 @@ def is_number(value: Any) -> bool:
 
 def _read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
     """Steps and every numeric key. A resumed run may have written a step twice: the last time counts."""
-    by_step: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n") if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-            by_step[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # the last line of a killed run may be half a line
-                raise ValueError(f"{path}:{number}: not an object with a `step`; correct or delete the line") from None
+    by_step = {row["step"]: row for row in whole_rows(path) if is_number(row.get("step"))}
     steps = sorted(by_step)
     keys = dict.fromkeys(key for step in steps for key, value in by_step[step].items() if is_number(value))
     keys.pop("step", None)

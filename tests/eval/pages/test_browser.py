@@ -104,4 +104,4 @@ def test_prints_on_paper(pages: dict[str, Path], tmp_path: Path) -> None:
     for paper in papers[:-1]:
         light = imread(paper)[..., :3].mean(-1)
         assert np.median(light) > 0.97
-        assert 0.005 < (light < 0.6).mean() < 0.4
+        assert 0.002 < (light < 0.6).mean() < 0.4

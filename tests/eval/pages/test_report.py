@@ -215,8 +215,6 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
 
     assert "no such folder" in ask(tmp_path / "nowhere")
     assert "has none of config.yaml" in ask(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nbroken\n{"step": 1}\n')
-    assert "metrics.jsonl:2: " in ask(tmp_path)
 
 
 def test_moving_average_by_hand() -> None:
