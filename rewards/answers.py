@@ -42,7 +42,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
     """Largest F1 (0..1) of the prediction's words against any accepted answer's words, counted as bags."""
-    return max(_pair_f1(normalise(prediction).split(), normalise(answer).split()) for answer in _accepted(answers))
+    return max(pair_f1(normalise(prediction).split(), normalise(answer).split()) for answer in _accepted(answers))
 
 
 def answer_row(question: Mapping[str, Any], prediction: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def answer_row(question: Mapping[str, Any], prediction: str) -> dict[str, Any]:
     return {**kept, "prediction": prediction, "f1": f1, "exact_match": match}
 
 
-def _pair_f1(predicted: list[str], expected: list[str]) -> float:
+def pair_f1(predicted: list[str], expected: list[str]) -> float:
     """F1 of two bags of words; two empty bags agree."""
     if not predicted or not expected:
         return float(predicted == expected)

@@ -26,6 +26,8 @@ ENTITY_LABELS = ("O", *(f"{part}-{kind}" for kind in ("LOC", "ORG", "PER", "MISC
 PROBE_S = 5.0
 Row = dict[str, Any]
 Task = Literal["foqa", "fone", "scala-fo", "fosent", "wikiann-fo", "multi-wiki-qa-fo"]
+OFFICIAL: tuple[Task, ...] = ("foqa", "fone", "scala-fo", "fosent")
+"""What counts on EuroEval's leaderboard."""
 DEMO_SPLITS = "euroeval"
 """Folder of the demo's splits, beside its held-out questions (training/data/demo/splits.py)."""
 
@@ -41,8 +43,6 @@ class TaskFormat:
     """Examples before each row."""
     labels: tuple[str, ...] = ()
     """Known labels; none for questions."""
-    official: bool = True
-    """Counts on EuroEval's leaderboard."""
 
 
 TASKS: dict[str, TaskFormat] = {
@@ -52,19 +52,14 @@ TASKS: dict[str, TaskFormat] = {
     "fosent": TaskFormat(
         source="EuroEval/fosent", kind="label", few_shot=5, labels=("positive", "neutral", "negative")
     ),
-    "wikiann-fo": TaskFormat(
-        source="EuroEval/wikiann-fo-mini", kind="entities", few_shot=8, labels=ENTITY_LABELS, official=False
-    ),
-    "multi-wiki-qa-fo": TaskFormat(
-        source="EuroEval/multi-wiki-qa-fo-mini", kind="question", few_shot=4, official=False
-    ),
+    "wikiann-fo": TaskFormat(source="EuroEval/wikiann-fo-mini", kind="entities", few_shot=8, labels=ENTITY_LABELS),
+    "multi-wiki-qa-fo": TaskFormat(source="EuroEval/multi-wiki-qa-fo-mini", kind="question", few_shot=4),
 }
 COLUMNS = {
     "question": ("id", "context", "question", "answers"),
     "entities": ("tokens", "labels"),
     "label": ("text", "label"),
 }
-OFFICIAL = tuple(name for name, task in TASKS.items() if task.official)
 
 
 # --- local splits --------------------------------------------------------------------------------------------------

@@ -6,14 +6,12 @@ huggingface/evaluate's metrics/ (commit of 2026-04-08), so that no network is ne
 
 from __future__ import annotations
 
-import re
 import string
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
+from rewards.answers import ENGLISH_ARTICLES, pair_f1
 
 
 def squad_v2(predictions: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -24,20 +22,13 @@ def squad_v2(predictions: Sequence[Mapping[str, Any]], references: Sequence[Mapp
     said = {row["id"]: row["prediction_text"] for row in predictions}
     golds = {row["id"]: [text for text in row["answers"]["text"] if _words(text)] or [""] for row in references}
     exact = [max(float(_words(gold) == _words(said[key])) for gold in texts) for key, texts in golds.items()]
-    f1 = [max(_token_f1(_words(gold), _words(said[key])) for gold in texts) for key, texts in golds.items()]
+    f1 = [max(pair_f1(_words(said[key]), _words(gold)) for gold in texts) for key, texts in golds.items()]
     return {"exact": 100.0 * sum(exact) / len(exact), "f1": 100.0 * sum(f1) / len(f1)}
 
 
 def _words(text: str) -> list[str]:
     bare = "".join(char for char in text.lower() if char not in string.punctuation)
-    return ARTICLES.sub(" ", bare).split()
-
-
-def _token_f1(gold: list[str], said: list[str]) -> float:
-    if not gold or not said:
-        return float(gold == said)
-    common = (Counter(gold) & Counter(said)).total()
-    return 2 * common / (len(gold) + len(said))
+    return ENGLISH_ARTICLES.sub(" ", bare).split()
 
 
 def seqeval(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -161,7 +161,7 @@ def evaluate(model: Model, settings: Settings) -> Result:
         measure="euroeval", model=name, data={}, settings=asked, versions=versions(*PACKAGES), values={}, rows=[]
     )
     identity = f"{model.weights} {asked} {result.versions}"
-    keys = {task: _key(identity, one.about) for task, one in data.items()}
+    keys: dict[str, str] = {task: _key(identity, one.about) for task, one in data.items()}
     result = _with_finished(result, output, keys, identity)
     engine = Engine(model.network, model.tokenizer, batch=settings.batch)
     for number, task in enumerate(settings.tasks, start=1):
@@ -323,7 +323,7 @@ def _why_not(model: Any, data: DataSet, settings: Settings, truncated: int) -> l
     reasons, task = [], TASKS[data.config.name]
     if data.about["source"] != "hub":
         reasons.append(f"the data are {data.about['source']}, not EuroEval's")
-    if not task.official:
+    if data.config.name not in OFFICIAL:
         reasons.append("not one of the leaderboard's data sets")
     if settings.iterations != LEADERBOARD_ITERATIONS:
         reasons.append(f"{settings.iterations} iterations, not {LEADERBOARD_ITERATIONS}")

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from eval.euroeval.data import TASKS, stage
+from eval.euroeval.data import OFFICIAL, TASKS, stage
 from tests.support.hub_server import Hub
 from training.data.demo.splits import SENTIMENT_FILE, write_demo_splits
 
@@ -181,7 +181,9 @@ def formats() -> dict[str, Any]:
         name: [one.source, one.num_few_shot_examples, sorted(one.labels), not one.unofficial, one.task.task_group.value]
         for name, one in dataset_configs().items()
     }
-    ours = {name: [one.source, one.few_shot, sorted(one.labels), one.official, one.kind] for name, one in TASKS.items()}
+    ours = {
+        name: [one.source, one.few_shot, sorted(one.labels), name in OFFICIAL, one.kind] for name, one in TASKS.items()
+    }
     return {"installed": installed, "ours": ours}
 
 
