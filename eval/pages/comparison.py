@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from configs.io.results import Value
 from eval.measures.intervals import difference
 from eval.pages.compare_models import Entrant
-from eval.pages.compare_scores import GROUPS, LANGUAGES, ORDER, Score, measure
+from eval.pages.compare_scores import GROUPS, ORDER, Score, measure
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -68,7 +68,7 @@ class Comparison:
 def compare(entrants: Sequence[Entrant]) -> Comparison:
     """A student is compared with its own start; where that has no such number, and any other row, with the first row
     that has it and was measured here: the student before, usually."""
-    keys = _ordered({key for one in entrants for key in one.scores})
+    keys = _ordered(dict.fromkeys(key for one in entrants for key in one.scores))
     cells: dict[tuple[str, str], Cell] = {}
     letters: dict[str, str] = {}
     for key in keys:
@@ -120,20 +120,15 @@ def _change(score: Score, base: Score) -> tuple[Value | None, int]:
     return None if change.low is None else change, paired
 
 
-def _ordered(keys: set[str]) -> list[str]:
-    """By group; known measures and languages first, in the order of their lists, and chrF++ before BLEU."""
-    groups, languages = list(GROUPS), list(LANGUAGES)
+def _ordered(keys: Collection[str]) -> list[str]:
+    """By group; those that are known first, in the order of their list, then as they come."""
+    groups = list(GROUPS)
 
-    def place(key: str) -> tuple[int, int, list[int], bool, str]:
-        group, _, rest = key.partition("/")
-        names = rest.split("/")[0].split("-")
-        spoken = [languages.index(name) if name in languages else len(languages) for name in names]
+    def place(key: str) -> tuple[int, int]:
+        group = key.partition("/")[0]
         return (
             groups.index(group) if group in groups else len(groups),
             ORDER.index(key) if key in ORDER else len(ORDER),
-            spoken,
-            key.endswith("bleu"),
-            key,
         )
 
     return sorted(keys, key=place)

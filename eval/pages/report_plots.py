@@ -105,11 +105,10 @@ def draw_plots(steps: Sequence[int], metrics: Series) -> list[Plot]:
     for key in [*(key for key in CURVES if key in left), *(key for key in left if key not in CURVES)]:
         title, unit, factor = CURVES.get(key, (key, "", 1.0))
         values = [value * factor for value in left[key]]
-        plots.append(_plot(slug_of(key), title, unit, _alt(title, unit, steps, values), _curve(steps, values)))
+        alt, draw = _alt(title, unit, steps, values), _lines({title: (steps, values)}, [title])
+        plots.append(_plot(slug_of(key), title, unit, alt, draw))
         if key == "reward/mean" and len(parts) > 1:
             plots.append(_group_plot("reward parts", steps, parts))
-    if len(parts) == 1 and "reward/mean" not in left:
-        plots.insert(0, _group_plot("reward parts", steps, parts))
     if seconds:
         plots.append(_seconds_plot(steps, seconds))
     if mismatch:
@@ -133,18 +132,22 @@ def draw_curves(runs: Mapping[str, tuple[Sequence[int], Series]]) -> list[Plot]:
     return plots
 
 
-def _lines(lines: Mapping[str, tuple[Sequence[int], list[float]]], names: Sequence[str]) -> Draw:
-    """Smoothed lines by name; one has the same colour and dashes in every chart, by its place in `names`."""
+def _lines(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], names: Sequence[str]) -> Draw:
+    """Smoothed lines by name; one has the same colour and dashes in every chart, by its place in `names`. A line that
+    is alone has its own points beside it, and no legend."""
 
     def draw(axes: Axes) -> None:
         for name, (steps, values) in lines.items():
             cycle, colour = divmod(names.index(name), len(PALETTE))
             known = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
-            at, shown = moving_average([s for s, _ in known], [v for _, v in known], smoothing_window(len(known)))
-            marker = "o" if len(known) == 1 else None
+            points = list(zip(*outline(known), strict=True))
+            if len(names) == 1 or len(known) == 1:
+                axes.plot(*points, color=PALETTE[colour], linestyle="none", marker="o", markersize=2, alpha=0.35)
+            shown = moving_average([s for s, _ in known], [v for _, v in known], smoothing_window(len(known)))
             dashes = DASHES[cycle % len(DASHES)]
-            axes.plot(at, shown, color=PALETTE[colour], linestyle=dashes, linewidth=1.5, marker=marker, label=name)
-        _legend(axes, ncols=2 if max(map(len, lines)) < 18 else 1)
+            axes.plot(*shown, color=PALETTE[colour], linestyle=dashes, linewidth=1.5, label=name)
+        if len(names) > 1:
+            _legend(axes, ncols=2 if max(map(len, lines)) < 18 else 1)
 
     return draw
 
@@ -174,22 +177,6 @@ def smoothing_window(steps: int) -> int:
     return 1 if steps < 10 else 2 * (steps // 20) + 1
 
 
-def _curve(steps: Sequence[int], values: list[float]) -> Draw:
-    """Raw points with their moving average; what only some steps have is joined as it is."""
-    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
-
-    def draw(axes: Axes) -> None:
-        window = smoothing_window(len(steps))
-        points = list(zip(*outline(known), strict=True))
-        if window == 1 or 2 * len(known) < len(steps):
-            axes.plot(*points, color=PALETTE[0], linewidth=1.4, marker="o", markersize=2.5)
-            return
-        axes.plot(*points, color=PALETTE[0], linestyle="none", marker="o", markersize=1.8, alpha=0.35)
-        axes.plot(*moving_average(steps, values, window), color=PALETTE[0], linewidth=1.6)
-
-    return draw
-
-
 def _group_plot(group: str, steps: Sequence[int], series: Series) -> Plot:
     """Several keys in one chart, each smoothed."""
     title, unit = GROUPS[group]
@@ -210,16 +197,9 @@ def _seconds_plot(steps: Sequence[int], seconds: Series) -> Plot:
         stack["other"] = np.maximum(rest, 0.0)
 
     def draw(axes: Axes) -> None:
-        bottom = np.zeros(min(len(steps), MOST))
-        for index, (name, values) in enumerate(stack.items()):
-            colour = PALETTE[index % len(PALETTE)]
-            at, means = moving_average(steps, list(values), smoothing_window(len(steps)))
-            smooth = np.array(means)
-            if len(steps) == 1:
-                axes.bar(at, smooth, bottom=bottom, color=colour, label=name, width=0.5)
-            else:
-                axes.fill_between(at, bottom, bottom + smooth, color=colour, label=name, linewidth=0, alpha=0.85)
-            bottom = bottom + smooth
+        smooth = [moving_average(steps, list(values), smoothing_window(len(steps))) for values in stack.values()]
+        means = [each for _, each in smooth]
+        axes.stackplot(smooth[0][0], means, labels=list(stack), colors=PALETTE, alpha=0.85, linewidth=0)
         axes.set_ylim(bottom=0)
         _legend(axes)
 
