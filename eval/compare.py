@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_all(options: argparse.Namespace) -> None:
     """Tables, pages and plots. Raises ValueError where something is to be mended."""
     # Imported late: a mistake in the arguments is answered at once, not after seconds of importing matplotlib.
-    from eval.measures.model_dirs import newest_run
+    from eval.measures.model import newest_run
     from eval.pages.compare_models import entrants_of, published, with_own_names
     from eval.pages.compare_page import render_comparison, render_curves
     from eval.pages.compare_plots import draw_comparison

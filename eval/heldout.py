@@ -27,7 +27,7 @@ from configs.io.jsonl import read_questions
 from configs.schema import DEMO, RunConfig
 from eval.cli import exit_code, parser_of
 from eval.measure import run
-from eval.measures.model_dirs import check_model, newest_export, run_config, run_of
+from eval.measures.model import check_model, newest_export, run_config, run_of
 
 ASKED = {
     "data": ("template", "max_prompt_tokens"),

@@ -28,7 +28,7 @@ from configs.checks import check_ranges
 from configs.io.results import Result, Value
 from configs.schema import RunConfig
 from eval.cli import exit_code, parser_of
-from eval.measures.model_dirs import check_model
+from eval.measures.model import Model, check_model
 
 FILES = {"minimal_pairs": "pairs.json"}
 """Result files that are not called after their measure: a run keeps its own minimal_pairs.json."""
@@ -101,7 +101,6 @@ def run(name: str, models: Sequence[str], settings: Any, dtype: str, runs_dir: P
     for path in models:
         check_model(path)
     from eval.measures import MEASURES
-    from eval.measures.model import Model
 
     results, files = [], []
     for path in models:

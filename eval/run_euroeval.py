@@ -30,7 +30,7 @@ from eval.cli import exit_code, parser_of
 from eval.euroeval.data import DEMO_SPLITS, check_splits, is_demo, probe_hub
 from eval.euroeval.run import RESULT, Settings, evaluate
 from eval.measure import add_options, read_options, table
-from eval.measures.model_dirs import check_model, newest_export, output_folder, run_config, run_of
+from eval.measures.model import Model, check_model, newest_export, output_folder, run_config, run_of
 
 INSTALL = "EuroEval is not installed; pip install -c constraints.txt 'euroeval>=16.11,<17'"
 
@@ -63,8 +63,6 @@ def ask(models: Sequence[str] | None, settings: Settings, runs_dir: Path) -> Non
     if unreachable:  # the held-out questions could be asked all the same
         raise ValueError(f"no data: the hub does not answer ({unreachable}); give --data DIR with local splits")
     import torch
-
-    from eval.measures.model import Model
 
     dtype = settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     results = [evaluate(Model(path=model, dtype=dtype, runs_dir=runs_dir), settings) for model in models]

@@ -18,7 +18,7 @@ from scipy.stats import t as student_t
 from configs.io.results import read_result
 from eval.experiments.plan import Plan, Task, models_of, summary_of
 from eval.measure import FILES
-from eval.measures.model_dirs import output_folder
+from eval.measures.model import output_folder
 from eval.pages.report_plots import GRID, INK, STYLE
 
 STAGES = {"start": "eval_before", "after": "eval_after", "teacher": "teacher_eval"}

@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.io.files import read_yaml
 from configs.io.results import find_result
-from eval.measures.model_dirs import output_folder, run_config, run_of
+from eval.measures.model import output_folder, run_config, run_of
 from eval.pages.compare_scores import Score, Scores, read_file, read_folder, read_heldout, read_teacher_check
 
 _config = partial(run_config, needed=("student", "teacher", "data"))

@@ -143,7 +143,7 @@ def test_an_adapter_stands_on_its_base_and_may_bring_a_tokenizer(tmp_path: Path)
 def test_half_an_adapter_is_told_in_the_same_words_wherever_it_is_named(
     content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eval.measures.model_dirs import check_model
+    from eval.measures.model import check_model
     from training.data.preflight import model_directory
 
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from eval.measures.model_dirs import output_folder
+from eval.measures.model import output_folder
 
 WORDS = ["Oslo", "Havn", "Tórshavn", "Klaksvík", "Reykjavík"]
 

@@ -16,7 +16,7 @@ from configs.io.results import Result, Value
 from eval import run_euroeval
 from eval.euroeval.data import OFFICIAL, SPLITS, TASKS, check_splits, fingerprint, stage
 from eval.euroeval.run import _key, _with_finished
-from eval.measures import model_dirs
+from eval.measures import model as model_module
 from eval.measures.model import Model
 from eval.run_euroeval import INSTALL, main
 from training.data.demo.splits import ROWS, build_demo_splits, write_demo_splits
@@ -170,7 +170,7 @@ def test_results_of_a_hub_id_lie_where_those_of_a_measure_do(
 ) -> None:
     """And so where eval/compare.py looks for them; not in a folder named after the commit in the hub's cache."""
     find, asked = run_euroeval.importlib.util.find_spec, []
-    monkeypatch.setattr(model_dirs, "find_model", lambda key, path: model if path == "org/name" else Path(path))
+    monkeypatch.setattr(model_module, "find_model", lambda key, path: model if path == "org/name" else Path(path))
     monkeypatch.setattr(
         run_euroeval.importlib.util, "find_spec", lambda name, *more: name == "euroeval" or find(name, *more)
     )

@@ -213,7 +213,7 @@ def made_up_run(runs: Path, name: str, f1: float, bits: float, tokens: int = 30_
 
 @pytest.fixture
 def runs(tmp_path: Path, plan: Plan) -> Path:
-    from eval.measures.model_dirs import output_folder
+    from eval.measures.model import output_folder
 
     made_up_run(tmp_path, "grpo-minillm-seed0", 50.0, 0.5)
     made_up_run(tmp_path, "grpo-minillm-seed1", 54.0, 0.7)
@@ -287,7 +287,7 @@ def test_a_relative_path_is_from_the_repository_in_a_run_and_from_here_on_the_co
 ) -> None:
     """Runs are started in the repository, wherever the experiment is."""
     from eval.experiments import plan as module
-    from eval.measures.model_dirs import output_folder
+    from eval.measures.model import output_folder
 
     repository, here = tmp_path / "repository", tmp_path / "here"
     for folder in (repository / "student", here / "models" / "own"):

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.io.results import Result, read_result
 from eval.measure import main
 from eval.measures import generation
-from eval.measures.parallel_text import load_parallel
-from eval.measures.translate import ends_of, prompt_text
+from eval.measures.translate import ends_of, load_parallel, prompt_text
 from training.data.demo.models import RECIPES, new_model, train_tokenizer
 
 ROWS = [

@@ -14,7 +14,7 @@ import yaml
 
 from eval.compare import main
 from eval.measures.intervals import translations
-from eval.measures.model_dirs import output_folder
+from eval.measures.model import output_folder
 from eval.pages.compare_models import Entrant, entrants_of, published, with_own_names
 from eval.pages.compare_page import render_comparison
 from eval.pages.compare_scores import ORDER, Score, measure
