@@ -180,9 +180,7 @@ def test_what_a_model_would_not_be_told_is_refused(made: Any, tmp_path: Path) ->
     refused(r"^teacher\.system_prompt = 'Stutt\.': .* asked in plain text", prompt="plain", system_prompt="Stutt.")
     switch = {"enable_thinking": False}
     refused(r"^teacher\.chat_template_kwargs = .* asked in plain", prompt="plain", chat_template_kwargs=switch)
-    refused(
-        r"^teacher\.chat_template_kwargs = .*use thinking;", chat_template_kwargs={**switch, "thinking": False}
-    )
+    refused(r"^teacher\.chat_template_kwargs = .*use thinking;", chat_template_kwargs={**switch, "thinking": False})
     made.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}{% endif %}{% endfor %}"
     )
