@@ -8,9 +8,9 @@
 The real `euroeval` package makes prompts, examples, bootstrap samples, labels and scores; the generation is ours, in
 this process, on CPU or CUDA. A model of the embedded demo is measured on the demo's own splits, any other on the hub's
 data where the hub answers within 5 s. Results: runs/NAME/eval/euroeval.json, for a model outside of any run
-RUNS_DIR/models/NAME-HASH/eval/euroeval.json (eval/euroeval/run.py has the format). What is finished is kept: the same
-command again goes on. Needs the extra: pip install -c constraints.txt 'euroeval>=16.11,<17'. docs/evaluation.md says
-when the figures may be compared.
+RUNS_DIR/models/NAME-HASH/eval/euroeval.json (eval/euroeval/run.py has the format). What is finished is kept: run the
+same command again to continue. Needs the extra: pip install -c constraints.txt 'euroeval>=16.11,<17'.
+docs/evaluation.md says when the figures may be compared.
 """
 
 from __future__ import annotations

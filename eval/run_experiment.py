@@ -4,9 +4,9 @@
     python eval/run_experiment.py configs/ablation.yaml --only grpo-minillm --seeds 0   a part
     python eval/run_experiment.py configs/miniature.yaml --with models=DIR text=FILE  a plan that asks for ${models}
 
-The same command again goes on: a finished run is not started again, and a model is measured once. A run that fails is
-named at the end, and the others go on. Writes results.md and results.png into --runs_dir. In a SLURM job array each
-task does the run of its number (SLURM_ARRAY_TASK_ID) and no table. Arguments that are not listed here go to each run.
+Run the same command again to continue: a finished run is not started again, and a model is measured once. A run that
+fails is named at the end, and the others continue. Writes results.md and results.png into --runs_dir. In a SLURM job array
+each task does the run of its number (SLURM_ARRAY_TASK_ID) and no table. Other arguments go to each run.
 Exit codes: 0 all runs are finished, 1 some are not, 2 a mistake in the input, 75 stopped by a signal.
 docs/extending.md shows how to write a plan.
 """
@@ -203,7 +203,7 @@ def run_all(options: argparse.Namespace, more: Sequence[str]) -> int:
     finally:
         runner.report()
     if runner.stopped:
-        print("stopped; the same command goes on where the runs were", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return STOPPED
     return 0 if done else 1
 

@@ -6,7 +6,7 @@
 
 Takes the `teacher` section of a run's configuration, or its fields as flags. Started plainly it starts the other
 tensor-parallel ranks itself; under torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) it is one of them. At SIGTERM,
-SIGHUP or Ctrl-C it takes nothing more, answers what was asked for some seconds, and exits 0; 1 where it cannot go on.
+SIGHUP or Ctrl-C it takes no more requests, answers pending ones for some seconds, and exits 0; 1 after a failure.
 The secret is read from the environment only. `--doctor` prints placement, memory, a self-test and speed, and exits 0 if
 all is well; `--doctor_reference` also compares with transformers.
 """

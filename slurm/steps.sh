@@ -312,7 +312,7 @@ _requeue() {
     # A job that is being cancelled is not RUNNING any more, and must not come back; nor is one that SLURM requeues.
     if [[ "$(squeue -h -j "$job_id" -o %T | head -n 1)" == RUNNING ]]; then
         _say "checkpoint $(_progress); requeued"
-        scontrol requeue "$job_id" || { _say "not requeued; submit it again to go on"; return 75; }
+        scontrol requeue "$job_id" || { _say "not requeued; submit it again to continue"; return 75; }
     else
         _say "checkpoint $(_progress); SLURM is ending this start"
     fi

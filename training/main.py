@@ -8,7 +8,7 @@
     python training/main.py --doctor --config my.yaml    whether its numbers are right
     bash slurm/submit.sh stage2_grpo --doctor --cluster  whether the nodes of a job can work together
 
-Without --config it runs the embedded Faroese demo (configs/demo/ALGO_REWARD.yaml). The same command again goes on
+Without --config it runs the embedded Faroese demo (configs/demo/ALGO_REWARD.yaml). The same command again continues
 where the run stopped. Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint (run it again).
 """
 

@@ -6,7 +6,7 @@
 
 The L_PT term alone, in the same engine as the other stages; steps, batch (blocks a step, over all ranks), learning rate
 and output are those of `sft` in the configuration. Every twentieth block is held out; how many bits the model needs for
-a byte of those, before and after, is printed and written to runs/NAME/summary.json. The same command again goes on
+a byte of those, before and after, is printed and written to runs/NAME/summary.json. The same command again continues
 where the run stopped.
 """
 

@@ -4,7 +4,7 @@
     deepspeed training/sft.py --config configs/demo/sft.yaml --sft.answers teacher
 
 The trained model goes to --sft.output (default runs/NAME/export). Teacher answers are asked through its server and
-kept in the cache folder, so that no question is asked twice. The same command again goes on where the run stopped.
+kept in the cache folder, so that no question is asked twice. The same command again continues where the run stopped.
 """
 
 from __future__ import annotations

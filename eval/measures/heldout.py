@@ -50,7 +50,7 @@ class HeldoutSettings:
     system_prompt: str | None = None
     """A system message (chat)."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """What else the chat template takes."""
+    """More arguments of the chat template."""
 
     def asked(self, tokenizer: Any, ends: Collection[int] = ()) -> Format:
         """How a model with this tokenizer is asked; `ends`: what ends its texts where the tokenizer does not say."""

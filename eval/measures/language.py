@@ -39,15 +39,15 @@ class LanguageSettings:
     """What is gone on with, and which words are known."""
 
     text: Path
-    """Faroese texts, of which a model gets the first halves: JSONL with `text`, or one in each line."""
+    """Faroese texts, whose first halves a model gets: JSONL with `text`, or one in each line."""
     words: tuple[str, ...]
     """Files of known words: every word of questions, contexts, answers and texts, in any layout of docs/data.md."""
     continuations: PositiveInt = 256
-    """Texts gone on with, at most."""
+    """Number of texts that are continued, at most."""
     new_tokens: PositiveInt = 24
     """Longest continuation."""
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ class PairSettings:
     text: Path
     """Right sentences: JSONL with `text`, or one in each line."""
     pairs: PositiveInt = 1000
-    """Pairs, at most."""
+    """Number of pairs, at most."""
     seed: int = 0
-    """Of the mistakes."""
+    """Seed of the mistakes."""
     batch: PositiveInt = 32
     """Sentences in a forward pass."""
 

@@ -35,7 +35,7 @@ class OpenSettings(HeldoutSettings):
     samples: PositiveInt = 4
     """Answers to each question, sampled at temperature 1."""
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
 
 
 def open_questions(model: Model, settings: OpenSettings) -> Result:

@@ -14,7 +14,7 @@ Sentences with the same number say the same thing. FLORES asks that its text is 
 
 Base models see `--few_shot` examples (sentences of the dev split); chat models (a tokenizer with a chat template) are
 asked in their template, without examples. Greedy; a translation ends with its line. What is done is kept: the same
-command goes on where it stopped, and other directions are added.
+command continues where it stopped, and other directions are added.
 
 Result (translate.json): values DIRECTION/{chrf, bleu}, data by DIRECTION, sacrebleu's signatures in settings, rows
 {direction, id, source, reference, written}.
@@ -47,7 +47,7 @@ class TranslateSettings:
     """Which sentences, and how they are put."""
 
     directions: tuple[Direction, ...] = ("eng-fao", "fao-eng", "dan-fao", "fao-dan")
-    """What into what."""
+    """Translation directions."""
     data: str = "facebook/flores"
     """Hub id, FLORES-200's folder, or a table."""
     split: str = "devtest"
@@ -57,7 +57,7 @@ class TranslateSettings:
     kind: Literal["auto", "base", "instruct"] = "auto"
     """How the model is asked; auto: instruct where the tokenizer has a chat template."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
-    """What else the chat template takes; a model that can think aloud first is asked not to, as EuroEval does."""
+    """More arguments of the chat template; a model that can think aloud first is asked not to, as EuroEval does."""
     few_shot: NonNegativeInt = 5
     """Examples in a base model's prompt."""
     sentences: PositiveInt | None = None
