@@ -5,7 +5,7 @@
     python eval/run_experiment.py configs/miniature.yaml --with models=DIR text=FILE  a plan that asks for ${models}
 
 Run the same command again to continue: a finished run is not started again, and a model is measured once. A run that
-fails is named at the end, and the others continue. Writes results.md and results.png into --runs_dir. In a SLURM job array
+fails is named at the end, and the others continue. Writes results.md and results.png into --runs_dir. In a SLURM array
 each task does the run of its number (SLURM_ARRAY_TASK_ID) and no table. Other arguments go to each run.
 Exit codes: 0 all runs are finished, 1 some are not, 2 a mistake in the input, 75 stopped by a signal.
 docs/extending.md shows how to write a plan.
