@@ -17,7 +17,7 @@ from training.run.card import hub_id
 from training.run.stopping import RunFailed
 from training.student.actor import Actor, end_list
 from training.student.adapters import adapter_parameters, plain_parameters, save_adapter, save_plain
-from training.student.loading import TOLERANCE, difference, load_policy
+from training.student.loading import difference, load_policy
 
 OTHER_INPUTS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """What a model that also reads images or sound has beside its tokenizer."""
@@ -30,11 +30,11 @@ def export(actor: Actor, directory: Path) -> None:
     state, adapter = _on_main(plain_parameters(model, gathered)), _on_main(adapter_parameters(model, gathered))
     if distributed.is_main():
         replace_directory(directory, partial(_write, actor, state, adapter))
-    gap = difference(actor.policy, directory, actor.dtype)
-    if distributed.max_over_ranks(gap or 0.0) > 2 * TOLERANCE[actor.policy.model.dtype]:
+    gap, limit = difference(actor.policy, directory, actor.dtype)
+    if distributed.max_over_ranks(gap) > limit:
         raise RunFailed(
-            f"{directory}: the exported model's log-probabilities are {gap} nats a token from the student's; the "
-            "checkpoints are whole: report the model, and export again with a later version"
+            f"{directory}: the exported model's log-probabilities are {gap} nats a token from the student's (limit "
+            f"{limit:.2g}); the checkpoints are whole: report the model, and export again with a later version"
         )
     distributed.barrier()
 

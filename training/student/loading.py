@@ -140,18 +140,21 @@ def settle(policy: Policy, path: str) -> None:
 
 
 @torch.no_grad()
-def difference(policy: Policy, directory: Path, dtype: str) -> float | None:
+def difference(policy: Policy, directory: Path, dtype: str) -> tuple[float, float]:
     """Mean difference, nats a token, of the policy's log-probabilities from those of the model in `directory`, which is
-    read on rank 0 alone; None elsewhere. Collective under ZeRO 3."""
+    read on rank 0 alone (0 elsewhere), and the limit: it is computed on the CPU, which rounds otherwise than the
+    policy's device. Collective under ZeRO 3."""
     groups = probe(policy)
     ours_S = _trained(policy, groups)
+    noise = mean_gap(own_logprobs(policy, groups, rounded=True), own_logprobs(policy, groups))
+    limit = 2 * max(TOLERANCE[policy.model.dtype], NOISE * noise if noise < float("inf") else 0.0)
     if not distributed.is_main():
-        return None
+        return 0.0, limit
     try:
-        return mean_gap(_trained(load_policy(directory, dtype), groups), ours_S)
+        return mean_gap(_trained(load_policy(directory, dtype), groups), ours_S), limit
     except ValueError as error:
         log.error("%s", error)
-        return float("inf")
+        return float("inf"), limit
 
 
 def probe(policy: Policy) -> list[Group]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.support.student_models import build
 from training.student.export import replace_directory
+from training.student.loading import difference
+from training.student.policy import Policy
 
 
 def whole(fresh: Path) -> None:
@@ -32,3 +36,15 @@ def test_what_fails_leaves_the_one_before(tmp_path: Path) -> None:
         replace_directory(tmp_path / "export", full)
     assert (tmp_path / "export" / "model").read_text() == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_read_again_may_be_as_far_as_rounding_takes_it(dtype: str, tmp_path: Path) -> None:
+    """It is computed on the CPU, and a student on CUDA rounds otherwise: in bfloat16 these wild weights by a nat."""
+    model = build("llama").to(getattr(torch, dtype))
+    for weight in model.parameters():
+        weight.data *= 1.0 if weight.dim() == 1 else 3.0
+    model.save_pretrained(tmp_path)
+    gap, limit = difference(Policy(model), tmp_path, dtype)
+    assert gap <= limit
+    assert limit == 2e-3 if dtype == "float32" else 0.2 < limit < 10.0
