@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -74,8 +75,19 @@ class StaticDecoder:
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
     """The step as a CUDA graph; it is not run."""
-    graph = torch.cuda.CUDAGraph()
-    # The outer context brings the stream back when the inner one fails to. Other threads may go on using the device.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    # Other threads may go on using the device.
+    capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+    try:
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            capture,
+        ):  # the outer brings the stream back when this fails
+            step()
+    except Exception:
+        # torch leaves its allocator in a capture that broke, and later that fails to free what it keeps.
+        with contextlib.suppress(RuntimeError):
+            for leave in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                leave(torch.cuda.current_device(), pool)
+        raise
     return graph.replay

@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,6 +131,31 @@ def test_a_step_that_no_graph_can_hold_is_said_once(
     assert_same(drawn(policy), want)
     line = "a decoding step of LlamaForCausalLM cannot be a CUDA graph, sampling goes on without: nonzero "
     assert [record.getMessage() for record in caplog.records] == [line + "waits for the device"]
+
+
+def test_a_broken_capture_leaves_torchs_allocator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch ends that only where a capture ends well; afterwards its empty_cache fails (pytorch, CUDAGraph.cpp)."""
+
+    @contextmanager
+    def graph(*_: Any, pool: Any, **__: Any) -> Iterator[None]:
+        with pytest.raises(Refused):
+            yield
+        left.append(("broken", pool))
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def step() -> None:
+        raise Refused
+
+    left: list[Any] = []
+    for name, value in {"CUDAGraph": object, "graph_pool_handle": lambda: (0, 7), "graph": graph}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("stream", "current_stream", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda _, pool, name=name: left.append((name, pool)), raising=False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        graph_decoder.captured(step)
+    assert left == [(name, (0, 7)) for name in ("broken", "_cuda_endAllocateToPool", "_cuda_releasePool")]
 
 
 @pytest.mark.parametrize("capture", [recorded, broken])
