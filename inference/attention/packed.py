@@ -9,7 +9,7 @@ import torch
 from inference.attention.blocks import Block, Part, alike, parts_of
 from inference.attention.grouped import ScoreRule
 from inference.attention.packing import PackedRow
-from inference.attention.varlen import VarlenLayout, flash_attention
+from inference.attention.varlen import LARGEST_HEAD, VarlenLayout, flash_attention
 
 
 class PackedPlan:
@@ -40,8 +40,8 @@ class PackedPlan:
     ) -> torch.Tensor:
         """See `AttentionPlan.attend`."""
         kernel = flash_attention(query_THD.device)
-        half = query_THD.dtype in (torch.bfloat16, torch.float16)
-        if kernel is not None and self._varlen is not None and half and rule.softcap is None:
+        taken = query_THD.dtype in (torch.bfloat16, torch.float16) and query_THD.shape[-1] <= LARGEST_HEAD
+        if kernel is not None and self._varlen is not None and taken and rule.softcap is None:
             if isinstance(self, PrefillPlan):  # nobody else wants them as a block
                 self._keep(layer, self._blocks[0], key_TKD, value_TKD)
             return self._varlen.attend(kernel, query_THD, key_TKD, value_TKD, scale=rule.scale, window=rule.window)

@@ -21,12 +21,15 @@ import torch.nn.functional as F
 
 log = logging.getLogger(__name__)
 Kernel = Callable[..., torch.Tensor]
+LARGEST_HEAD = 256
+"""Head size that both kernels take at most."""
 
 
 @cache
 def flash_attention(device: torch.device) -> Kernel | None:
     """A kernel with the arguments of flash-attn's `flash_attn_varlen_func` on CUDA, else None."""
-    if device.type != "cuda":
+    # On Turing flash-attn can be installed, and refuses each call.
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     if importlib.util.find_spec("flash_attn") is not None:
         try:
@@ -36,8 +39,6 @@ def flash_attention(device: torch.device) -> Kernel | None:
         else:
             kernel: Kernel = flash_attn_varlen_func
             return kernel
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (8, 0):
-        return None
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -122,8 +122,9 @@ def place(config: TeacherConfig, model_dir: Path) -> dict[str, str]:
     if config.url is not None:
         return {"CUDA_VISIBLE_DEVICES": ""}
     count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    visible = visible if len(visible) == count else [str(i) for i in range(count)]
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    # CUDA takes the first of them that it can: of several MIG instances one.
+    visible = named[:count] if len(named) >= count else [str(i) for i in range(count)]
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")) or 1)
     chosen, shared = choose_devices(config, visible, ranks)
     total = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))

@@ -58,8 +58,9 @@ def start_distributed(stuck_timeout_s: float = 900.0) -> None:
     deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        # A launcher may show each task its own GPU only, which is then number 0.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        # A launcher may show each task its own GPU only, which is then number 0, for DeepSpeed too.
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=max(2 * stuck_timeout_s, 1800.0))
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
@@ -180,7 +181,7 @@ class Engine:
 
     def of_row(self, row: PackedRow, values_S: torch.Tensor) -> torch.Tensor:
         """What is said of the row's response tokens, out of the whole batch's, on the module's device."""
-        return values_S[row.place_S].to(self.device)
+        return values_S[row.place_S.to(values_S.device)].to(self.device)  # the row may be there already
 
     def update(
         self, jobs: Sequence[Job], step: int, *, between: Callable[[], None] = nothing
@@ -280,11 +281,11 @@ class Engine:
     def _room_for_all(self, parameters: Sequence[Any]) -> bool:
         """Whether all weights fit beside what is there, with half of the free memory left for caches."""
         need = sum(p.ds_numel * p.element_size() for p in parameters)
-        free = (
-            torch.cuda.mem_get_info()[0]
-            if self.device.type == "cuda"
-            else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        )
+        if self.device.type == "cuda":  # with what torch keeps since the last update, and gives to whoever asks
+            kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            free = torch.cuda.mem_get_info()[0] + kept
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if need <= free / 2:
             return True
         if not self._said_no_room:
