@@ -13,6 +13,8 @@ from training.experience import Rewarded
 
 KL_HORIZON = 1000
 """Responses over which the adaptive controller reacts."""
+KL_RANGE = 1000.0
+"""How far it may go, either way, from where it began."""
 
 
 class PPO:
@@ -59,9 +61,11 @@ def penalised_rewards(
 
 def next_kl_coefficient(coef: float, kl: float, config: PPOConfig, responses: int) -> float:
     """The adaptive controller (arXiv 1909.08593, section 2.2): towards `kl_target` nats a token, by at most 20 % of
-    responses / horizon, or of 1 where a step has more. Fixed where no target is set; a step whose KL is not a number
-    leaves it as it was."""
+    responses / horizon, or of 1 where a step has more. It stays within KL_RANGE times `kl_penalty`: thousands of steps
+    on one side of the target would leave it at 0 or at infinity for good. Fixed where no target is set; a step whose
+    KL is not a number leaves it as it was."""
     if config.kl_target is None or math.isnan(kl):
         return coef
     error = min(max(kl / config.kl_target - 1.0, -0.2), 0.2)
-    return coef * (1.0 + error * min(responses / KL_HORIZON, 1.0))
+    wanted = coef * (1.0 + error * min(responses / KL_HORIZON, 1.0))
+    return min(max(wanted, config.kl_penalty / KL_RANGE), config.kl_penalty * KL_RANGE)

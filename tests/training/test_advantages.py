@@ -14,7 +14,7 @@ from training.advantages import gae, group_scores_advantage, group_token_advanta
 from training.collect import make_experience
 from training.experience import Rewarded
 from training.grpo import grpo_advantages
-from training.ppo import PPO, next_kl_coefficient, penalised_rewards
+from training.ppo import KL_RANGE, PPO, next_kl_coefficient, penalised_rewards
 
 PLAIN = GRPOConfig(scale="none", epsilon=0.0)
 SCALED = GRPOConfig(scale="group", epsilon=0.0)
@@ -175,3 +175,15 @@ def test_the_adaptive_coefficient_moves_towards_its_target() -> None:
     assert next_kl_coefficient(1.0, 9.0, PPOConfig(kl_target=None), 50) == 1.0
     # One step whose loss was not a number would make every later reward so.
     assert next_kl_coefficient(1.0, float("nan"), adaptive, 500) == 1.0
+
+
+@pytest.mark.parametrize(("kl", "end"), [(0.01, 0.02 / KL_RANGE), (5.0, 0.02 * KL_RANGE)])
+def test_the_adaptive_coefficient_in_a_long_run(kl: float, end: float) -> None:
+    """100,000 steps on one side of the target: 0 could never rise again, and infinity is no coefficient."""
+    config, coef = PPOConfig(kl_penalty=0.02, kl_target=0.1), 0.02
+    for _ in range(100_000):
+        coef = next_kl_coefficient(coef, kl, config, 512)
+    assert coef == end
+    for _ in range(100):
+        coef = next_kl_coefficient(coef, 0.1 * 0.1 / kl, config, 512)
+    assert coef > 0.02 if kl < 0.1 else coef < 0.02
