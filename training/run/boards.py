@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from configs.io.files import read_json, write_atomically
 log = logging.getLogger(__name__)
 IDS = "boards.json"
 """The run's names on the boards' side, so that a resumed run goes on in the same curve."""
+RETRY_S = 3600.0
+"""Seconds that a board which could not be opened is left out."""
 
 
 class Board(NamedTuple):
@@ -102,12 +105,15 @@ class Boards:
     """The boards of one run; each is opened when there is something to show."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self._folder, self._names = folder, list(names)
-        self._open: dict[str, Board] = {}
+        self._folder, self._open = folder, dict[str, Board]()
+        self._not_before = dict.fromkeys(names, 0.0)
+        """When each may be opened again, by the monotonic clock."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Show a step's numbers on each."""
-        for name in list(self._names):
+        for name, when in self._not_before.items():
+            if time.monotonic() < when:
+                continue
             try:
                 if name not in self._open:
                     self._open[name] = BOARDS[name](self._folder, step)
@@ -115,7 +121,7 @@ class Boards:
             except Exception as error:  # of a disk, a network, somebody's server; metrics.jsonl has the same numbers
                 log.warning("report_to: %s does not take step %d (%s)", name, step, " ".join(str(error).split())[:200])
                 if self._open.pop(name, None) is None:  # not even opened: each try might wait for a network
-                    self._names.remove(name)
+                    self._not_before[name] = time.monotonic() + RETRY_S
 
     def close(self) -> None:
         """The run has finished."""

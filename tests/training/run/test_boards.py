@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -127,18 +128,22 @@ def test_a_board_that_fails_is_left_or_opened_again(
         opened.append(step)
         if step == 4:
             raise OSError("no network")
-        return boards.Board(log, lambda: pytest.fail("it is not open"))
+        return boards.Board(log, lambda: None)
 
     def log(values: Mapping[str, float], step: int) -> None:
         if step in (2, 3):
             raise OSError("disk full")
 
     monkeypatch.setitem(boards.BOARDS, "moody", moody)
+    now = 1e5
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     board = Boards(folder, ["moody"])
     for step in range(1, 7):
         board.log({"a": 1.0}, step)
-    board.close()
-    assert opened == [1, 3, 4]  # again after each failure to write, and never after a failure to open
+    assert opened == [1, 3, 4]  # again after each failure to write, and an hour after a failure to open
+    now += boards.RETRY_S
+    board.log({"a": 1.0}, 7)
+    assert opened == [1, 3, 4, 7]
     assert [record.getMessage() for record in caplog.records] == [
         "report_to: moody does not take step 2 (disk full)",
         "report_to: moody does not take step 3 (disk full)",
