@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from configs.io.files import read_json
+from configs.io.files import read_json, read_yaml
+from configs.schema import flat
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 UNWANTED = ["consolidated*", "original/*"]
@@ -42,6 +44,20 @@ def find_model(key: str, path: str | Path, *, weights: bool = True) -> Path:
             f"(`hf download {name}`), or give a local model directory"
         )
     raise ValueError(f"{key} = {name!r}: {mend}")
+
+
+def hub_id(directory: Path) -> str | None:
+    """`owner/name` of a directory in the hub's cache."""
+    found = re.search(r"models--([^/]+)/snapshots/", f"{directory}/")
+    return found.group(1).replace("--", "/") if found else None
+
+
+def as_started(run: Path, key: str, path: str) -> str:
+    """A model's `path`; of a hub id the revision that the setting `key` had when the run in this folder was started:
+    the hub may have a newer one since, with another line in its README perhaps."""
+    file = run / "config.yaml"
+    known = str(flat(read_yaml(file) or {}).get(key)) if file.is_file() else path
+    return known if hub_id(Path(known)) == path and Path(known).is_dir() else path
 
 
 def is_adapter(directory: str | Path) -> bool:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from configs.io.hub import base_of, find_model, has_tokenizer, tokenizer_home
+from configs.io.hub import as_started, base_of, find_model, has_tokenizer, tokenizer_home
 from inference.model.files import end_ids
 from tests.support.hub_server import Hub
 from tests.support.runs import ROOT, environment
@@ -161,3 +162,26 @@ def test_half_an_adapter_is_told_in_the_same_words_wherever_it_is_named(
 def test_an_end_that_is_null_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": null, "text_config": {"eos_token_id": [1, 106]}}')
     assert end_ids(tmp_path) == (1, 106)
+
+
+def test_a_run_goes_on_with_the_revisions_that_it_was_started_with(tmp_path: Path) -> None:
+    """The hub's repository may change in a week: a run that asks for it by name would be refused as one of another
+    model."""
+    cache, run = tmp_path / "hub" / "models--org--seven-b" / "snapshots", tmp_path / "run"
+    (cache / "first").mkdir(parents=True)
+    (cache / "second").mkdir()
+    run.mkdir()
+    assert as_started(run, "student.path", "org/seven-b") == "org/seven-b", "not begun yet"
+    values = {"student": {"path": str(cache / "first")}, "teachers": [{"path": str(cache / "first")}, {"path": "x"}]}
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    assert as_started(run, "student.path", "org/seven-b") == str(cache / "first")
+    assert as_started(run, "teachers[0].path", "org/seven-b") == str(cache / "first")
+    for key, path in (
+        ("student.path", "org/eight-b"),  # another model is another setting
+        ("student.path", str(cache / "second")),  # a revision that was asked for
+        ("teachers[1].path", "org/seven-b"),
+        ("teacher.path", "org/seven-b"),
+    ):
+        assert as_started(run, key, path) == path
+    (cache / "first").rmdir()  # the cache was emptied
+    assert as_started(run, "student.path", "org/seven-b") == "org/seven-b"

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from configs.checks import require
 from configs.io.files import read_json
-from configs.io.hub import base_of, find_model
+from configs.io.hub import as_started, base_of, find_model
 from configs.io.jsonl import iterate_jsonl, read_open_questions, read_questions
 from configs.io.loading import loading
 from configs.models import DEMO_STAGE1
@@ -70,10 +70,13 @@ DEMOS = (DEMO, DEMO_STAGE1)
 
 def with_model_directories(config: RunConfig) -> RunConfig:
     """The configuration with each model's path as a local directory that holds a model (`demo` stays `demo`)."""
+    run = Path(config.runs_dir, config.run_name)
     served = {f"{key}.path" for key, teacher in config.every_teacher.items() if teacher.url is not None}
 
     def find(key: str, path: str) -> str:
-        return path if path in DEMOS else str(model_directory(key, path, weights=key not in served))
+        if path in DEMOS:
+            return path
+        return str(model_directory(key, as_started(run, key, path), weights=key not in served))
 
     return with_models(config, find)
 

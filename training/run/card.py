@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, metadata_load
 
+from configs.io.hub import hub_id
 from configs.schema import RunConfig
 
 log = logging.getLogger(__name__)
@@ -93,12 +93,6 @@ def licence_of(directory: Path) -> str | None:
     files = [] if named else sorted(directory.glob("LICENSE*"))
     lines = files[0].read_text(encoding="utf-8", errors="replace").split("\n") if files else []
     return str(named) if named else next((line.strip() for line in lines if line.strip()), None)
-
-
-def hub_id(directory: Path) -> str | None:
-    """`owner/name` of a directory in the hub's cache."""
-    found = re.search(r"models--([^/]+)/snapshots/", f"{directory}/")
-    return found.group(1).replace("--", "/") if found else None
 
 
 def push(export: Path, repository: str) -> None:

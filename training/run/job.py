@@ -21,6 +21,7 @@ import yaml
 from configs.checks import validate
 from configs.io.claims import in_use
 from configs.io.files import write_atomically
+from configs.io.hub import as_started
 from configs.schema import DEMO, RunConfig
 from training.run.cli import TOOLS, demo_config, fail, parse, parse_supervised
 
@@ -59,7 +60,8 @@ def write_teacher(config: RunConfig, file: Path) -> None:
     if teacher.path == DEMO:
         path = Path(resolve_demo(config, stage=2).teacher.path)
     else:
-        path = model_directory("teacher.path", teacher.path, weights=teacher.url is None)
+        known = as_started(file.parents[1], "teacher.path", teacher.path)
+        path = model_directory("teacher.path", known, weights=teacher.url is None)
     section = dataclasses.asdict(teacher) | {"path": str(path.resolve()), "address": None}
     write_atomically(file, yaml.safe_dump({"teacher": section}))
 

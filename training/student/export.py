@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from configs.io.hub import is_adapter
+from configs.io.hub import hub_id, is_adapter
 from training import distributed
-from training.run.card import hub_id
 from training.run.stopping import RunFailed
 from training.student.actor import Actor, end_list
 from training.student.adapters import adapter_parameters, plain_parameters, save_adapter, save_plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from configs.prompts import Format
 from configs.schema import DataConfig, RunConfig, SamplingConfig, SFTConfig, StudentConfig, TeacherConfig
 from inference.attention.packing import Group
 from tests.support.tiny_tokenizers import build_tokenizer, save_tiny
+from training.data import preflight
 from training.data.preflight import (
     check_context,
     check_output,
@@ -21,6 +23,7 @@ from training.data.preflight import (
     check_served_room,
     check_vocabulary,
     context_length,
+    with_model_directories,
 )
 from training.experience import Prompt
 from training.supervised import cloned, read_text
@@ -208,3 +211,14 @@ def test_an_output_that_would_be_lost_is_refused(tmp_path: Path) -> None:
             check(output)
     with pytest.raises(ValueError, match=r"^sft\.output = .*: is student\.path itself"):
         check(models / "mine", models / "mine")
+
+
+def test_a_run_that_goes_on_asks_the_hub_for_nothing_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tmp_path / "models--org--seven-b" / "snapshots" / "first"
+    first.mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text(f"student:\n  path: {first}\n")
+    monkeypatch.setattr(preflight, "model_directory", lambda key, path, weights: Path(path))
+    config = RunConfig(name="mine", runs_dir=str(tmp_path), student=StudentConfig(path="org/seven-b"))
+    assert with_model_directories(config).student.path == str(first)
+    assert with_model_directories(replace(config, name="new")).student.path == "org/seven-b"

@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from configs.checks import validate
+from configs.io.hub import hub_id
 from configs.schema import DataConfig, ExportConfig, RunConfig, StudentConfig, TeacherConfig
 from training.run import card
-from training.run.card import hub_id, licence_of, publish, push
+from training.run.card import licence_of, publish, push
 
 
 def test_the_card_of_a_finished_run(finished_run: Path) -> None:
