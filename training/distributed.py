@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -103,9 +104,22 @@ def sum_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(keys, total.tolist(), strict=True))
 
 
+def by_main(work: Callable[[], T]) -> T | None:
+    """What `work` returns, which rank 0 does alone; None elsewhere. The others wait for hours, if it takes them, and
+    hear signals: any other collective gives up on a rank that is late. Collective."""
+    patient = side_group()
+    result = work() if is_main() else None
+    if patient is not None and (arriving := dist.barrier(patient, async_op=True)) is not None:
+        while not arriving.is_completed():
+            time.sleep(0.05)
+        arriving.wait()
+        beat()
+    return result
+
+
 def side_group() -> dist.ProcessGroup | None:
-    """All ranks once more, over gloo, for a thread beside the one that trains, however long the slowest rank writes;
-    None for one rank. Collective."""
+    """All ranks once more, over gloo, for what goes on beside the other collectives and takes as long as it takes; None
+    for one rank. Collective."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
 
 

@@ -214,13 +214,9 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
     after = evaluated(str(folder.export))
     if distributed.is_main():
         after.write(folder.evaluation("after"))
-    # One rank asks the teacher for answers; the others wait at the next collective.
     teacher = evaluation_once(
-        folder,
-        "teacher",
-        lambda: evaluate_teacher(models.teacher, heldout, config) if distributed.is_main() else None,
+        folder, "teacher", lambda: distributed.by_main(lambda: evaluate_teacher(models.teacher, heldout, config))
     )
-    distributed.barrier()
     evaluations = {"eval_before": before, "eval_after": after.numbers, "teacher_eval": teacher}
     if (other := config.eval.baseline) is not None:
         interpolate(models.actor, other, 0.0)

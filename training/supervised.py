@@ -390,10 +390,11 @@ def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack, prompts: Se
 def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prompt]) -> list[list[tuple[str, bool]]]:
     """The teacher's answers to each prompt, and whether each has ended; asked once and kept in the cache folder.
     Collective."""
-    if not distributed.is_main():
-        while distributed.any_rank(False):  # for each batch: a collective that waits for all of them gives up
-            pass
-        return [json.loads(one) for one in distributed.gather_strings([])]
+    found = distributed.by_main(lambda: _asked(config, link, prompts)) or []
+    return [json.loads(one) for one in distributed.gather_strings(list(map(json.dumps, found)))]
+
+
+def _asked(config: RunConfig, link: TeacherLink, prompts: Sequence[Prompt]) -> list[list[tuple[str, bool]]]:
     teacher, folder, samples = Path(config.teacher.path), Path(config.cache_dir), config.sft.samples
     asked, temperature = format_of("teacher", config.teacher, config.data), config.distill.answer_temperature
     who = [fingerprint(teacher, whole=False), config.teacher.url, config.teacher.served_name]
@@ -408,7 +409,6 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
         bar = tqdm(range(0, len(missing), config.eval.batch), "the teacher's answers", disable=not missing)
         try:
             for start in bar:
-                distributed.any_rank(True)
                 batch = missing[start : start + config.eval.batch]
                 repeated = [prompt for prompt in batch for _ in range(samples)]
                 seed = config.seed * len(missing) + start
@@ -420,8 +420,7 @@ def teacher_answers(config: RunConfig, link: TeacherLink, prompts: Sequence[Prom
         finally:  # a start that is stopped here asks for the rest next time
             if missing:
                 _keep(path, known)
-    distributed.any_rank(False)
-    return [json.loads(one) for one in distributed.gather_strings([json.dumps(known[p.text]) for p in prompts])]
+    return [known[p.text] for p in prompts]
 
 
 def _keep(path: Path, known: Mapping[str, Any]) -> None:

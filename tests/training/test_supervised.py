@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from tests.support.runs import ROOT, TINY, metrics
 from tests.support.teacher_models import save_tokenizer
 from tests.support.teacher_servers import SECRET
 from training import distributed, supervised
+from training.experience import Prompt
 from training.supervised import teacher_answers
 
 
@@ -77,9 +79,9 @@ def test_a_finished_one_is_not_done_again(tmp_path: Path, demo_cache: Path) -> N
     assert len(metrics(tmp_path / "sft")) == 3
 
 
-def test_no_rank_waits_for_all_of_the_teachers_answers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a large teacher take hours, and a collective gives up after half of one: each batch has its own."""
-    met: list[bool] = []
+def test_rank_0_alone_asks_for_the_teachers_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large teacher take hours (`distributed.by_main`), and are kept."""
+    asked_for: list[str] = []
     model = tmp_path / "teacher"
     model.mkdir()
     save_tokenizer(model)
@@ -89,10 +91,15 @@ def test_no_rank_waits_for_all_of_the_teachers_answers_at_once(tmp_path: Path, m
         teacher=TeacherConfig(path=str(model), prompt="plain"), eval=EvalConfig(batch=2), cache_dir=str(tmp_path)
     )
     prompts = [replace(prompt, text=str(n)) for n, prompt in enumerate(prompts_of([(3,)] * 5))]
-    link: Any = SimpleNamespace(answer=lambda asked, *_, **__: [(f"svar {prompt.text}", True) for prompt in asked])
-    monkeypatch.setattr(distributed, "any_rank", lambda flag: met.append(flag) or flag)
+
+    def answer(asked: Sequence[Prompt], *_: object, **__: object) -> list[tuple[str, bool]]:
+        asked_for.append("".join(prompt.text for prompt in asked))
+        return [(f"svar {prompt.text}", True) for prompt in asked]
+
+    link: Any = SimpleNamespace(answer=answer)
     answers = teacher_answers(config, link, prompts)
-    assert met == [True, True, True, False]
+    assert teacher_answers(config, link, prompts) == answers == [[[f"svar {n}", True]] for n in range(5)]
+    assert asked_for == ["01", "23", "4"]
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -100,11 +107,8 @@ def test_no_rank_waits_for_all_of_the_teachers_answers_at_once(tmp_path: Path, m
     with monkeypatch.context() as context:  # what is kept ends nothing
         context.setattr(supervised, "write_atomically", full)
         assert teacher_answers(replace(config, seed=1), link, prompts) == answers
-    del met[4:]
-
-    flags = iter(met)
+    asked_for.clear()
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    monkeypatch.setattr(distributed, "any_rank", lambda flag: next(flags))
-    monkeypatch.setattr(distributed, "gather_strings", lambda _: [json.dumps(one) for one in answers])
-    assert teacher_answers(config, link, prompts) == [[[f"svar {n}", True]] for n in range(5)]
-    assert next(flags, None) is None, "as many as rank 0 makes"
+    monkeypatch.setattr(distributed, "gather_strings", lambda mine: [*map(json.dumps, answers), *mine])
+    assert teacher_answers(config, link, prompts) == answers
+    assert asked_for == []

@@ -243,14 +243,16 @@ def load(found: Found, parts: Mapping[str, Saveable]) -> Progress:
     engines = engines_of(parts)
     other = found.to_reshape({name: engine.zero_stage for name, engine in engines.items()})
     reshaped = found.directory.with_name(f"{found.directory.name}.universal{PARTIAL}")
-    problem = ""
-    if other and distributed.is_main():
+
+    def reshape() -> str:
         try:
             for name in other:
                 engines[name].reshape(found.directory / name, reshaped / name)
         except Exception as error:  # a library's converter; all ranks have to hear of it
-            problem = f"{type(error).__name__}: {error}"
-    if problem := distributed.gather_strings([problem])[0]:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    if other and (problem := distributed.gather_strings([distributed.by_main(reshape) or ""])[0]):
         raise ValueError(f"{found.directory} cannot be cut anew for this number of ranks or ZeRO stage: {problem}")
     try:
         for name, part in parts.items():

@@ -27,10 +27,8 @@ def find_teacher(teacher: TeacherConfig, work_dir: Path, stack: ExitStack) -> tu
     `stack`, with its log in `work_dir`. Collective."""
     if teacher.address is not None:
         return teacher.address, os.environ.get(SECRET, "")
-    found = ("", "")
-    if distributed.is_main():
-        local = stack.enter_context(start_local_teacher(teacher, Path(teacher.path), work_dir))
-        found = (local.address, local.secret)
+    local = distributed.by_main(lambda: start_local_teacher(teacher, Path(teacher.path), work_dir))
+    found = ("", "") if local is None else (stack.enter_context(local).address, local.secret)
     address, secret, *_ = distributed.gather_strings(found)
     return address, secret
 

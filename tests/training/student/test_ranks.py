@@ -201,3 +201,12 @@ def test_nobody_waits_for_ever(silent: int, three_ranks: dict[str, Any]) -> None
     assert result["least_kl"] >= 0
     assert result["metrics"]["mismatch/max"] < 1e-4
     assert result["metrics"]["grad_norm"] > 0
+
+
+def test_what_rank_0_does_alone_may_take_hours(tmp_path: Path) -> None:
+    """A teacher of 70B is read from a slow disk, or answers all held-out questions, for longer than a collective waits
+    (here a second)."""
+    (tmp_path / "jobs.json").write_text(json.dumps([{"what": "late", "name": "late", "folder": str(tmp_path)}]))
+    program = [sys.executable, str(WORKER), str(tmp_path / "jobs.json"), str(tmp_path / "out.json")]
+    finish_ranks(program, 2, tmp_path, 120)
+    assert json.loads((tmp_path / "1.json").read_text()) == ["done", "None", "gave up"]
