@@ -65,7 +65,8 @@ def in_use(folder: Path, environment: Mapping[str, str] = os.environ) -> str | N
     same_job = mine["slurm_job"] is not None and holder.get("slurm_job") == mine["slurm_job"]
     if not visible and same_job and int(holder.get("slurm_restart", 0)) < int(mine["slurm_restart"]):
         return None
-    if not visible and holder.get("slurm_cluster") == mine["slurm_cluster"] is not None and _ended(holder["slurm_job"]):
+    known = holder.get("slurm_cluster") == mine["slurm_cluster"] is not None and path.stat().st_uid == os.getuid()
+    if not visible and known and _ended(holder["slurm_job"]):
         return None
     mend = f"wait for it, or end it (kill {process})" if visible else f"wait for it; if it has ended, delete {path}"
     return f"{folder} is in use by process {process} on {host} since {since}: {mend}, or choose another name"
@@ -73,10 +74,11 @@ def in_use(folder: Path, environment: Mapping[str, str] = os.environ) -> str | N
 
 def _ended(job: str) -> bool:
     """Whether a job of this cluster runs no more: one that lost its node, or was killed at its time limit, leaves its
-    claim to the next job of a chain. False where SLURM cannot be asked."""
+    claim to the next job of a chain. False where SLURM cannot be asked. (It may hide the jobs of others.)"""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
         asked = ["squeue", "--noheader", "--job", job, "--format", "%A %T"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(asked, env=plain, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
     if done.returncode != 0:

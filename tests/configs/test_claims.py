@@ -136,17 +136,22 @@ def test_the_claim_of_a_job_that_has_ended(
 ) -> None:
     """A chain of jobs: the one before was killed at its time limit, or lost its node, and left its claim."""
 
-    def squeue(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def squeue(words: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert (words[0], words[words.index("--job") + 1]) == ("squeue", "7")
+        assert "SQUEUE_STATES" not in env, "a user's own filter would hide jobs that run"
         return subprocess.CompletedProcess(words, code, out, error)
 
     monkeypatch.setattr(subprocess, "run", squeue)
+    monkeypatch.setenv("SQUEUE_STATES", "PENDING")
     claim(tmp_path)
     written(tmp_path, host="far-away", slurm_job="7", slurm_cluster="faroe")
     mine = {"SLURM_JOB_ID": "10", "SLURM_CLUSTER_NAME": "faroe"}
     assert (in_use(tmp_path, mine) is None) == ended
     for other in ({}, {**mine, "SLURM_CLUSTER_NAME": "shetland"}):  # where that number is nobody's, or another job's
         assert "far-away" in str(in_use(tmp_path, other))
+    with monkeypatch.context() as context:
+        context.setattr(os, "getuid", lambda: -1)
+        assert "far-away" in str(in_use(tmp_path, mine)), "SLURM may not show the job of another user"
     written(tmp_path, slurm_job=None, slurm_cluster=None)
     assert "far-away" in str(in_use(tmp_path, {})), "no job, and nobody to ask"
 
