@@ -46,7 +46,7 @@ class ActorConfig:
     """Optimisation of the student with DeepSpeed."""
 
     learning_rate: PositiveFinite = 1e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW in stage 2. Stages 0 and 1 take sft.learning_rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of the learning rate from the end of warm-up to the last step."""
     warmup_steps: NonNegativeInt = 0

@@ -163,9 +163,9 @@ class RunConfig:
     seed: Seed = 0
     """Seed of sampling, data order and new weights."""
     steps: PositiveInt = 100
-    """RL steps."""
+    """Steps of stage 2. Stages 0 and 1 take sft.steps."""
     prompts_per_step: PositiveInt = 16
-    """N: prompts per step, over all ranks."""
+    """N: prompts per step of stage 2, over all ranks. Stages 0 and 1 take sft.batch."""
     report_to: str = "tensorboard"
     """Where each step's metrics are logged in addition to metrics.jsonl: tensorboard, wandb, mlflow, separated by
     commas; or none."""
