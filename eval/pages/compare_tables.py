@@ -9,7 +9,7 @@ from eval.pages.page_parts import ranged, signed
 READING = (
     "Square brackets: 95 % interval by bootstrap over examples (EuroEval's own, over its iterations, for its scores). "
     "Changes: difference to the baseline, for a student its own start, on the same examples, paired; bold where its "
-    "interval does not hold 0. Letters mark numbers that may not be compared with the baseline or with published "
+    "interval does not contain 0. Letters mark numbers that may not be compared with the baseline or with published "
     "figures."
 )
 _LATEX = str.maketrans(
