@@ -282,7 +282,7 @@ _finish() { # STATUS
     for pid in "${job_teachers[@]}"; do wait "$pid" 2>/dev/null; done
     # It died of USR1 or TERM: asked to leave before it could listen, when nothing was there to be saved.
     # Or a preempted step did not leave within KillWait, and SLURM ended it.
-    if ((status == 138 || status == 143)) || { ((status == 137)) && _preempted; }; then status=75; fi
+    if ((status == 138 || status == 143)) || { ((status == 137)) && _preempted; } || _lost_by_nccl; then status=75; fi
     [[ -z "$job_fallen" || -z "$job_student" ]] || _say "$job_fallen"
     if ((status == 0)); then
         _say "finished"
@@ -293,6 +293,13 @@ _finish() { # STATUS
         _requeue || status=$?
     fi
     return "$status"
+}
+
+# NCCL ends a rank that has lost another by SIGABRT, and other ranks wait until they are killed. Where no rank has failed
+# otherwise, it was the network between them.
+_lost_by_nccl() {
+    local notes
+    notes="$(cat "$job_folder"/failed-* 2>/dev/null)" && ! grep -qv 'exit code 134$' <<<"$notes"
 }
 
 _preempted() { scontrol show job -o "$job_id" | grep -q 'PreemptTime=[0-9]'; }

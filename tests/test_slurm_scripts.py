@@ -359,3 +359,21 @@ def test_logs_without_room_do_not_end_who_writes_them() -> None:
     lines = "for i in {1..20000}; do echo a line of the log; done; echo got through >&2"
     done = run(["bash", "-c", f"source slurm/steps.sh; ({lines}) > >(_keep /dev/full >/dev/full 2>&1)"], ROOT, active())
     assert (done.returncode, done.stderr) == (0, "got through\n")
+
+
+@pytest.mark.parametrize(
+    ("status", "codes", "ends"),
+    [
+        (134, [134, 134], 75),  # the network: a new start mends it
+        (137, [134], 75),  # the other rank of that node was ended by us
+        (134, [1, 134], 134),  # one rank's own failure, which the other has noticed
+        (137, [137], 137),  # out of memory
+        (137, [], 137),
+    ],
+)
+def test_a_rank_that_nccl_has_ended_is_started_again(status: int, codes: list[int], ends: int, tmp_path: Path) -> None:
+    for rank, code in enumerate(codes):
+        (tmp_path / f"failed-{rank}").write_text(f"rank {rank} on node: exit code {code}\n")
+    stubs = "scontrol() { :; }; _requeue() { return 75; }"
+    script = f"source slurm/steps.sh; {stubs}; job_folder={tmp_path}; _finish {status}"
+    assert run(["bash", "-c", script], ROOT, dict(os.environ)).returncode == ends
