@@ -19,7 +19,7 @@ from tests.support.runs import ROOT
 
 CLAIM = "from pathlib import Path; from configs.io.claims import claim; import sys, time; "
 HOLD = CLAIM + "claim(Path(sys.argv[1])); print('mine', flush=True); time.sleep(600)"
-RACE = CLAIM + "sys.stdin.read(1); claim(Path(sys.argv[1])); print('mine'); time.sleep(1)"
+RACE = CLAIM + "sys.stdin.read(1); claim(Path(sys.argv[1])); print('mine', flush=True); sys.stdin.read()"
 
 
 def started(code: str, folder: Path) -> subprocess.Popen[str]:
@@ -199,7 +199,10 @@ def test_of_many_that_begin_at_once_one_gets_it(stale: bool, tmp_path: Path) -> 
         assert racer.stdin is not None
         racer.stdin.write("x")
         racer.stdin.flush()
-    assert sum("mine" in racer.communicate()[0] for racer in racers) == 1
+    said = [racer.stdout.readline() for racer in racers if racer.stdout is not None]  # who has it holds it until then
+    for racer in racers:
+        racer.communicate()
+    assert sorted(said) == [""] * 7 + ["mine\n"]
 
 
 def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

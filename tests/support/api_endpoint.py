@@ -1,6 +1,7 @@
 """A small OpenAI-compatible endpoint for tests, with the faults that real ones have.
 
-    python tests/support/api_endpoint.py LOG     prints its port; every finished reply's question is appended to LOG
+    python tests/support/api_endpoint.py LOG     prints its port; every finished reply's question is appended to LOG.
+                                                 Of questions that end with a number 20 to 27 get no reply at first
 
 What happens to a request is asked of `plan`: for the n-th request (from 0) of a question, "ok" or the name of a fault.
 """
@@ -22,9 +23,7 @@ from typing import Any
 class Endpoint:
     """Answers `svar: QUESTION` (a judge's mark where the system message asks for one); use as a context manager."""
 
-    def __init__(
-        self, plan: Callable[[str, int], str] = lambda question, n: "ok", delay_s: float = 0.0, log: Path | None = None
-    ) -> None:
+    def __init__(self, plan: Callable[[str, int], str] = lambda question, n: "ok", log: Path | None = None) -> None:
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.times: list[float] = []
@@ -45,7 +44,6 @@ class Endpoint:
                     outer.asked[question] += 1
                     outer.times.append(time.monotonic())
                     outer.keys.add(self.headers["Authorization"])
-                time.sleep(delay_s)
                 fault = plan(question, turn)
                 if fault == "ok":
                     self._send(200, completion(question, judge="judge" in body["messages"][0]["content"]))
@@ -135,6 +133,12 @@ FAULTS: dict[str, Callable[[Any], None]] = {
 
 
 if __name__ == "__main__":
-    with Endpoint(delay_s=0.15, log=Path(sys.argv[1])) as endpoint:
+
+    def plan(question: str, n: int) -> str:
+        if n == 0 and 20 <= int(question.split()[-1]) < 28:
+            time.sleep(600)
+        return "ok"
+
+    with Endpoint(plan, Path(sys.argv[1])) as endpoint:
         print(endpoint.url, flush=True)
         sys.stdin.read()

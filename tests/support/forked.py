@@ -15,10 +15,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from configs.io.lines import LineFile
 from tests.support.runs import ROOT, environment, free_port
 
 _FORKING = multiprocessing.get_context("forkserver")
@@ -28,10 +30,18 @@ _FORKING.set_forkserver_preload(["tests.support.preloaded"])
 class Forked:
     """`python SCRIPT ARGUMENT ...`, with the methods of subprocess.Popen. Leads a session of its own."""
 
-    def __init__(self, command: Sequence[str], stdout: Path, stderr: Path, **variables: str) -> None:
-        """The environment is runs.environment() with `variables`; outputs are appended to the files."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        stdout: Path,
+        stderr: Path,
+        first: Callable[[], None] | None = None,
+        **variables: str,
+    ) -> None:
+        """The environment is runs.environment() with `variables`; outputs are appended to the files. `first` is called
+        in the process before the script (a function of a module, or a `partial` of one)."""
         _, script, *arguments = command
-        given = (Path(script), arguments, environment() | variables, (stdout, stderr))
+        given = (Path(script), arguments, environment() | variables, (stdout, stderr), first)
         self._stderr = stderr
         self._process = _FORKING.Process(target=_run, args=given, daemon=True)
         self._process.start()
@@ -79,6 +89,18 @@ def finish_forked(
     return subprocess.CompletedProcess(list(command), code, *said)
 
 
+def wait_behind_first_line(file: Path) -> None:
+    """For `first`: when the program has written the first line of `file`, it waits until FILE.go is there too."""
+    append, go = LineFile.append, file.with_suffix(".go")
+
+    def appended(self: LineFile, line: str) -> None:
+        append(self, line)
+        while self._path == file and not go.exists():
+            time.sleep(0.01)
+
+    LineFile.append = appended  # type: ignore[method-assign]
+
+
 def finish_ranks(program: Sequence[str], world: int, folder: Path, seconds: float, **variables: str) -> None:
     """Run `world` ranks of one program to the end, outputs in folder/rankN.log; one that fails or has not ended in time
     fails the test."""
@@ -96,7 +118,13 @@ def finish_ranks(program: Sequence[str], world: int, folder: Path, seconds: floa
     assert codes == [0] * world, "\n".join(log.read_text(errors="replace")[-2500:] for log in logs)
 
 
-def _run(script: Path, arguments: list[str], variables: dict[str, str], outputs: Sequence[Path]) -> None:
+def _run(
+    script: Path,
+    arguments: list[str],
+    variables: dict[str, str],
+    outputs: Sequence[Path],
+    first: Callable[[], None] | None,
+) -> None:
     """The child: what `python SCRIPT` does after its imports."""
     os.setsid()
     os.chdir(ROOT)
@@ -113,6 +141,8 @@ def _run(script: Path, arguments: list[str], variables: dict[str, str], outputs:
     stage2._report = lambda folder: report.main(["--run", str(folder.path)])  # in this process
     code: object = 1
     try:
+        if first is not None:
+            first()
         runpy.run_path(str(script), run_name="__main__")
         code = 0
     except SystemExit as end:

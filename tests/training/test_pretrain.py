@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from configs.prompts import Format
 from configs.schema import DataConfig
-from tests.support.forked import Forked, finish_forked
+from tests.support.forked import Forked, finish_forked, wait_behind_first_line
 from tests.support.runs import ROOT, finish, metrics, timeless
+from tests.training.run.test_leaving import wait_until
 from training.data.text import text_blocks
 
 
@@ -64,23 +65,20 @@ def test_stage_0_learns_the_text(run: Path) -> None:
 
 
 def test_a_stopped_stage_0_goes_on_and_equals_an_unbroken_one(run: Path, tmp_path: Path, demo_cache: Path) -> None:
-    """SIGTERM in the middle: a checkpoint and exit code 75; the same command again finishes it, bit for bit."""
+    """SIGTERM behind the first step: a checkpoint and exit code 75; the same command again finishes it, bit for bit."""
     other = tmp_path / "pretrain"
-    process = Forked(line(tmp_path, demo_cache, 12), tmp_path / "log", tmp_path / "log")
+    rows, log = other / "metrics.jsonl", tmp_path / "log"
+    process = Forked(line(tmp_path, demo_cache, 12), log, log, partial(wait_behind_first_line, rows))
     try:
-        end = time.monotonic() + 400
-        while not (other / "metrics.jsonl").is_file() or not metrics(other):
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        assert wait_until(lambda: rows.is_file() and metrics(other), 400), log.read_text()
         process.send_signal(signal.SIGTERM)
+        rows.with_suffix(".go").touch()
         assert process.wait(timeout=200) == 75
     finally:
         process.kill()
         process.wait()
-    done = len(metrics(other))
-    assert 0 < done < 12
-    assert (other / "checkpoints" / "latest").read_text() == f"step-{done:06d}"
+    assert len(metrics(other)) == 1
+    assert (other / "checkpoints" / "latest").read_text() == "step-000001"
     finish_forked(line(tmp_path, demo_cache, 12))
     assert [row["step"] for row in metrics(other)] == list(range(1, 13))
     assert timeless(metrics(other)) == timeless(metrics(run))

@@ -24,19 +24,20 @@ pytestmark = pytest.mark.alone
 FOREVER = ["--steps", "100000", "--checkpoint.every", "2", "--eval.questions", "2"]
 NAME = "grpo-minillm"
 
-# A reward of zeros that takes its time in step 2 of the first start, so that a signal is sure to find the run in it.
+# A reward of zeros that waits in step 2 of the first start, so that a signal is sure to find the run in it.
 PAUSING = """
 import time
 from pathlib import Path
 
-mark, calls = Path({mark!r}), []
+mark, go, calls = Path({mark!r}), Path({mark!r} + ".go"), []
 
 
 def nothing_in_step_2_at_once(inputs):
     calls.append(1)
     if len(calls) == 2 and not mark.exists():
         mark.touch()
-        time.sleep(5)
+        while not go.exists():
+            time.sleep(0.01)
     return [0.0] * len(inputs.texts_B)
 """
 
@@ -107,13 +108,13 @@ def test_ranks_that_are_stopped_or_killed(tmp_path: Path, demo_cache: Path) -> N
         wait_for(lambda: steps_done(tmp_path) >= 3, tmp_path, process)
         stopped = ranks_of(tmp_path)[1]
         os.kill(stopped, signal.SIGSTOP)
-        began = time.monotonic()
         wait_for(lambda: "rank 1 has not arrived" in said(tmp_path), tmp_path, process, 240)
-        assert time.monotonic() - began > 8
         line = next(line for line in said(tmp_path).splitlines() if "rank 1 has not arrived" in line)
-        assert re.search(
-            r"rank 0 is stuck in phase (sample|reference|teacher|update|checkpoint) of step \d+ for ", line
+        stuck = re.search(
+            r"rank 0 is stuck in phase (sample|reference|teacher|update|checkpoint) of step \d+ for (\d+) s", line
         )
+        assert stuck is not None, line
+        assert int(stuck[2]) >= 10, "and no earlier"
         wait_for(lambda: "Killing subprocess" in said(tmp_path), tmp_path, process)
         os.kill(stopped, signal.SIGCONT)  # or DeepSpeed's launcher waits 30 s for it before it kills it
         assert process.wait(400) == 75, "the run has got on, so a new start is worth it"
@@ -183,11 +184,17 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, demo_cache: Path) -> None
         latest = small_disk / "checkpoints" / "latest"
         wait_for(latest.is_file, tmp_path, process)
         filler = fill(small_disk)
-        wait_for(lambda: said(tmp_path).count("the run goes on without it") >= 2, tmp_path, process)
+        wait_for(
+            lambda: (
+                said(tmp_path).count("the run goes on without it") >= 2
+                and "metrics.jsonl cannot be written" in said(tmp_path)  # its last page has room for some lines
+            ),
+            tmp_path,
+            process,
+        )
         kept = latest.read_text()
         assert (small_disk / "checkpoints" / kept / "manifest.json").is_file()
         assert "No space left" in said(tmp_path)
-        assert "metrics.jsonl cannot be written" in said(tmp_path)
         filler.unlink()
         wait_for(lambda: latest.read_text() != kept, tmp_path, process)
         process.terminate()
@@ -220,6 +227,7 @@ def test_a_signal_and_the_end_of_the_time_lose_nothing(finished_run: Path, tmp_p
         wait_for(in_step_2.exists, tmp_path, process)
         started_s = time.monotonic() - begun
         os.kill(process.pid, signal.SIGUSR1)
+        Path(f"{in_step_2}.go").touch()
         assert process.wait(400) == 75
         assert all_gone(tmp_path)
     (first,) = starts(tmp_path)

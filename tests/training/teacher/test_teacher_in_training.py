@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -15,9 +16,10 @@ from transformers import AutoTokenizer
 
 from configs.prompts import Format
 from configs.schema import DataConfig
-from tests.support.forked import Forked, finish_forked
+from tests.support.forked import Forked, finish_forked, wait_behind_first_line
 from tests.support.runs import command, metrics, timeless
 from tests.support.teacher_servers import SECRET, serve_forked, served
+from tests.training.run.test_leaving import wait_until
 from training.data.order import positions_of_step
 from training.data.prompts import load_prompts
 
@@ -33,19 +35,14 @@ def test_a_teacher_that_is_killed_and_started_again_changes_no_metric(
     run = tmp_path / "runs" / "grpo-minillm"
     arguments = ["--steps", "3", "--checkpoint.every", "2", "--teacher.address", str(address)]
     servers = [serve_forked(teacher, address, log)]
-    output = tmp_path / "output"
-    line = command(tmp_path / "runs", demo_cache, *arguments)
-    trainer = Forked(line, output, output, GRPO_KD_TEACHER_SECRET=SECRET)
+    output, rows = tmp_path / "output", run / "metrics.jsonl"
+    line, first = command(tmp_path / "runs", demo_cache, *arguments), partial(wait_behind_first_line, rows)
+    trainer = Forked(line, output, output, first, GRPO_KD_TEACHER_SECRET=SECRET)
     try:
-        deadline = time.monotonic() + 400
-        while not (run / "metrics.jsonl").is_file() or not metrics(run):
-            assert trainer.poll() is None, output.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        assert wait_until(lambda: rows.is_file() and metrics(run), 400), output.read_text()
         servers[0].kill()
         servers[0].wait()
-        done = len(metrics(run))
-        assert done < 3
+        rows.with_suffix(".go").touch()  # steps 2 and 3 are to come
         time.sleep(2)
         assert trainer.poll() is None
         servers.append(serve_forked(teacher, address, log))
