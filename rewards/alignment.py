@@ -53,7 +53,7 @@ def read_bytes(data: bytes, *, complete: bool) -> Reading:
         except UnicodeDecodeError as error:
             valid, bad = at + error.start, at + error.end
             part = data[at:valid].decode()
-            cut = error.reason == "unexpected end of data" and bad == len(data)
+            cut = error.reason == "unexpected end of data"
         parts.append(part)
         origin.extend(range(at, valid))
         if cut and not complete:

@@ -20,7 +20,6 @@ def teacher_logprob_rewards(inputs: RewardInput, *, length_alpha: float) -> Rewa
     logprobs_S, lengths_B = inputs.teacher_logprobs_S, inputs.lengths_B
     t_S = place_in_response(lengths_B)
     share_S = (t_S + 1).to(logprobs_S.dtype) ** -length_alpha
-    earlier_S = torch.where(t_S > 0, t_S.clamp(min=1).to(logprobs_S.dtype) ** -length_alpha, 0.0)
-    fade_S = earlier_S - share_S  # of the sum so far
+    fade_S = t_S.clamp(min=1).to(logprobs_S.dtype) ** -length_alpha - share_S  # of the sum so far, which begins with 0
     rewards_S = logprobs_S * share_S - sum_before(logprobs_S, lengths_B) * fade_S
     return RewardOutput(rewards_S, None, {"teacher_logprob": sum_by_response(rewards_S, lengths_B)})

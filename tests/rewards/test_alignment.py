@@ -72,6 +72,8 @@ def test_bytes_that_are_no_text() -> None:
     # A lone continuation byte in the middle is read as U+FFFD, whose three bytes stand for it.
     reading = read_bytes(b"a\xb0b", complete=False)
     assert (reading.text, reading.origin, reading.unread) == ("a\ufffdb", (0, 1, 1, 1, 2), 0)
+    # Two bytes of three: read as one U+FFFD, which belongs to whoever wrote the last of them.
+    assert read_bytes(b"a\xe2\x82b", complete=True).origin == (0, 2, 2, 2, 3)
     # The first two bytes of a sheep: cut off they are left out, before an end symbol they are garbage.
     assert read_bytes(b"a\xf0\x9f", complete=False) == Reading("a", (0,), 2)
     assert read_bytes(b"a\xf0\x9f", complete=True).text == "a\ufffd"
@@ -91,10 +93,10 @@ def test_bytes_are_read_as_pythons_decoder_reads_them(data: bytes) -> None:
 
 
 def test_a_space_in_front_and_changed_text() -> None:
-    assert ends_of_pieces([b" T", b"x"], b"Tx") == [1, 2]
+    assert ends_of_pieces([b"", b" T", b"x"], b"Tx") == [0, 1, 2]
     assert ends_of_pieces([b"T"], b"Tx") is None
     # Characters to bytes; positions that go back (reordered marks) do not.
-    assert ends_of_offsets([1, 3, 2, 3], "aðø") == [1, 5, 5, 5]
+    assert ends_of_offsets([1, 3, 2, 4], "aðø") == [1, 5, 5, 5]
 
 
 def test_the_table_of_letters_is_gpt2s() -> None:

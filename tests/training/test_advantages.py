@@ -28,6 +28,16 @@ def test_group_scores_by_hand() -> None:
     assert group_scores_advantage(torch.tensor([1.0, 2.0, 3.0]), 3, PLAIN).tolist() == pytest.approx([-1, 0, 1])
 
 
+def test_epsilon_is_added_to_the_deviation() -> None:
+    # Of 1 2 3 that is 1, of the tokens 1 3 5 it is 2, of the batch's -1 1 it is 1.
+    group, batch = (GRPOConfig(scale=scale, epsilon=1.0) for scale in ("group", "batch"))  # type: ignore[arg-type]
+    assert group_scores_advantage(torch.tensor([1.0, 2.0, 3.0]), 3, group).tolist() == [-0.5, 0.0, 0.5]
+    tokens_S = group_token_advantage(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2, 1]), 2, group)
+    assert tokens_S.tolist() == pytest.approx([-2 / 3, 0.0, 2 / 3])
+    reward = RewardOutput(torch.tensor([0.0, 2.0]), None, {})
+    assert grpo_advantages(reward, torch.tensor([1, 1]), 2, batch).tolist() == [-0.5, 0.5]
+
+
 def test_leave_one_out_by_hand() -> None:
     # The others' means are 4, 3.5 and 1.5.
     got = group_scores_advantage(torch.tensor([1.0, 2.0, 6.0]), 3, LEAVE_ONE_OUT)
@@ -120,9 +130,14 @@ def test_gae_with_lambda_one_is_the_return_minus_the_value() -> None:
 
 
 def test_whitening_by_hand() -> None:
-    values_S = torch.tensor([1.0, 3.0])
-    assert moments_of(values_S).tolist() == [2.0, 4.0, 10.0]
+    values_S = torch.tensor([1.0, 5.0])
+    assert moments_of(values_S).tolist() == [2.0, 6.0, 26.0]
     assert whiten(values_S, moments_of(values_S)).tolist() == pytest.approx([-1.0, 1.0])
+    far_S = torch.tensor([4096.0, 4097.0])  # float32 squares would lose their difference
+    assert whiten(far_S, moments_of(far_S)).tolist() == pytest.approx([-1.0, 1.0], abs=1e-6)
+    alike_S = torch.full((49,), 3.3)  # whose variance rounds to less than nothing
+    assert torch.equal(whiten(alike_S, moments_of(alike_S)), torch.zeros(49))
+    assert whiten(torch.zeros(0), moments_of(torch.zeros(0))).tolist() == []
 
 
 def test_grpo_spreads_a_sequence_score_over_its_tokens() -> None:
