@@ -9,7 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A proxy that leads outside knows nothing of the tests' own servers; bash warns of a locale that is not installed.
+os.environ |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+os.environ.pop("LC_ALL", None)
 
+import contextlib
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,6 +24,16 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in the background deaf to it, and all that tests start and interrupt would be so too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Under nohup as well; the tests themselves stay deaf to it, but a handler of ours is not handed on.
+    signal.signal(signal.SIGHUP, lambda *_: None)
+
+with contextlib.suppress(ImportError):  # tests/gpu does without
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes says how busy the machine is.
+    settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("tests")
 
 LONG = ("measured", "worked", "three_ranks", "demo_cache")
 """Fixtures that start whole runs, or many ranks; the last one's builder is waited for by whoever comes second."""

@@ -38,7 +38,7 @@ time.sleep(120)
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A small copy of the repository with a trainer that does nothing."""
-    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.env"))
     for file in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / file, tmp_path)
     for script in ("training/main.py", "training/sft.py", "eval/run_euroeval.py"):

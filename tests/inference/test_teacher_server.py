@@ -220,12 +220,12 @@ def test_a_garbage_header_ends_its_own_session_only(teacher: LocalTeacher, clien
     channel = other._channel
     assert channel is not None
     garbage = torch.randint(-(2**62), 2**62, (wire.HEADER_WORDS,), generator=torch.Generator().manual_seed(1))
-    channel.send([garbage], 5)
-    words = channel.receive_header(5)
+    channel.send([garbage], 20)
+    words = channel.receive_header(20)
     assert words[2] == 1
-    assert "magic" in wire.decode_json(channel.receive(words[4], torch.uint8, 5))["error"]
+    assert "magic" in wire.decode_json(channel.receive(words[4], torch.uint8, 20))["error"]
     with pytest.raises(RuntimeError):
-        channel.receive_header(5)
+        channel.receive_header(20)
     client.score(GROUPS).result(30)
     other.score(GROUPS).result(30)  # its client opens a new session
     other.close()
@@ -234,9 +234,9 @@ def test_a_garbage_header_ends_its_own_session_only(teacher: LocalTeacher, clien
 def test_hostile_peers_without_the_secret(teacher: LocalTeacher, client: TeacherClient) -> None:
     host, _, port = teacher.address.rpartition(":")
     for data in (b"\x00" * 64, b"GET / HTTP/1.0\r\n\r\n", os.urandom(4096)):
-        with socket.create_connection((host, int(port)), timeout=5) as peer:
+        with socket.create_connection((host, int(port)), timeout=20) as peer:
             peer.sendall(data)
-    store = session.c10d.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+    store = session.c10d.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=20))
     for announced in (b"{", b"[1]", b'{"session": "../../x", "nonce": 1}', b"x" * 100_000, b'{"session": null}'):
         store.set(session.ANNOUNCED + session.new_nonce(), announced)
     name = session.new_nonce()
@@ -273,7 +273,7 @@ def test_a_client_killed_in_a_request_leaves_the_others_alone(teacher: LocalTeac
     victim.wait()
     began = time.monotonic()
     client.score(GROUPS).result(30)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20, "the server is not waiting for the one that is gone"
     victim.stdout.close()
 
 
@@ -341,7 +341,7 @@ def test_no_process_is_left_when_the_owner_is_killed(model: tuple[Any, Path], tm
 def test_a_restarted_server_is_found_again_and_sigterm_exits_0(model: tuple[Any, Path], tmp_path: Path) -> None:
     address_file = tmp_path / "teacher.address"
     first = serve(model[1], address_file, tmp_path / "log")
-    client = TeacherClient(str(address_file), secret=SECRET, tokenizer_fingerprint=None, timeout_s=60)
+    client = TeacherClient(str(address_file), secret=SECRET, tokenizer_fingerprint=None, timeout_s=400)
     before = client.score(GROUPS).result(30)
     first.kill()
     first.wait()
@@ -349,7 +349,7 @@ def test_a_restarted_server_is_found_again_and_sigterm_exits_0(model: tuple[Any,
     asked = client.score(GROUPS)
     assert not asked.done()
     second = serve(model[1], address_file, tmp_path / "log")
-    assert torch.equal(asked.result(120), before)
+    assert torch.equal(asked.result(400), before)
     second.send_signal(signal.SIGTERM)
     assert second.wait(60) == 0
     assert not address_file.exists()

@@ -18,7 +18,6 @@ from configs.schema import RunConfig, TeacherConfig
 from inference.model import teacher as megatron
 from inference.model.backend import BACKENDS
 from inference.server import launch, self_test
-from tests.support.runs import free_port
 from tests.support.teacher_models import BUILDERS, build, save_tokenizer
 from tests.support.teacher_servers import SERVER
 from training.run.stopping import StopRequest
@@ -36,7 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture
 def one_rank() -> Any:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

@@ -22,7 +22,6 @@ from inference.model.output_layer import load_output_layer, logit_softcap
 from inference.model.weights import open_slice
 from inference.protocol.wire import Request
 from tests.support.model_zoo import make
-from tests.support.runs import free_port
 from tests.support.teacher_models import _SIZES, VOCAB, build, reference_logits
 from tests.support.teacher_ranks import GROUPS, PROMPTS, REQUESTS
 
@@ -89,7 +88,7 @@ class Row:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Any:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

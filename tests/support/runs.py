@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,12 +42,12 @@ def command(runs: Path, cache: Path, *arguments: str, ranks: int | None = None) 
 
 
 def free_port() -> str:
-    """A port that nobody listens on."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that nobody listens on, from below the range out of which Linux gives one to whoever wants any: until the
+    test's process binds it, seconds later, no connection of another test gets it."""
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
 
 
 def finish(

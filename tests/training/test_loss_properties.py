@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import GRPOConfig, LossConfig, RewardConfig, RunConfig
@@ -182,7 +182,7 @@ batches = st.builds(
     ),
     seed=st.integers(0, 10**6),
 )
-some = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
+some = settings(max_examples=40)
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:

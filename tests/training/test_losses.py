@@ -148,7 +148,7 @@ def test_reverse_kl_is_exact_and_not_negative() -> None:
     assert float(reverse_kl(policy.log(), policy.log())) == pytest.approx(0.0, abs=1e-7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=6), st.sampled_from(["token", "sequence", "constant"]), st.data()
 )

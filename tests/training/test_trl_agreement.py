@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import LossConfig
@@ -135,7 +135,7 @@ NAMES = [("grpo", "sequence"), ("bnpo", "token"), ("dapo", "token"), ("dr_grpo",
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize(("theirs", "ours"), NAMES)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 @given(lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=6), seed=st.integers(0, 10**6))
 def test_loss_types(trainer_class: Any, theirs: str, ours: str, level: str, lengths: list[int], seed: int) -> None:
     """GRPO, BNPO / DAPO and Dr. GRPO aggregation, each with token ratios and with GSPO's, clip and k3 included."""

@@ -22,6 +22,7 @@ from eval.experiments.plan import Plan, Task, models_of, read_plan
 from eval.experiments.table import draw, main_table, page, paired, paired_table, read_table
 from eval.run_experiment import Runner, array_task, is_finished, main, parse_arguments
 from tests.support.runs import ROOT, TINY, environment
+from tests.support.teacher_servers import wait_until_gone
 
 ABLATION = read_plan(ROOT / "configs" / "ablation.yaml")
 
@@ -120,8 +121,7 @@ def test_a_signal_ends_the_runs_and_leaves(small_plan: Path, demo_cache: Path, t
     assert b"the same command goes on" in said
     assert (runs / "grpo-minillm-seed0" / "checkpoints" / "latest").is_file(), "the trainer left with a checkpoint"
     assert not (runs / "results.md").exists()
-    left = subprocess.run(["pgrep", "-f", str(runs)], capture_output=True, text=True, check=False).stdout
-    assert left == "", "no child is left behind"
+    wait_until_gone(str(runs), 5.0)  # no child is left behind
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

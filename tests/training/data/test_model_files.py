@@ -139,7 +139,7 @@ JSON = st.recursive(
 KEYS = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "text_config", "n_layer", "model_type")
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1), name=st.just("config.json"))
 @example(values={"weight_map": {"a": []}}, name="model.safetensors.index.json")
 @example(values={"weight_map": [1]}, name="model.safetensors.index.json")

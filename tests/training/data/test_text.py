@@ -44,7 +44,6 @@ def blocks_of(rows: list[list[int]], block: int, *, documents: bool) -> TextBloc
 rows = st.lists(st.lists(st.integers(1, 9), max_size=7), min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(rows, st.integers(2, 9))
 def test_every_token_is_predicted_once_but_for_the_first_of_a_block(texts: list[list[int]], block: int) -> None:
     stream = [token for row in texts for token in (*row, END)]
@@ -54,7 +53,6 @@ def test_every_token_is_predicted_once_but_for_the_first_of_a_block(texts: list[
         assert [t for group in groups for t in group.responses[0]] == expected
 
 
-@settings(deadline=None)
 @given(rows, st.integers(2, 9))
 def test_with_documents_a_token_sees_its_own_row_only(texts: list[list[int]], block: int) -> None:
     """Each token's context is what stands before it in its row and its block; the end of the row before opens it."""
@@ -74,7 +72,7 @@ def test_with_documents_a_token_sees_its_own_row_only(texts: list[list[int]], bl
     assert found == expected
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(2, 60), st.integers(1, 7), st.integers(1, 3), st.integers(0, 9), st.integers(0, 30))
 def test_an_epoch_has_every_block_once_and_a_resumed_run_goes_on_with_it(
     size: int, count: int, world: int, seed: int, resumed: int

@@ -85,7 +85,9 @@ def test_nothing_but_an_archive_of_torch_is_read(tmp_path: Path) -> None:
 def test_a_run_refuses_it_in_a_line(finished_run: Path, tmp_path: Path, demo_cache: Path) -> None:
     """Real files of DeepSpeed: model and optimizer states."""
     run = tmp_path / "grpo-minillm"
-    shutil.copytree(finished_run, run)
+    run.mkdir()
+    shutil.copy(finished_run / "config.yaml", run)  # in the rest of the folder another test may be writing
+    shutil.copytree(finished_run / "checkpoints", run / "checkpoints")
     for checkpoint in (run / "checkpoints").glob("step-*"):
         for file in (checkpoint / "student").glob("*.pt"):
             states = torch.load(file, weights_only=False, map_location="cpu")

@@ -151,7 +151,7 @@ def worst_difference(pair: Pair, mix: Mix, seed: int, budget: int, chunk: int) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(mix=mixes, seed=st.integers(0, 2**20), budget=st.integers(1, 90), chunk=st.integers(1, 40))
 @example(mix=HAND_PICKED, seed=0, budget=1, chunk=3)
 @example(mix=HAND_PICKED, seed=1, budget=1000, chunk=1024)
