@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from rewards.base import RewardInput, RewardOutput
 from rewards.tokens import place_in_response, sum_before, sum_by_response
 
