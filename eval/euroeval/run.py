@@ -71,16 +71,6 @@ class Settings:
         return "demo" if is_demo(self.data) else "local"
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSet:
-    """A task's data, loaded once."""
-
-    config: Any
-    """EuroEval's DatasetConfig; from the hub unmodified, else with another source."""
-    about: dict[str, Any]
-    """`data` of the result."""
-
-
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
@@ -92,8 +82,9 @@ def dataset_configs() -> dict[str, Any]:
     return {name: config for name, config in every.items() if "fo" in [one.code for one in config.languages]}
 
 
-def load_data_set(name: str, settings: Settings, work: Path) -> DataSet:
-    """A task's data from the hub, or from local splits that have been checked; ValueError where they do not come."""
+def load_data_set(name: str, settings: Settings, work: Path) -> tuple[Any, dict[str, Any]]:
+    """A task's data from the hub, or from local splits that have been checked: EuroEval's DatasetConfig (from the hub
+    unmodified, else with another source), and `data` of the result. ValueError where they do not come."""
     from euroeval.data_loading import load_raw_data
 
     from eval.euroeval.metrics import use_local_metrics
@@ -119,7 +110,7 @@ def load_data_set(name: str, settings: Settings, work: Path) -> DataSet:
         "sha256": {split: fingerprint(rows) for split, rows in splits.items()},
         "rows": {split: len(rows) for split, rows in splits.items()},
     }
-    return DataSet(config=config, about=about)
+    return config, about
 
 
 def _lost(identity: str, settings: Settings, error: Exception) -> ValueError:
@@ -148,7 +139,7 @@ def evaluate(model: Model, settings: Settings) -> Result:
         raise ValueError(f"--kind instruct: {name} has no chat template; leave the option out or say --kind base")
     settings = replace(settings, kind=kind)
     prepare_tokenizer(model.tokenizer, model.network, kind)
-    data = {task: load_data_set(task, settings, work) for task in settings.tasks}
+    loaded = {task: load_data_set(task, settings, work) for task in settings.tasks}
     asked = {
         "kind": kind,
         "iterations": settings.iterations,
@@ -161,18 +152,18 @@ def evaluate(model: Model, settings: Settings) -> Result:
         measure="euroeval", model=name, data={}, settings=asked, versions=versions(*PACKAGES), values={}, rows=[]
     )
     identity = f"{model.weights} {asked} {result.versions}"
-    keys: dict[str, str] = {task: _key(identity, one.about) for task, one in data.items()}
+    keys: dict[str, str] = {task: _key(identity, about) for task, (_, about) in loaded.items()}
     result = _with_finished(result, output, keys, identity)
     engine = Engine(model.network, model.tokenizer, batch=settings.batch)
-    for number, task in enumerate(settings.tasks, start=1):
+    for number, (task, (config, about)) in enumerate(loaded.items(), start=1):
         if task not in result.data:
-            rows = settings.iterations * data[task].about["rows"][settings.split]
+            rows = settings.iterations * about["rows"][settings.split]
             title = f"{name}: {task} ({number} of {len(settings.tasks)})"
             with tqdm(total=rows, desc=title, unit="row", dynamic_ncols=True) as bar:
                 engine.progress = bar.update
-                values, row = _run_task(engine, name, data[task], settings, work / f"{task}-{keys[task]}")
+                values, row = _run_task(engine, name, config, settings, work / f"{task}-{keys[task]}")
                 bar.update(rows - bar.n)  # rows that a sample holds twice are answered once
-            result = _with_task(result, data[task].about, values, {"task": task, **row, "key": keys[task]})
+            result = _with_task(result, about, values, {"task": task, **row, "key": keys[task]})
             result.write(output)
     result.write(output)
     shutil.rmtree(work / "data", ignore_errors=True)
@@ -208,26 +199,26 @@ def _key(identity: str, about: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{identity} {about['sha256']}".encode()).hexdigest()[:16]
 
 
-def _run_task(engine: Any, name: str, data: DataSet, settings: Settings, current: Path) -> tuple[dict[str, Value], Row]:
+def _run_task(engine: Any, name: str, config: Any, settings: Settings, current: Path) -> tuple[dict[str, Value], Row]:
     """EuroEval's steps of one model on one data set: (values, row of the result).
 
     `current`: folder of what is generated while the task goes on; a killed call's is gone on with.
     """
     from eval.measures.generation import Journal
 
-    start, task, work = time.monotonic(), data.config.name, current.parent
+    start, task, work = time.monotonic(), config.name, current.parent
     for leftover in work.glob(f"{task}-*"):
         if leftover != current:  # of an evaluation with other settings or another model
             shutil.rmtree(leftover)
     current.mkdir(exist_ok=True)
     engine.journal = Journal(current / "journal.jsonl")
-    record, local = _harness(engine, name, data.config, settings, current)
+    record, local = _harness(engine, name, config, settings, current)
     generations = work / f"{task}.jsonl"
     write_atomically(generations, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in local.rows))
     record.append_to_results(results_path=work / "euroeval_benchmark_results.jsonl")
     shutil.rmtree(current)
-    why_not = _why_not(engine.model, data, settings, local.truncated)
-    metrics = data.config.task.metrics
+    why_not = _why_not(engine.model, config, settings, local.truncated)
+    metrics = config.task.metrics
     values = {f"{task}/{metric.name}": _value(record.results["total"], metric.name) for metric in metrics}
     return values, {
         "comparable": not why_not,
@@ -318,12 +309,12 @@ def _benchmark_config(engine: Any, config: Any, settings: Settings) -> Any:
     )
 
 
-def _why_not(model: Any, data: DataSet, settings: Settings, truncated: int) -> list[str]:
+def _why_not(model: Any, config: Any, settings: Settings, truncated: int) -> list[str]:
     """Reasons why the figures may not stand beside the leaderboard's."""
-    reasons, task = [], TASKS[data.config.name]
-    if data.about["source"] != "hub":
-        reasons.append(f"the data are {data.about['source']}, not EuroEval's")
-    if data.config.name not in OFFICIAL:
+    reasons, task = [], TASKS[config.name]
+    if settings.source != "hub":
+        reasons.append(f"the data are {settings.source}, not EuroEval's")
+    if config.name not in OFFICIAL:
         reasons.append("not one of the leaderboard's data sets")
     if settings.iterations != LEADERBOARD_ITERATIONS:
         reasons.append(f"{settings.iterations} iterations, not {LEADERBOARD_ITERATIONS}")

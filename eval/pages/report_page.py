@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 
 from eval.pages.page_parts import HELDOUT, answer_cards, render, signed
 from eval.pages.report_plots import MOST, Plot, smoothing_window
@@ -94,14 +95,8 @@ def _change(measure: str, before: float | None, after: float | None) -> str:
 
 
 def _duration(seconds: float | None) -> str | None:
-    """Seconds as a person says them."""
-    if seconds is None:
-        return None
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    """Hours, minutes and seconds."""
+    return None if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def _count(value: int | None) -> str | None:

@@ -32,7 +32,6 @@ from training.tools.plan_zero import (
     PERSISTENT,
     Device,
     EngineSettings,
-    EngineState,
     Parameters,
     engine_state,
     forward_extra,
@@ -206,13 +205,13 @@ def rank_memory(config: RunConfig, tracer: Tracer, world: int, device: Device = 
     """One of `world` trainer ranks, the algorithm being config.algo."""
     facts, element = tracer.facts, tracer.student.element
     actor = EngineSettings(config.actor.zero_stage, world, config.actor.offload, device)
-    state = engine_state(tracer.student, actor)
-    static = _parts("student", state)
+    kept, host = engine_state(tracer.student, actor)
+    static = {f"student: {part}": size for part, size in kept.items()}
     if reference_copies(config):
         static["reference"] = reference_copies(config) * element * tracer.student.total
     if facts.same_tokenizer:
         static["teacher's output layer"] = 4 * facts.teacher.vocab_size * facts.teacher.hidden_size
-    host, mine = state.host, -(-config.prompts_per_step // world)
+    mine = -(-config.prompts_per_step // world)
     mini = -(-mine // config.actor.updates_per_rollout)
     row_prompts, rows = rows_of(config, facts.prompt_tokens, mini)
     key, blocks = _trace_key(config), _text_blocks(config, world)
@@ -230,20 +229,11 @@ def rank_memory(config: RunConfig, tracer: Tracer, world: int, device: Device = 
     }
     if has_critic(config):
         engine = replace(actor, zero_stage=config.critic.zero_stage)
-        state = engine_state(tracer.critic, engine)
-        static |= _parts("critic", state)
+        kept, offloaded = engine_state(tracer.critic, engine)
+        static |= {f"critic: {part}": size for part, size in kept.items()}
+        host += offloaded
         moments["critic's update"] = update_peak(tracer.critic, engine, tracer.critic_update(key, row_prompts), rows)
-        host += state.host
     return RankMemory({k: v for k, v in static.items() if v}, moments, host)
-
-
-def _parts(name: str, state: EngineState) -> dict[str, int]:
-    return {
-        f"{name}: parameters": state.parameters,
-        f"{name}: optimizer": state.optimizer,
-        f"{name}: gradients": state.gradients,
-        f"{name}: communication buffers": state.buckets,
-    }
 
 
 def rows_of(config: RunConfig, prompt_tokens: int, prompts: int) -> tuple[int, int]:

@@ -59,33 +59,19 @@ class EngineSettings:
         return self.offload and self.zero_stage > 0
 
 
-@dataclass(frozen=True)
-class EngineState:
-    """What stays allocated between updates, bytes."""
-
-    parameters: int
-    optimizer: int
-    """float32 master weights (where kept) and Adam's two moments."""
-    gradients: int
-    """Buffers that outlive the update."""
-    buckets: int
-    """Communication buffers that outlive the update."""
-    host: int
-    """In host memory: the offloaded part."""
-
-
 def share(numel: int, world: int) -> int:
     """Elements of one rank's part of a flat buffer, which is padded to an even part for each rank."""
     return -(-numel // (2 * world)) * 2
 
 
-def engine_state(p: Parameters, s: EngineSettings) -> EngineState:
-    """What an engine holds between updates, once Adam's moments exist (after the first)."""
+def engine_state(p: Parameters, s: EngineSettings) -> tuple[dict[str, int], int]:
+    """(what an engine holds between updates, once Adam's moments exist, which is after the first; what is offloaded to
+    the host's memory), bytes. `optimizer`: float32 master weights (where kept) and Adam's two moments."""
     part, b, n = share(p.trainable, s.world), p.element, p.trainable
     frozen = p.total - n
     if s.zero_stage == 0:
         # float32: Adam works on the parameters themselves. bfloat16: FP16_UnfusedOptimizer keeps a float32 copy.
-        return EngineState(b * p.total, (8 if b == 4 else 12) * n, 0, 0, 0)
+        return {"parameters": b * p.total, "optimizer": (8 if b == 4 else 12) * n}, 0
     parameters, gradients, buckets = b * p.total, 0, 0
     if s.zero_stage == 3:
         whole = b * p.small if s.world > 1 else 0
@@ -95,10 +81,11 @@ def engine_state(p: Parameters, s: EngineSettings) -> EngineState:
     # Master weights are a copy even in float32: stage 3 compares a torch.device with a string and finds no match.
     optimizer = 12 * part
     if not s.offloads:
-        return EngineState(parameters, optimizer, gradients, buckets, 0)
+        held = {"parameters": parameters, "optimizer": optimizer, "gradients": gradients}
+        return held | {"communication buffers": buckets}, 0
     staging = 0 if s.zero_stage == 3 else b * p.largest  # temp_grad_buffer_for_gpu_offload
     host = optimizer + 4 * part + (gradients if s.zero_stage == 3 else b * (part + p.largest))
-    return EngineState(parameters, 0, 0, buckets + staging, host)
+    return {"parameters": parameters, "communication buffers": buckets + staging}, host
 
 
 def update_peak(p: Parameters, s: EngineSettings, peaks: UpdatePeaks, rows: int) -> int:

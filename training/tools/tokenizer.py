@@ -39,18 +39,6 @@ LIMIT = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Letter:
-    """How one letter of the texts is written (both cases)."""
-
-    count: int
-    """Occurrences."""
-    cut: float
-    """Share of them that takes more than one token."""
-    unknown: float
-    """Share of them in a token that means `unknown`: the letter is lost."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
     """How a tokenizer cuts a text."""
 
@@ -61,7 +49,9 @@ class Report:
     bytes_per_token: float
     worst: list[tuple[str, int, list[str]]]
     """(word, occurrences, tokens), the most tokens a letter first, among words of at least four letters."""
-    letters: dict[str, Letter]
+    letters: dict[str, tuple[int, int, int]]
+    """By letter (both cases): occurrences, those that take more than one token, those in a token that means `unknown`,
+    where the letter is lost."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,16 +115,13 @@ def report(tokenizer: Any, texts: Sequence[str]) -> Report:
                 lost[letter] += place in unknown
     pieces = {word: tokenizer.tokenize(" " + word) for word in words if len(word) >= 4}
     worst = sorted(pieces, key=lambda word: (-len(pieces[word]) / len(word), -words[word], word))[:WORST]
-    letters = {
-        c: Letter(count=seen[c], cut=cut[c] / max(seen[c], 1), unknown=lost[c] / max(seen[c], 1)) for c in LETTERS
-    }
     return Report(
         vocabulary=len(tokenizer),
         tokens=tokens,
         tokens_per_word=tokens / max(sum(len(text.split()) for text in texts), 1),
         bytes_per_token=sum(len(text.encode()) for text in texts) / max(tokens, 1),
         worst=[(word, words[word], pieces[word]) for word in worst],
-        letters=letters,
+        letters={c: (seen[c], cut[c], lost[c]) for c in LETTERS},
     )
 
 
@@ -148,11 +135,11 @@ def _report(options: argparse.Namespace, texts: Sequence[str]) -> None:
     for name, one in reports.items():
         print(f"\n{name}: of each letter's occurrences, the share that is cut into several tokens (lost: unknown)")
         shown = [
-            f"{c} {100 * f.cut:.0f} %" + (f" (lost {100 * f.unknown:.0f} %)" if f.unknown else "")
-            for c, f in one.letters.items()
+            f"{c} {100 * cut / max(count, 1):.0f} %" + (f" (lost {100 * lost / count:.0f} %)" if lost else "")
+            for c, (count, cut, lost) in one.letters.items()
         ]
         print("  " + ", ".join(shown))
-        print("  words that split worst: " + ", ".join(f"{word} ({len(cut)})" for word, _, cut in one.worst))
+        print("  words that split worst: " + ", ".join(f"{word} ({len(tokens)})" for word, _, tokens in one.worst))
 
 
 def extend(path: str | Path, texts: Sequence[str], pieces: int, output: Path, limit: float = LIMIT) -> float:

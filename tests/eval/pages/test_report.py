@@ -108,7 +108,7 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
         *("Change", "+33.3", "+34.9", "−50 %"),
         *("Teacher", "99.0", "98.0", "–"),
     ]
-    for fact in ("finished", "ppo", "minillm", "12 min 34 s", "123,456", "12 questions of <code>h.jsonl</code>"):
+    for fact in ("finished", "ppo", "minillm", "0:12:34", "123,456", "12 questions of <code>h.jsonl</code>"):
         assert fact in text
     assert "name: &lt;b&gt;" in text
 

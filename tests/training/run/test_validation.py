@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from configs.checks import validate
 from configs.schema import DataConfig, EvalConfig, RunConfig
 from tests.support.runs import metrics, timeless
-from training.data.validation import check_validation, set_aside
+from training.data.preflight import check_validation, set_aside
 from training.evaluation import note
 from training.experience import Prompt
 from training.run.run_folder import Progress

@@ -263,17 +263,20 @@ def test_engine_state_by_hand() -> None:
     """One billion parameters, eight ranks: the sizes of the ZeRO paper (arXiv 1910.02054, figure 1), and buffers."""
     size, billion = Parameters(10**9, 10**9, 10**8, 0, element=2), 10**9
 
-    def state(stage: int, world: int = 8, offload: bool = False) -> Any:
+    def state(stage: int, world: int = 8, offload: bool = False) -> tuple[dict[str, int], int]:
         return engine_state(size, EngineSettings(stage, world, offload, "cuda"))
 
-    assert (state(0).parameters, state(0).optimizer) == (2 * billion, 12 * billion)
-    assert (state(1).parameters, state(1).optimizer) == (2 * billion, 1.5 * billion)
-    assert (state(3).parameters, state(3).optimizer, state(3).gradients) == (billion / 4, 1.5 * billion, billion / 4)
-    assert state(3).buckets == 2 * BUCKET
-    assert state(3, offload=True).optimizer == 0
-    assert state(3, offload=True).host == (12 + 4 + 2) * billion / 8
-    plain = engine_state(Parameters(10**9, 10**9, 10**8, 0, element=4), EngineSettings(0, 8, False, "cuda"))
-    assert (plain.parameters, plain.optimizer) == (4 * billion, 8 * billion)
+    assert state(0) == ({"parameters": 2 * billion, "optimizer": 12 * billion}, 0)
+    assert (state(1)[0]["parameters"], state(1)[0]["optimizer"]) == (2 * billion, 1.5 * billion)
+    assert state(3)[0] == {
+        "parameters": billion / 4, "optimizer": 1.5 * billion, "gradients": billion / 4,
+        "communication buffers": 2 * BUCKET,
+    }  # fmt: skip
+    held, host = state(3, offload=True)
+    assert "optimizer" not in held
+    assert host == (12 + 4 + 2) * billion / 8
+    plain, _ = engine_state(Parameters(10**9, 10**9, 10**8, 0, element=4), EngineSettings(0, 8, False, "cuda"))
+    assert plain == {"parameters": 4 * billion, "optimizer": 8 * billion}
 
 
 def test_only_an_adapter_is_trained(public: Path) -> None:
