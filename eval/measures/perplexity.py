@@ -1,4 +1,4 @@
-"""How well a model predicts text, in bits a byte and a character, so that different tokenizers can be compared.
+"""How well a model predicts text, in bits a byte, so that different tokenizers can be compared.
 
     python eval/measure.py perplexity --model runs/NAME/export [TEACHER ...] --text fo=faroese.jsonl da=danish.txt
 
@@ -9,8 +9,8 @@ or without a start token. The end of a text is not scored, because not every tok
 e to the mean nats of a *token*; it compares models of one tokenizer only. The bits of each text are kept in
 perplexity.json, so that eval/compare.py can pair two models text by text.
 
-Result: values TEXT/{bits_per_byte, bits_per_character, perplexity}, data by TEXT, rows {text, id, bits, bytes,
-characters, tokens} of each text with more than one word.
+Result: values TEXT/{bits_per_byte, perplexity}, data by TEXT, rows {text, id, bits, bytes, tokens} of each text with
+more than one word.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class TextScore:
 
     nats: float
     tokens: int
-    characters: int
     bytes: int
 
 
@@ -64,7 +63,6 @@ class Encoded:
 
     ids: list[int]
     scored: int
-    characters: int
     bytes: int
 
 
@@ -81,18 +79,15 @@ def perplexity(model: Model, settings: PerplexitySettings) -> Result:
         if not known:
             raise ValueError(f"{files[name]}: no text has more than one word: there is nothing to predict")
         bits = {place: one.nats / math.log(2) for place, one in known.items()}
-        for unit in ("byte", "character"):
-            sizes = [one.bytes if unit == "byte" else one.characters for one in known.values()]
-            columns = np.array([list(bits.values()), sizes], float).T
-            values[f"{name}/bits_per_{unit}"] = interval(Examples(ids=tuple(known), columns=columns))
+        columns = np.array([(bits[place], one.bytes) for place, one in known.items()], float)
+        values[f"{name}/bits_per_byte"] = interval(Examples(ids=tuple(known), columns=columns))
         tokens = sum(one.tokens for one in known.values())
         values[f"{name}/perplexity"] = Value(math.exp(sum(one.nats for one in known.values()) / tokens))
         data[name] = about_file(files[name], len(known), len(found))
         rows += [
-            {"text": name, "id": place, "bits": round(bits[place], 4), "bytes": one.bytes,
-             "characters": one.characters, "tokens": one.tokens}
+            {"text": name, "id": place, "bits": round(bits[place], 4), "bytes": one.bytes, "tokens": one.tokens}
             for place, one in known.items()
-        ]  # fmt: skip
+        ]
     return Result(
         measure="perplexity",
         model=model.path,
@@ -133,7 +128,7 @@ def encode(text: str, read: Format) -> Encoded | None:
         return None
     rest = text[given:]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return Encoded(start + ids, len(start) + scored, len(rest), len(rest.encode()))
+    return Encoded(start + ids, len(start) + scored, len(rest.encode()))
 
 
 def windows(encoded: Encoded, longest: int) -> list[tuple[list[int], int]]:
@@ -192,6 +187,5 @@ def score_texts(
             nats[place] -= total
             tokens[place] += count
     return [
-        None if one is None else TextScore(nats[place], tokens[place], one.characters, one.bytes)
-        for place, one in enumerate(encoded)
+        None if one is None else TextScore(nats[place], tokens[place], one.bytes) for place, one in enumerate(encoded)
     ]
