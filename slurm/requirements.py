@@ -33,12 +33,9 @@ def wanted(needs: str) -> list[str]:
 def lacking(lines: list[str]) -> str | None:
     """The first requirement that is not met, in words."""
     try:
-        from packaging.requirements import Requirement
+        from packaging.requirements import Requirement  # transformers asks for it
     except ImportError:
-        try:
-            from pip._vendor.packaging.requirements import Requirement
-        except ImportError:
-            return "no packaging"
+        return "no packaging"
     needs = [Requirement(line) for line in lines]
     for need in needs:  # grows by what an extra such as jsonargparse[signatures] asks for
         try:
