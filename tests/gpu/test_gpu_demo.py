@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.device import DEVICE, DRY_RUN, ON_DEVICE, worker_environment
-from tests.support.runs import ROOT, command, metrics
+from tests.support.runs import ROOT, TWO_TEACHER_RANKS, command, metrics
 
 pytestmark = ON_DEVICE
 
@@ -22,6 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run(algo: str, dtype: str, tmp_path: Path, cache: Path) -> None:
     """Two teacher ranks, as by default: on a machine with one GPU they share it."""
     options = ["--algo", algo, "--student.dtype", dtype, "--teacher.dtype", dtype, "--steps", "3"]
+    options += TWO_TEACHER_RANKS
     done = subprocess.run(
         command(tmp_path, cache, *options), cwd=ROOT, env=worker_environment(DEVICE), capture_output=True, text=True,
         timeout=580 if DRY_RUN else 120, check=False,

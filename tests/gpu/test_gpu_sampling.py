@@ -106,5 +106,7 @@ def test_a_step_that_waits_for_the_device_goes_on_without_a_graph(
     assert [record.getMessage()[:52] for record in caplog.records] == [
         "a decoding step of LlamaForCausalLM cannot be a CUDA"
     ]
-    assert stream is None or torch.cuda.current_stream() == stream
+    if stream is not None:
+        assert torch.cuda.current_stream() == stream
+        torch.cuda.empty_cache()  # fails where torch's allocator believes that the capture goes on
     policy(a_row().to(DEVICE)).logprobs_S.sum().backward()
