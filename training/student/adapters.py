@@ -182,10 +182,12 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def save_plain(model: Any, state: dict[str, torch.Tensor], directory: Path) -> None:
-    """Write `state` (names as in the model without adapter) as a Hugging Face model directory."""
-    plain = model
+    """Write `state` (names as in the model without adapter) as a Hugging Face model directory, with what else the
+    model's files hold: buffers that nobody trains (how DeepSeek's and GLM's experts are balanced)."""
+    plain, buffers = model, dict(model.named_buffers())
+    kept = {name.replace(".base_layer.", "."): buffers[name] for name in model.state_dict() if name in buffers}
     if any(True for _ in _layers(model)):
         with torch.device("meta"):
             plain = type(model)(model.config)
         plain.generation_config = model.generation_config
-    plain.save_pretrained(directory, state_dict=state)
+    plain.save_pretrained(directory, state_dict={**kept, **state})

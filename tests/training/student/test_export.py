@@ -1,15 +1,21 @@
-"""A model directory is replaced in one move, and a start that was killed leaves none behind for good."""
+"""A model directory is replaced in one move, a start that was killed leaves none behind for good, and all that was read
+is written."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from configs.schema import AdapterConfig
+from tests.support.model_zoo import make
 from tests.support.student_models import build
+from training.student.adapters import plain_parameters, save_plain
 from training.student.export import replace_directory
-from training.student.loading import difference
+from training.student.loading import difference, load_policy
 from training.student.policy import Policy
 
 
@@ -48,3 +54,18 @@ def test_what_is_read_again_may_be_as_far_as_rounding_takes_it(dtype: str, tmp_p
     gap, limit = difference(Policy(model), tmp_path, dtype)
     assert gap <= limit
     assert limit == 2e-3 if dtype == "float32" else 0.2 < limit < 10.0
+
+
+@pytest.mark.parametrize(("family", "rank"), [("glm4_moe", 0), ("glm4_moe", 2), ("apertus", 0)])
+def test_buffers_of_the_file_are_written_too(family: str, rank: int, tmp_path: Path) -> None:
+    """Without what balances its experts the model would be another, and the run would end without an export."""
+    model = make(family)
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict():
+            torch.nn.init.normal_(buffer)
+    model.save_pretrained(tmp_path / "start")
+    policy = load_policy(tmp_path / "start", "float32", adapter=AdapterConfig(rank=rank, targets="q_proj"))
+    save_plain(policy.model, dict(plain_parameters(policy.model, lambda _: nullcontext())), tmp_path / "export")
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "export"))
+    assert set(end) == set(start)
+    torch.testing.assert_close(end, start, atol=0, rtol=0)
