@@ -29,8 +29,9 @@ class ValueModel(nn.Module):
         super().__init__()
         self._grouped = grouped
         self.backbone = backbone
-        # Zero start: the first advantages are the rewards themselves, not noise.
-        self.head = nn.Linear(hidden_size, 1)
+        # Zero start: the first advantages are the rewards themselves, not noise. In the backbone's type, which is not
+        # cast as a whole: its rotary frequencies are float32 in bfloat16 models too.
+        self.head = nn.Linear(hidden_size, 1, dtype=next(backbone.parameters()).dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -59,7 +60,7 @@ class Critic:
             policy.run(Way.PLAIN)
         hidden_size = policy.config.get_text_config().hidden_size
         self.engine = Engine(
-            ValueModel(backbone(policy.model), hidden_size, grouped=policy.grouped).to(policy.model.dtype),
+            ValueModel(backbone(policy.model), hidden_size, grouped=policy.grouped),
             config.actor,
             Optimisation(config.critic.learning_rate, total_steps, config.critic.zero_stage, config.student.dtype),
         )

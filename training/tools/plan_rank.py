@@ -117,7 +117,7 @@ class Tracer:
         whole = replace(self._student, gradient_checkpointing=checkpointing, adapter=AdapterConfig())
         policy = meta_policy(self.facts.student, whole, layers)
         with META:
-            return ValueModel(policy.model.base_model, self.facts.student.hidden_size).to(policy.model.dtype)
+            return ValueModel(policy.model.base_model, self.facts.student.hidden_size)
 
     def update(self, config: RunConfig, prompts: int, blocks: int) -> UpdatePeaks:
         """The worse of the actor's packed row of so many prompts and of one of so many L_PT blocks (0: none)."""
