@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from configs.io.results import Value
@@ -39,7 +39,7 @@ class Comparison:
 
     entrants: list[Entrant]
     keys: list[str]
-    """Measures that some row has, in the order of the tables."""
+    """Measures that some row has; those of a group in the order of its table."""
     cells: dict[tuple[str, str], Cell]
     """By (row's name, key)."""
     notes: dict[str, str] = field(default_factory=dict)
@@ -68,7 +68,9 @@ class Comparison:
 def compare(entrants: Sequence[Entrant]) -> Comparison:
     """A student is compared with its own start; where that has no such number, and any other row, with the first row
     that has it and was measured here: the student before, usually."""
-    keys = _ordered(dict.fromkeys(key for one in entrants for key in one.scores))
+    found = dict.fromkeys(key for one in entrants for key in one.scores)
+    # Those that are known in the order of their list, then the others as they come.
+    keys = sorted(found, key=lambda key: ORDER.index(key) if key in ORDER else len(ORDER))
     cells: dict[tuple[str, str], Cell] = {}
     letters: dict[str, str] = {}
     for key in keys:
@@ -118,20 +120,6 @@ def _change(score: Score, base: Score) -> tuple[Value | None, int]:
         return None, 0
     change, paired = difference(score.examples, base.examples) or (Value(0.0), 0)
     return None if change.low is None else change, paired
-
-
-def _ordered(keys: Collection[str]) -> list[str]:
-    """By group; those that are known first, in the order of their list, then as they come."""
-    groups = list(GROUPS)
-
-    def place(key: str) -> tuple[int, int]:
-        group = key.partition("/")[0]
-        return (
-            groups.index(group) if group in groups else len(groups),
-            ORDER.index(key) if key in ORDER else len(ORDER),
-        )
-
-    return sorted(keys, key=place)
 
 
 def _letter(letters: dict[str, str], text: str) -> str:
