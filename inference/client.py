@@ -21,7 +21,7 @@ import torch
 
 from inference.attention.packing import Group
 from inference.protocol import session, wire
-from inference.protocol.connection import CLOSED, Connector, TeacherLost, TeacherRefused
+from inference.protocol.connection import CLOSED, RETRY_S, Connector, TeacherLost, TeacherRefused
 from inference.protocol.decoding import Make, Replay, TeacherDecoding
 from inference.protocol.replies import TeacherInfo
 from inference.protocol.session import Channel
@@ -188,6 +188,11 @@ class TeacherClient:
             except RuntimeError as error:
                 self._channel = None
                 reason = session.one_line(error)
+                if time.monotonic() + RETRY_S > deadline:  # it can be reached, and has more to do with each time
+                    raise TeacherLost(
+                        f"the teacher at {self._connector.address} has not answered for {self._timeout_s:.0f} s "
+                        f"(teacher.timeout_s): {reason}"
+                    ) from error
 
 
 def _exchange(channel: Channel, request: Request, timeout_s: float) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from configs.schema import TeacherConfig
+from inference import client as client_module
 from inference import serve_teacher
 from inference.attention.packing import Group, groups_of
 from inference.client import TeacherClient, TeacherLost, TeacherRefused
@@ -419,3 +421,30 @@ def test_check_teacher_imports_nothing_heavy() -> None:
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_a_teacher_that_is_there_but_too_slow_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it could be reached it was asked the same again each second, in a session more, and for ever."""
+    opened: list[float] = []
+
+    class Reached:
+        address, info = "10.0.0.5:29400", None
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.closed = threading.Event()
+
+        def open(self, deadline: float, reason: str) -> object:
+            opened.append(deadline)
+            return object()
+
+    def late(channel: object, request: object, timeout_s: float) -> None:
+        time.sleep(timeout_s)
+        raise RuntimeError("Timed out waiting 1000ms for recv operation to complete")
+
+    monkeypatch.setattr(client_module, "Connector", Reached)
+    monkeypatch.setattr(client_module, "_exchange", late)
+    with TeacherClient("x", secret="", tokenizer_fingerprint=None, timeout_s=1.0) as client:
+        said = r"the teacher at 10.0.0.5:29400 has not answered for 1 s \(teacher.timeout_s\): Timed out waiting"
+        with pytest.raises(TeacherLost, match=said):
+            client.score([Group((1,), ((2,),))]).result(timeout=10)
+    assert len(opened) == 1
