@@ -60,7 +60,7 @@ class ActorConfig:
     micro_batch_tokens: PositiveInt = 8192
     """Packed tokens in one forward and backward pass; a single group that is longer gets a pass of its own."""
     updates_per_rollout: PositiveInt = 1
-    """Optimizer steps on one batch of samples, whose prompts are divided into that many mini-batches."""
+    """Optimizer steps on one batch of samples, whose prompts are divided on each rank into that many mini-batches."""
     max_skipped: PositiveInt = 10
     """End the run after so many updates in a row were skipped because of a non-finite loss or score."""
 
@@ -214,7 +214,7 @@ class LossConfig:
     The critic's L_value has an engine and an optimizer of its own, so it needs no weight here."""
 
     clip_low: OpenUnitInterval = 0.2
-    """Lower clip of the importance ratio: 1 - clip_low."""
+    """Lower clip of the importance ratio: 1 - clip_low. In the first update on a batch that ratio is 1."""
     clip_high: PositiveFloat = 0.2
     """Upper clip of the importance ratio: 1 + clip_high."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
