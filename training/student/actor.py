@@ -155,16 +155,17 @@ class Actor:
         `shares`: measure each term's gradient on the first mini-batch as well.
         `between` is called before each pass of the first mini-batch, and may raise: nothing has changed then.
         """
-        merged: dict[str, float] = {}
+        found: dict[str, list[float]] = {}
         for i, batch in enumerate(batches):
             plan = _Update(batch, distributed.sum_metrics(counts_of(batch)), step * len(batches) + i)
             first = i == 0
             metrics = self._optimizer_step(plan, shares and first, between if first else nothing)
             for key, value in metrics.items():
                 if first or not key.startswith("mismatch/"):  # later on the policy is meant to differ
-                    merged[key] = merged.get(key, 0.0) + value
+                    found.setdefault(key, []).append(value)
         whole = ("mismatch/", "skipped", "gradient/")
-        return {k: v if k.startswith(whole) else v / len(batches) for k, v in merged.items()}
+        # A mean is over the mini-batches that have it: one may be left without a group.
+        return {k: sum(v) if k.startswith(whole) else sum(v) / len(v) for k, v in found.items()}
 
     def _optimizer_step(self, plan: _Update, shares: bool, between: Callable[[], None]) -> dict[str, float]:
         """One optimizer step; its metrics over all ranks."""

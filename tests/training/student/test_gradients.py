@@ -25,6 +25,8 @@ from configs.schema import LossConfig
 from inference.attention.packing import Group, pack
 from tests.support.student_models import FAMILIES, VOCAB, plain_logprobs, save
 from training.losses import PolicyTokens, policy_loss
+from training.objective import LossWeights, UpdateInput
+from training.student.actor import Actor
 from training.student.loading import load_policy
 from training.student.policy import Policy
 
@@ -195,3 +197,11 @@ def test_gpt2s_learned_positions_restart_after_the_prompt(pairs: dict[str, Pair]
     """Row indices in their place would reach past the table of 64 positions: this row has 80 tokens."""
     mix: Mix = [(10, [11, 11, 11, 11, 11, 11, 11])]
     assert worst_difference(pairs["gpt2"], mix, 5, 1000, 1024) < TOLERANCE
+
+
+def test_metrics_are_of_the_mini_batches_that_have_them() -> None:
+    """grpo.no_signal: skip may leave fewer groups than actor.updates_per_rollout."""
+    steps = [{"grad_norm": 0.0, "skipped": 0.0}, {"grad_norm": 2.0, "skipped": 1.0, "entropy": 3.0}]
+    actor: Any = mock.Mock(_optimizer_step=mock.Mock(side_effect=steps))
+    found = Actor.update(actor, [UpdateInput(None, [], [], LossWeights())] * 2, step=0)
+    assert found == {"grad_norm": 1.0, "skipped": 1.0, "entropy": 3.0}
