@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import torch
@@ -26,7 +26,6 @@ from training.losses import truncated_importance
 from training.objective import LossWeights
 from training.recipes import RECIPES
 from training.run.checkpoints import Checkpoints
-from training.run.clock import Clock
 from training.run.run_folder import RunFolder
 from training.run.safe_points import SafePoints
 from training.student.actor import Actor
@@ -70,19 +69,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run, while it collects."""
+    """One step of a run."""
 
     number: int
     """From 0."""
     weights: LossWeights
     """Weights of the loss terms in force: what they do not need is not asked for."""
-    clock: Clock = field(default_factory=Clock)
 
     @classmethod
     def of(cls, run: Run, number: int = 0) -> Step:
-        """Step `number` of a run; its clock tells the run's safe points of each phase."""
-        weights = RECIPES[run.config.recipe].weights(run.config, number, run.models.teacher.facts.same_tokenizer)
-        return cls(number, weights, Clock(run.points.phase))
+        """Step `number` of a run."""
+        same_tokenizer = run.models.teacher.facts.same_tokenizer
+        return cls(number, RECIPES[run.config.recipe].weights(run.config, number, same_tokenizer))
 
 
 def collect(run: Run, prompts: Sequence[Prompt], step: Step) -> Rewarded:
@@ -120,7 +118,7 @@ def answer(run: Run, prompts: Sequence[Prompt], step: Step) -> tuple[Rollout, li
     times = max(min(times, int(-distributed.max_over_ranks(-len(prompts)))), 1)
     rollouts, asked = [], []
     for part in range(times):
-        with step.clock("sample"):
+        with run.points.phase("sample"):
             some = share_of_rank(prompts, part, times)
             rollouts.append(distributed.together(partial(_answer, run, some, step.number), TeacherLost))
         asked.append(_ask(run, rollouts[-1], step))
@@ -161,14 +159,14 @@ def score(run: Run, rollout: Rollout, step: Step, asked: Sequence[PendingView] |
     config, models = run.config, run.models
     asked = _ask(run, rollout, step) if asked is None else asked
     translated = models.bilingual.ask(rollout) if models.bilingual else None
-    with step.clock("reference"):
+    with run.points.phase("reference"):
         full_kl = config.loss.kl_estimator == "full" and step.weights.kl > 0
         reference_S = models.reference.logprobs(rollout) if models.reference else None
         reference = models.reference.states(rollout) if models.reference and full_kl else None
         start_S = models.start.logprobs(rollout) if models.start else None
         values_S = models.critic.values(rollout) if models.critic else None
         policy_S = models.actor.logprobs(rollout) if config.loss.importance_cap is not None else None
-    with step.clock("teacher"):
+    with run.points.phase("teacher"):
         teacher, *others = distributed.together(lambda: [wait() for wait in asked], TeacherLost)
         bilingual_B = distributed.together(translated, TeacherLost) if translated else None
     importance_S = importance_of(rollout, teacher, config) if config.sampling.teacher_mix > 0 else None

@@ -53,7 +53,7 @@ def train(run: Run, progress: Progress) -> str:
             prompts = items_of_step(run.corpus.prompts, config.prompts_per_step, step.number, config.seed)
             batch = collect(run, prompts, step)
             experience, dropped = make_experience(run, batch, progress.kl_coef)
-            with step.clock("update"):
+            with points.phase("update"):
                 metrics = update(run, experience, step)
                 metrics |= _supervised_phase(run, step)
         except StepAbandoned:  # the models are as the step before left them
@@ -71,7 +71,7 @@ def train(run: Run, progress: Progress) -> str:
         if metrics["groups/dropped"] > 0 and "loss/total" not in metrics:  # no score was finite
             metrics["skipped"] = 1.0
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
-        metrics |= step.clock.finish()
+        metrics |= points.seconds()
         _advance(progress, metrics, config)
         if progress.validation_due(config.eval.every):
             points.enter("validation")

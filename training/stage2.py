@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from configs.io.results import Result, find_result
 from configs.schema import RunConfig
@@ -46,10 +44,11 @@ from training.run.boards import board_names
 from training.run.card import publish
 from training.run.checkpoints import Checkpoints
 from training.run.cli import ROOT, fail
+from training.run.console import quiet_logging
 from training.run.resuming import NoWholeCheckpoint, check_settings, load_best, open_run
 from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import SafePoints, TimeLimit
-from training.run.stopping import StopRequest, Unfailing
+from training.run.stopping import StopRequest
 from training.run.supervisor import Supervisor, lowered
 from training.student.actor import Actor
 from training.student.critic import Critic
@@ -168,7 +167,7 @@ def without_loop(setup: Setup, stack: ExitStack) -> Run:
         corpus=setup.inputs.corpus,
         folder=setup.folder,
         checkpoints=Checkpoints(setup.folder.checkpoints, setup.config.checkpoint),
-        points=SafePoints(setup.stop, TimeLimit(None), lambda phase, step: None, 0),
+        points=SafePoints(setup.stop, TimeLimit(None)),
     )
 
 
@@ -405,14 +404,3 @@ def _report(folder: RunFolder) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         log.warning("report.html was not made: %s", done.stderr.strip().splitlines()[-1:])
-
-
-def quiet_logging() -> None:
-    """Our own messages in one line each; libraries only when something is wrong. No message ends a run."""
-    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
-    logging.getLogger("training").setLevel(logging.INFO)
-    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it warns of kernels for four bits
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

@@ -51,12 +51,12 @@ from training.run import launcher
 from training.run.boards import board_names
 from training.run.card import Scores, publish
 from training.run.cli import fail
-from training.run.clock import Clock
+from training.run.console import quiet_logging
 from training.run.resuming import OpenRun, check_settings, open_run
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest
 from training.run.supervisor import Supervisor, lowered
-from training.stage2 import evaluation_once, quiet_logging
+from training.stage2 import evaluation_once
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.export import export
@@ -204,8 +204,7 @@ def train(
         points.begin(step)
         points.enter("update")
         mine = items_of_step(items, config.sft.batch, step, config.seed)
-        clock = Clock()
-        metrics = actor.update([learnt(mine)], step) | clock.finish()
+        metrics = actor.update([learnt(mine)], step) | points.seconds()
         progress.seconds["total"] = progress.seconds.get("total", 0.0) + metrics["seconds/total"]
         progress.step, progress.skipped_updates = step + 1, progress.skipped_updates + int(metrics["skipped"] > 0)
         if distributed.is_main():

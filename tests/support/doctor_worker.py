@@ -26,9 +26,10 @@ from inference.attention.decode import DecodePlan
 from inference.attention.packing import PackedRow
 from training.losses import PolicyTokens, TokenTerm, WholeDistribution, policy_loss, reverse_kl_term
 from training.run.cli import demo_config, parse
+from training.run.console import quiet_logging
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest
-from training.stage2 import Setup, prepare, quiet_logging
+from training.stage2 import Setup, prepare
 from training.student import actor, reference
 from training.student.policy import Policy
 from training.tools import doctor

@@ -1,4 +1,5 @@
-"""Where a step can be left: between phases and between passes, as long as it has changed nothing.
+"""The phases of a step: how long each takes, and where the step can be left: between phases and between passes, as long
+as it has changed nothing.
 
 A step of a large model takes minutes, a scheduler's warning often no more. A step that is left before its first
 optimizer step is as if it had never begun: what it samples is a function of (seed, step, prompt), so that the resumed
@@ -10,7 +11,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from training import distributed
 from training.run.stopping import StopRequest
@@ -56,15 +59,26 @@ class TimeLimit:
         return min((end - clock() for clock, end in self._ends), default=math.inf)
 
 
+@dataclass(frozen=True)
+class Place:
+    """How far a rank is."""
+
+    step: int = 0
+    """Steps that are done."""
+    phase: str = "start"
+    """Name of the phase that it is in."""
+    begun: int = 0
+    """Phases begun since the start; every rank begins the same ones."""
+
+
 class SafePoints:
     """Asked by all ranks at the same places of a step."""
 
-    def __init__(self, stop: StopRequest, limit: TimeLimit, entered: Callable[[str, int], None], step: int) -> None:
-        """`step` steps are done. `entered` is told of each phase that begins, and of the step (Watchdog.enter)."""
+    def __init__(self, stop: StopRequest, limit: TimeLimit) -> None:
         self.limit = limit
-        self._stop, self._entered = stop, entered
-        self._step, self._open = step, False
-        self._began_s = 0.0
+        self.place = Place()
+        self._stop, self._open = stop, False
+        self._began_s, self._seconds = time.monotonic(), dict[str, float]()
         self.advanced = False
         """Whether this start has finished a step."""
         self.reason = ""
@@ -72,8 +86,8 @@ class SafePoints:
 
     def begin(self, step: int) -> None:
         """A step begins (from 0)."""
-        self._step, self._open = step, True
-        self._began_s = time.monotonic()
+        self.place, self._open = replace(self.place, step=step), True
+        self._began_s, self._seconds = time.monotonic(), {}
 
     def close(self) -> None:
         """The step is about to change the models: it has to be finished now."""
@@ -81,12 +95,22 @@ class SafePoints:
 
     def enter(self, phase: str) -> None:
         """A phase begins that is not left."""
-        self._entered(phase, self._step)
+        self.place = replace(self.place, phase=phase, begun=self.place.begun + 1)
 
-    def phase(self, name: str) -> None:
-        """A phase begins. Collective. Raises StepAbandoned."""
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase of the step, whose seconds count; it may come several times. Collective. Raises StepAbandoned before
+        it begins."""
         self.enter(name)
         self.check()
+        began_s = time.monotonic()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began_s
+
+    def seconds(self) -> dict[str, float]:
+        """What each phase of the step has taken, and all of it."""
+        took = self._seconds | {"total": time.monotonic() - self._began_s}
+        return {f"seconds/{phase}": seconds for phase, seconds in took.items()}
 
     def check(self) -> None:
         """Raises StepAbandoned on every rank where one of them was asked to stop. Collective."""

@@ -7,7 +7,6 @@ import os
 import signal
 import stat
 from types import FrameType
-from typing import Any, TextIO
 
 REQUEUE = 75
 """Exit code that tells a scheduler to start the run again (EX_TEMPFAIL)."""
@@ -53,27 +52,6 @@ class StopRequest:
             self.requested, self.exit_code, self.reason = True, code, signal.Signals(number).name
         if not self._deferred or again:
             raise SystemExit(self.exit_code)
-
-
-class Unfailing:
-    """A stream whose errors are nobody's: a log on a full disk, or a pipe that nobody reads any more, ends no run."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """As the stream; what cannot be written is lost."""
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """As the stream."""
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _leave_terminal() -> None:

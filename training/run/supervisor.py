@@ -19,7 +19,7 @@ from configs.schema import RunConfig
 from inference.client import TeacherLost, TeacherRefused
 from inference.server.launch import TeacherDied
 from training import distributed
-from training.run.safe_points import SafePoints, TimeLimit
+from training.run.safe_points import Place, SafePoints, TimeLimit
 from training.run.starts import Starts
 from training.run.stopping import REQUEUE, RunFailed, StopRequest
 from training.run.watchdog import Watchdog
@@ -62,18 +62,16 @@ class Supervisor:
 
     def __init__(self, config: RunConfig, folder: Path, stop: StopRequest) -> None:
         self._config, self._folder, self._stop = config, folder, stop
-        self._limit = TimeLimit(config.time_limit_s)
+        self.points = SafePoints(stop, TimeLimit(config.time_limit_s))
         self.starts = Starts(folder)
         self._watchdog: Watchdog | None = None
-        self.points: SafePoints
-        """Set by `watch`."""
 
     def watch(self, from_step: int) -> SafePoints:
         """The models are loaded, `from_step` steps are done; watch from now on."""
         if distributed.is_main():
             self.starts.begin(from_step, distributed.world_size())
-        self._watchdog = Watchdog(self._config.stuck_timeout_s, self._give_up)
-        self.points = SafePoints(self._stop, self._limit, self._watchdog.enter, from_step)
+        self.points.place = Place(from_step)
+        self._watchdog = Watchdog(self._config.stuck_timeout_s, self.points, self._give_up)
         return self.points
 
     def stopped(self, step: int) -> int:
@@ -139,7 +137,7 @@ class Supervisor:
 
     def _out_of_memory(self, error: Exception) -> tuple[str, int]:
         """In a phase of passes the next start has half the token budget, once; then there is advice alone."""
-        phase = "start" if self._watchdog is None else self._watchdog.place.phase
+        phase = self.points.place.phase
         said = " ".join(str(error).split())[:200] or type(error).__name__
         reason = f"rank {distributed.rank()}: out of memory in phase {phase} ({said}); {ADVICE.get(phase, GENERAL)}"
         if phase not in PASSES or not lower(self._config, self._folder):
@@ -154,8 +152,7 @@ class Supervisor:
                 f"rank {distributed.rank()} lost its connection at the start: another rank has ended, or has not come"
             )
             return f"{said} ({first}); its own lines say why", FAILED
-        place = self._watchdog.place
-        who = self._watchdog.missing()
+        place, who = self.points.place, self._watchdog.missing()
         reason = f"rank {distributed.rank()} lost its connection in phase {place.phase} of step {place.step + 1}: {who}"
         return f"{reason} ({first}); {GOES_ON}", self._again()
 

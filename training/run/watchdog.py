@@ -14,44 +14,39 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from training import distributed
+from training.run.safe_points import Place, SafePoints
 
 
 @dataclass(frozen=True)
-class Place:
-    """How far a rank is, as it tells the store."""
+class Told(Place):
+    """What a rank tells the store."""
 
-    step: int = 0
-    """Steps that are done."""
-    order: int = 0
-    """Phases begun in this step."""
-    phase: str = "start"
-    """Name of the phase that it is in."""
     beats: int = 0
     """It gets on as long as this grows."""
     ticks: int = 0
     """Grows as long as its process runs."""
 
 
-Places = dict[int, Place]
+Places = dict[int, Told]
 """Of the other ranks."""
 
 
 class Watchdog:
     """Watches this rank from `__init__` on. With one rank there is nobody to wait for."""
 
-    def __init__(self, timeout_s: float, give_up: Callable[[str], None]) -> None:
-        """`give_up` is called with the reason, from the watching thread, when this rank has not got on for
-        `timeout_s` seconds and no other for the last half of them; it should end the process."""
-        self._timeout_s, self._give_up = timeout_s, give_up
+    def __init__(self, timeout_s: float, points: SafePoints, give_up: Callable[[str], None]) -> None:
+        """`points` say where this rank is. `give_up` is called with the reason, from the watching thread, when this
+        rank has not got on for `timeout_s` seconds and no other for the last half of them; it should end the process.
+        """
+        self._timeout_s, self._points, self._give_up = timeout_s, points, give_up
         self._interval_s = min(1.0, max(0.2, timeout_s / 10))
-        self.place, self._phases = Place(), 0
-        self._told, self._beat_s = self.place, time.monotonic()
+        self._told, self._beat_s = Told(), time.monotonic()
         self._resting = threading.Event()
         self._store: PrefixStore | None = None
         if distributed.world_size() > 1:
@@ -62,11 +57,6 @@ class Watchdog:
             self._store = PrefixStore("watchdog", store)
             self._tell()  # before the first step: the others' look waits for a rank that has never told its place
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-
-    def enter(self, phase: str, step: int) -> None:
-        """This rank begins a phase of step `step` (from 0)."""
-        self._phases += 1
-        self.place = Place(step, self.place.order + 1 if step == self.place.step else 1, phase)
 
     def rest(self) -> None:
         """Nobody is waited for any more: what a rank still does, it does alone."""
@@ -95,8 +85,9 @@ class Watchdog:
                 if any(place.beats != (before or {}).get(rank, place).beats for rank, place in (after or {}).items()):
                     before, looked_s = after, now  # another rank gets on, and this one waits for it
                     continue
+                place = self._points.place
                 self._give_up(
-                    f"stuck in phase {self.place.phase} of step {self.place.step + 1} for {age_s:.0f} s "
+                    f"stuck in phase {place.phase} of step {place.step + 1} for {age_s:.0f} s "
                     f"(stuck_timeout_s = {self._timeout_s:g}); {self._who(before, after)}"
                 )
                 return
@@ -104,10 +95,11 @@ class Watchdog:
     def _tell(self) -> None:
         """This rank's place, for the others."""
         assert self._store is not None
-        beats = self._phases + distributed.beats()
+        place = self._points.place
+        beats = place.begun + distributed.beats()
         if beats != self._told.beats:
             self._beat_s = time.monotonic()
-        self._told = replace(self.place, beats=beats, ticks=self._told.ticks + 1)
+        self._told = Told(**vars(place), beats=beats, ticks=self._told.ticks + 1)
         with contextlib.suppress(distributed.DistError):  # rank 0 and its store have gone: _look says so in time
             self._store.set(str(distributed.rank()), json.dumps(asdict(self._told)))
 
@@ -119,7 +111,7 @@ class Watchdog:
             texts = self._store.multi_get([str(rank) for rank in others])
         except distributed.DistError:
             return None
-        return {rank: Place(**json.loads(text)) for rank, text in zip(others, texts, strict=True)}
+        return {rank: Told(**json.loads(text)) for rank, text in zip(others, texts, strict=True)}
 
     def _who(self, before: Places | None, after: Places | None) -> str:
         """The ranks that the others wait for, from two looks some ticks apart."""
@@ -128,12 +120,12 @@ class Watchdog:
         silent = [rank for rank, place in (before or {}).items() if after[rank].ticks == place.ticks]
         if silent:
             return f"{_ranks(silent, 'has', 'have')} not arrived: no sign of life"
-        mine = (self.place.step, self.place.order)
-        behind = [rank for rank, place in after.items() if (place.step, place.order) < mine]
+        mine = self._points.place.begun
+        behind = [rank for rank, place in after.items() if place.begun < mine]
         if behind:
             phases = ", ".join(sorted({after[rank].phase for rank in behind}))
             return f"{_ranks(behind, 'has', 'have')} not arrived: still in phase {phases}"
-        ahead = [rank for rank, place in after.items() if (place.step, place.order) > mine]
+        ahead = [rank for rank, place in after.items() if place.begun > mine]
         if ahead:
             return f"rank {distributed.rank()} has not arrived where {_ranks(ahead, 'waits', 'wait')}"
         return "every rank is in this phase and answers"

@@ -34,9 +34,10 @@ from training.objective import LossWeights, UpdateInput
 from training.recipes import RECIPES
 from training.run import launcher
 from training.run.cli import fail
+from training.run.console import quiet_logging
 from training.run.run_folder import RunFolder
 from training.run.stopping import StopRequest
-from training.stage2 import Setup, prepare, quiet_logging, without_loop
+from training.stage2 import Setup, prepare, without_loop
 from training.student.actor import Actor
 from training.student.deepspeed_engine import start_distributed
 from training.student.loading import NOISE, mean_gap, own_logprobs

@@ -27,12 +27,13 @@ from inference.client import TeacherLost, TeacherRefused
 from training import distributed, stage2
 from training.run import launcher
 from training.run.checkpoints import CheckpointFailed
+from training.run.console import Unfailing
 from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import SafePoints, TimeLimit
 from training.run.starts import Starts
-from training.run.stopping import StopRequest, Unfailing
+from training.run.stopping import StopRequest
 from training.run.supervisor import Supervisor, lowered
-from training.run.watchdog import Place, Watchdog
+from training.run.watchdog import Told, Watchdog
 from training.student import deepspeed_engine
 from training.teacher.api_teacher import ApiRefused
 
@@ -87,7 +88,7 @@ def test_a_clock_that_is_set_does_not_move_the_end_of_a_limit_of_ones_own(monkey
 def test_a_step_takes_as_long_as_its_validation_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is not left: a job whose time ends in it would lose what came behind its last checkpoint."""
     now = Now(monkeypatch)
-    points = SafePoints(StopRequest(listen=False), TimeLimit(400, {}), lambda phase, step: None, 0)
+    points = SafePoints(StopRequest(listen=False), TimeLimit(400, {}))
     points.begin(0)
     now.seconds = 1100
     points.enter("validation")
@@ -226,11 +227,11 @@ def test_who_is_left_alone_is_not_stuck(rests: bool, monkeypatch: pytest.MonkeyP
     """Behind the last collective rank 0 writes a report, or uploads a model, longer than stuck_timeout_s."""
     said: list[str] = []
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    PrefixStore("watchdog", store).set("1", json.dumps(asdict(Place())))
+    PrefixStore("watchdog", store).set("1", json.dumps(asdict(Told())))
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(store.port))):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    watchdog = Watchdog(1.0, said.append)
+    watchdog = Watchdog(1.0, SafePoints(StopRequest(listen=False), TimeLimit(None)), said.append)
     if rests:
         watchdog.rest()
     end = time.monotonic() + (3.0 if rests else 30.0)
