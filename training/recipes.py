@@ -68,14 +68,14 @@ def _chosen(experience: Experience, choose: Callable[[Sequence[int]], int]) -> l
 class Recipe:
     """One row."""
 
+    title: str
+    """What it is called in the model card; {algo} and {reward} are the run's."""
     teacher_answers: bool = False
     """The teacher answers the prompts, not the student."""
     imitated: Callable[[Experience], list[Group]] | None = None
     """What is imitated (cross-entropy) in place of the warm-up answers."""
-    policy_gradient: bool = True
-    """L_policy and the KL to the reference take part."""
     advantages: Callable[[Rewarded, RunConfig, float], Advantages] | None = None
-    """In place of the algorithm's own; there is no critic then."""
+    """In place of the algorithm's own; there is no critic then. `no_advantages`: nor a policy gradient."""
     divergence: Callable[[WholeDistribution, RunConfig, int], TokenTerm] = lambda teacher, *_: reverse_kl_term(teacher)
     """What compares the student with the teacher at each state; the last argument seeds its draws, if it has any."""
     always_divergence: bool = False
@@ -88,6 +88,11 @@ class Recipe:
     """The export is moved back towards the start of the run."""
     settings: tuple[str, ...] = ()
     """What it alone reads of `distill`."""
+
+    @property
+    def policy_gradient(self) -> bool:
+        """L_policy and the KL to the reference take part."""
+        return self.advantages is not no_advantages
 
     def weights(self, config: RunConfig, step: int, same_tokenizer: bool) -> LossWeights:
         """The weights of step `step` as this recipe uses them."""
@@ -108,13 +113,15 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "rl": Recipe(),
+    "rl": Recipe("reinforcement learning ({algo} + {reward})"),
     # Sequence-level knowledge distillation (arXiv 1606.07947): supervised on the teacher's answers.
-    "seqkd": Recipe(teacher_answers=True, imitated=first_of_group, policy_gradient=False, advantages=no_advantages),
+    "seqkd": Recipe(
+        "sequence-level distillation", teacher_answers=True, imitated=first_of_group, advantages=no_advantages
+    ),
     # Gemma 3 (arXiv 2503.19786, section 3), on the teacher's answers.
     "sampled_ce": Recipe(
+        "cross-entropy on sampled tokens",
         teacher_answers=True,
-        policy_gradient=False,
         advantages=no_advantages,
         divergence=lambda teacher, config, seed: sampled_ce_term(teacher, config.distill.sampled_tokens, seed),
         always_divergence=True,
@@ -123,16 +130,22 @@ RECIPES: dict[str, Recipe] = {
     ),
     # On-policy generalised knowledge distillation (arXiv 2306.13649): no gradient through sampling.
     "gkd": Recipe(
-        policy_gradient=False,
+        "generalised knowledge distillation",
         advantages=no_advantages,
         divergence=lambda teacher, config, seed: jsd_term(teacher, config.distill.jsd_beta),
         always_divergence=True,
         settings=("jsd_beta",),
     ),
     # Best-of-N distillation (arXiv 2407.14622): imitate the best, and climb the quantile reward.
-    "bond": Recipe(imitated=best_of_group, advantages=_quantiles, ranks_groups=True, settings=("bond_forward",)),
+    "bond": Recipe(
+        "best-of-N distillation ({reward})",
+        imitated=best_of_group,
+        advantages=_quantiles,
+        ranks_groups=True,
+        settings=("bond_forward",),
+    ),
     # Averaged policies (arXiv 2406.16768): set reference.update: ema as the anchor.
-    "warp": Recipe(interpolate=True, settings=("warp_rate",)),
+    "warp": Recipe("{algo} + {reward} with averaged weights", interpolate=True, settings=("warp_rate",)),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from configs.io.results import Result, find_result
+from configs.io.results import HELDOUT, Result, find_result
 from configs.schema import RunConfig
 from inference.client import TeacherLost
 from training import distributed
@@ -67,15 +67,6 @@ from training.teacher.reward_parts import check_extra_rewards
 log = logging.getLogger(__name__)
 ROWS = {"student before": "eval_before", "student after": "eval_after", "teacher": "teacher_eval"}
 """Rows of the table that a run ends with, and where summary.json has them."""
-COLUMNS = {
-    "f1": ("F1", 1),
-    "exact_match": ("exact", 1),
-    "reverse_kl": ("reverse KL", 3),
-    "open_right": ("open right", 1),
-    "open_different": ("different", 1),
-    "open_kl": ("open KL", 3),
-}
-"""Its columns, by the value's name: heading and digits."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +213,7 @@ def _run(setup: Setup, supervisor: Supervisor, stack: ExitStack) -> int:
         evaluations["eval_baseline"] = evaluation_once(folder, "baseline", lambda: evaluated(other))
     supervisor.finished(progress.step)
     if distributed.is_main():  # before summary.json: a start that finds it has nothing left to do
-        how = f"reinforcement learning ({config.algo} + {config.reward})" if config.recipe == "rl" else config.recipe
+        how = RECIPES[config.recipe].title.format(algo=config.algo, reward=config.reward)
         scores = {name: evaluations[key] for name, key in ROWS.items()}
         data = [config.data.prompts, config.data.text]
         publish(folder.export, config, f"{how} from a teacher, {progress.step} steps", scores, data)
@@ -389,11 +380,11 @@ def _print_table(folder: RunFolder, evaluations: Mapping[str, Any]) -> None:
     print(f"\n{folder.path.name}: held-out questions; {units}\n")
     rows = ROWS | ({"baseline": "eval_baseline"} if "eval_baseline" in evaluations else {})
     found = {name: evaluations[key] for name, key in rows.items()}
-    columns = {key: one for key, one in COLUMNS.items() if any(key in scores for scores in found.values())}
-    print(head := f"{'':24}" + "".join(f"{title:>12}" for title, _ in columns.values()))
+    columns = {key: one for key, one in HELDOUT.items() if any(key in scores for scores in found.values())}
+    print(head := f"{'':24}" + "".join(f"{heading:>12}" for _, heading, _ in columns.values()))
     print("-" * len(head))
     for name, scores in found.items():
-        cells = [f"{scores[key]:12.{digits}f}" if key in scores else f"{'':12}" for key, (_, digits) in columns.items()]
+        cells = [f"{scores[key]:12.{n}f}" if key in scores else f"{'':12}" for key, (_, _, n) in columns.items()]
         print(f"{name:24}{''.join(cells)}")
     print(f"\n{folder.path}/report.html", flush=True)
 

@@ -18,6 +18,16 @@ from configs.io.files import read_json, write_atomically
 from configs.io.tables import content
 
 FORMAT = 1
+HELDOUT = {
+    "f1": ("F1, %", "F1", 1),
+    "exact_match": ("Exact match, %", "exact", 1),
+    "reverse_kl": ("Reverse KL, nats a token", "reverse KL", 3),
+    "open_right": ("Open: right, %", "open right", 1),
+    "open_different": ("Open: right and different, %", "different", 1),
+    "open_kl": ("Open: reverse KL", "open KL", 3),
+}
+"""What is measured on held-out questions: its title, a heading for narrow columns, and its digits. A KL is better low,
+everything else high."""
 
 
 @dataclass(frozen=True)

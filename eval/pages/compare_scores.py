@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from configs.io.jsonl import read_jsonl
-from configs.io.results import Result, Value, find_result
+from configs.io.results import HELDOUT, Result, Value, find_result
 from eval.euroeval.metrics import squad_v2
 from eval.measures.intervals import Examples, interval, means, translations
 from eval.measures.open_questions import shares
-from eval.pages.page_parts import HELDOUT, answer_key
+from eval.pages.page_parts import answer_key
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ GROUPS = {
     "translate": "Translation",
 }
 _KNOWN = {
-    **{f"heldout/{k}": Measure("heldout", name, not k.endswith("kl"), digits) for k, (name, digits) in HELDOUT.items()},
+    **{f"heldout/{k}": Measure("heldout", name, not k.endswith("kl"), n) for k, (name, _, n) in HELDOUT.items()},
     "open/right": Measure("open", "Right, %", True, 1),
     "open/different": Measure("open", "Right and different, %", True, 1),
     "euroeval/foqa/f1": Measure("euroeval", "FoQA F1", True, 1),

@@ -11,15 +11,6 @@ from unicodedata import category
 from jinja2 import Environment, FileSystemLoader
 
 HERE = Path(__file__).parent
-HELDOUT = {
-    "f1": ("F1, %", 1),
-    "exact_match": ("Exact match, %", 1),
-    "reverse_kl": ("Reverse KL, nats a token", 3),
-    "open_right": ("Open: right, %", 1),
-    "open_different": ("Open: right and different, %", 1),
-    "open_kl": ("Open: reverse KL", 3),
-}
-"""What is measured on held-out questions: its name and digits. A KL is better low, everything else high."""
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories of characters that nobody sees."""
 

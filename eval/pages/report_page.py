@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 
-from eval.pages.page_parts import HELDOUT, answer_cards, render, signed
+from configs.io.results import HELDOUT
+from eval.pages.page_parts import answer_cards, render, signed
 from eval.pages.report_plots import MOST, Plot, smoothing_window
 from eval.pages.run_files import RunFiles
 
@@ -82,7 +83,7 @@ def _scores(run: RunFiles) -> list[tuple[str, list[str]]]:
 
 
 def _score(measure: str, value: float | None) -> str:
-    return "–" if value is None else f"{value:.{HELDOUT[measure][1]}f}"
+    return "–" if value is None else f"{value:.{HELDOUT[measure][2]}f}"
 
 
 def _change(measure: str, before: float | None, after: float | None) -> str:

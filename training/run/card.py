@@ -12,13 +12,12 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, metadata_load
 
 from configs.io.hub import hub_id
+from configs.io.results import HELDOUT
 from configs.schema import RunConfig
 
 log = logging.getLogger(__name__)
 Scores = Mapping[str, Mapping[str, float]]
 """Scores by whose they are and what they measure."""
-DIGITS = {"f1": 1, "exact_match": 1}
-TITLES = {"f1": "F1, %", "exact_match": "exact match, %", "reverse_kl": "reverse KL to the teacher, nats a token"}
 TEXT = """
 # {name}
 
@@ -123,9 +122,10 @@ def _data(path: str) -> str:
 
 def _table(scores: Scores) -> str:
     keys = list(dict.fromkeys(key for one in scores.values() for key in one))
-    lines = ["| | " + " | ".join(TITLES.get(key, key.replace("_", " ")) for key in keys) + " |"]
+    shown = {key: HELDOUT.get(key, (key.replace("_", " "), "", 3)) for key in keys}
+    lines = ["| | " + " | ".join(title for title, _, _ in shown.values()) + " |"]
     lines.append("| --- |" + " ---: |" * len(keys))
     for name, one in scores.items():
-        cells = [f"{one[key]:.{DIGITS.get(key, 3)}f}" if key in one else "" for key in keys]
+        cells = [f"{one[key]:.{digits}f}" if key in one else "" for key, (_, _, digits) in shown.items()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

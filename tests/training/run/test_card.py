@@ -21,7 +21,7 @@ def test_the_card_of_a_finished_run(finished_run: Path) -> None:
     assert found.data.language == "fo"
     assert found.data.library_name == "transformers"
     assert "reinforcement learning (grpo + minillm) from a teacher, 3 steps." in found.text
-    assert "| | F1, % | exact match, % | reverse KL to the teacher, nats a token |" in found.text
+    assert "| | F1, % | Exact match, % | Reverse KL, nats a token |" in found.text
     for row in ("student before", "student after", "teacher"):
         assert f"| {row} |" in found.text
     assert "training/main.py --demo_size tiny" in found.text
