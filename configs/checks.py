@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from configs.models import DEMO
 from configs.ranges import Range
@@ -32,7 +32,7 @@ def names_setting(config: RunConfig, error: ValueError) -> bool:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Check every number of a configuration dataclass and of those in it. Raises ValueError."""
+    """Check every number and every choice of a configuration dataclass and of those in it. Raises ValueError."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value, key = getattr(config, name), prefix + name
         if dataclasses.is_dataclass(value):
@@ -44,13 +44,15 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             require(hint is Any or type(None) in get_args(hint), key, None, "give it a value, or leave it out")
         else:
             for part in (hint, *get_args(hint)):  # the type itself, or one of `type | None`
+                if get_origin(part) is Literal:
+                    require(value in get_args(part), key, value, f"use {', '.join(map(str, get_args(part)))}")
                 for metadata in getattr(part, "__metadata__", ()):
                     if isinstance(metadata, Range):
                         require(metadata.holds(value), key, value, metadata.mend)
 
 
 def validate(config: RunConfig) -> None:
-    """Check everything that the values alone decide: each number's range, then what goes together. Raises ValueError
+    """Check everything that the values alone decide: each value by itself, then what goes together. Raises ValueError
     naming key, value and mend."""
     check_ranges(config)
     check_rules(config, _rules(config))

@@ -113,8 +113,6 @@ def mixture_importance(
     log_S = behavior_S - sampled_S
     if by == "sequence":
         log_S = sum_by_response(log_S, lengths_B).repeat_interleave(lengths_B)
-    elif by != "token":
-        raise ValueError(f"sampling.mix_weight = {by!r}: use token or sequence")
     return log_S.exp()
 
 

@@ -88,6 +88,22 @@ def has_reference(config: RunConfig) -> bool:
     return RECIPES[config.recipe].policy_gradient and read
 
 
+def check_vocabularies(config: RunConfig, same_tokenizer: bool, columns: int) -> None:
+    """What compares or mixes distributions can have the teacher's, whose vocabulary has `columns`. Raises ValueError
+    with the mend."""
+    loss, sampling = config.loss, config.sampling
+    different = "student and teacher have different tokenizers"
+    mend = f"the exact single-step KL compares whole vocabularies, and {different}; set it to 0 or leave it out"
+    require(same_tokenizer or not loss.single_step_coef, "loss.single_step_coef", loss.single_step_coef, mend)
+    mend = f"the teacher's vocabulary has {columns}: set fewer, or 0 for the whole distribution"
+    require(loss.single_step_entries <= columns, "loss.single_step_entries", loss.single_step_entries, mend)
+    mend = f"it compares whole vocabularies, and {different}; use seqkd, bond, warp or rl"
+    require(same_tokenizer or not RECIPES[config.recipe].always_divergence, "recipe", config.recipe, mend)
+    mend = f"token by token it needs one tokenizer, and {different}; set sampling.mix_by to response"
+    whole = sampling.teacher_mix == 0 or sampling.mix_by == "response"
+    require(same_tokenizer or whole, "sampling.teacher_mix", sampling.teacher_mix, mend)
+
+
 def without_effect(config: RunConfig, same_tokenizer: bool) -> list[str]:
     """Keys of the settings that are not at their defaults and that the student of this run does not depend on: those
     of another algorithm, reward or recipe, and those of a term or a part that has no weight."""

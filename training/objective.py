@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from configs.checks import require
 from configs.schema import RunConfig
 from inference.attention.packing import Group
 from rewards import REWARDS
@@ -62,16 +61,6 @@ def counts_of(batch: UpdateInput) -> dict[str, float]:
         "pt": float(sum(len(r) for g in batch.text for r in g.responses)),
         "bc": float(sum(len(r) for g in batch.cloning for r in g.responses)),
     }
-
-
-def check_single_step(config: RunConfig, same_tokenizer: bool, columns: int) -> None:
-    """Raises ValueError where the single-step term is asked for but cannot be had, or of more entries than the
-    `columns` of the teacher's vocabulary."""
-    asked, entries = config.loss.single_step_coef, config.loss.single_step_entries
-    said = "the exact single-step KL compares whole vocabularies, and student and teacher have different tokenizers"
-    require(same_tokenizer or not asked, "loss.single_step_coef", asked, f"{said}; set it to 0 or leave it out")
-    mend = f"the teacher's vocabulary has {columns}: set fewer, or 0 for the whole distribution"
-    require(entries <= columns, "loss.single_step_entries", entries, mend)
 
 
 def single_step_coef(config: RunConfig, same_tokenizer: bool) -> float:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from configs.checks import require
 from configs.schema import RunConfig
 from inference.attention.packing import Group
 from rewards.tokens import sum_by_response
@@ -147,10 +146,3 @@ RECIPES: dict[str, Recipe] = {
     # Averaged policies (arXiv 2406.16768): set reference.update: ema as the anchor.
     "warp": Recipe("{algo} + {reward} with averaged weights", interpolate=True, settings=("warp_rate",)),
 }
-
-
-def check_recipe(config: RunConfig, same_tokenizer: bool) -> None:
-    """Raises ValueError where a recipe needs the teacher's whole distribution and cannot have it."""
-    possible = same_tokenizer or not RECIPES[config.recipe].always_divergence
-    said = "it compares whole vocabularies, and student and teacher have different tokenizers"
-    require(possible, "recipe", config.recipe, f"{said}; use seqkd, bond, warp or rl")

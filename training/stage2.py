@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from configs.checks import validate
 from configs.io.results import HELDOUT, Result, find_result
 from configs.schema import RunConfig
 from inference.client import TeacherLost
 from training import distributed
-from training.algorithms import check_choices, has_critic, has_reference, without_effect
+from training.algorithms import check_choices, check_vocabularies, has_critic, has_reference, without_effect
 from training.collect import Models, Run
 from training.data.demo.resolve import resolve_demo
 from training.data.overlap import data_warnings
@@ -37,8 +38,7 @@ from training.data.preflight import (
 from training.evaluation import evaluate, evaluate_teacher, validation_summary
 from training.experience import Prompt
 from training.loop import save_checkpoint, saved_parts, train
-from training.objective import check_single_step
-from training.recipes import RECIPES, check_recipe
+from training.recipes import RECIPES
 from training.run import launcher
 from training.run.boards import board_names
 from training.run.card import publish
@@ -61,7 +61,7 @@ from training.teacher.check import teacher_check, warning
 from training.teacher.connect import check_served_model, connect, find_teacher
 from training.teacher.facts import TeacherFacts, check_tokenizers, teacher_facts
 from training.teacher.link import TeacherLink
-from training.teacher.mixing import check_cache, check_mixing
+from training.teacher.mixing import check_cache
 from training.teacher.reward_parts import check_extra_rewards
 
 log = logging.getLogger(__name__)
@@ -122,9 +122,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, TeacherFacts, Inputs]:
     launcher.set_threads(config.threads)
     config = resolve_demo(config, stage=2)
     facts = teacher_facts(config, config.teacher)
-    check_single_step(config, facts.same_tokenizer, facts.columns)
-    check_recipe(config, facts.same_tokenizer)
-    check_mixing(config, facts.same_tokenizer)
+    check_vocabularies(config, facts.same_tokenizer, facts.columns)
     every = {f"{key}.path": teacher_facts(config, one, key) for key, one in config.every_teacher.items()}
     for key, one in every.items():
         check_tokenizers(config, key, one)
@@ -143,6 +141,7 @@ def opened(config: RunConfig) -> Iterator[Run]:
 
     The teacher's server ends with the block, and nothing else is left. Raises ValueError for a mistake in the input.
     """
+    validate(config)
     config, facts, inputs = prepare(config)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         stop = StopRequest(listen=False)

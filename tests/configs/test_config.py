@@ -10,10 +10,19 @@ from typing import Any, Literal
 import pytest
 
 from configs.checks import validate
-from configs.schema import DistillConfig, ExtraTeacherConfig, RunConfig, SamplingConfig, SFTConfig, as_dict
-from training.algorithms import without_effect
+from configs.schema import (
+    ActorConfig,
+    DistillConfig,
+    ExtraTeacherConfig,
+    LossConfig,
+    RunConfig,
+    SamplingConfig,
+    SFTConfig,
+    as_dict,
+)
+from training.algorithms import check_vocabularies, without_effect
 from training.main import main
-from training.objective import check_single_step, pt_coef, single_step_coef
+from training.objective import pt_coef, single_step_coef
 from training.run.cli import COMMON, DEMO_CONFIGS, dump_config, instantiate, load_config, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +91,7 @@ def test_lambda_pt_and_lambda_1_follow_the_reward() -> None:
     asked = replace(config, loss=replace(config.loss, single_step_coef=0.5))
     assert single_step_coef(asked, same_tokenizer=True) == 0.5
     with pytest.raises(ValueError, match=r"loss.single_step_coef = 0.5: .* different tokenizers"):
-        check_single_step(asked, same_tokenizer=False, columns=100)
+        check_vocabularies(asked, same_tokenizer=False, columns=100)
 
 
 def test_help_explains_every_field() -> None:
@@ -210,6 +219,14 @@ def test_greedy_answers_to_a_prompt_are_asked_for_once() -> None:
     check("data", 0.0)
     with pytest.raises(ValueError, match=r"^sft.samples = 4: .* set distill.answer_temperature"):
         check("teacher", 0.0)
+
+
+def test_a_choice_that_there_is_not_is_named_with_those_that_there_are() -> None:
+    """In a notebook too, where no parser has looked: k1 has no gradient in expectation."""
+    with pytest.raises(ValueError, match=r"^loss.kl_estimator = 'k1': use k2, k3, full$"):
+        validate(RunConfig(loss=LossConfig(kl_estimator="k1")))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^actor.zero_stage = 4: use 0, 1, 2, 3$"):
+        validate(RunConfig(actor=ActorConfig(zero_stage=4)))  # type: ignore[arg-type]
 
 
 def test_the_demos_settings_are_for_the_demos_models() -> None:

@@ -8,6 +8,7 @@ import math
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -73,7 +74,8 @@ def test_every_metric_is_between_nothing_and_the_same(metric: str) -> None:
 
 def test_unknown_metric_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"meteor.*rouge_l, chrf, bleu, exact_match, token_f1, edit"):
-        similarity("a", ["a"], "meteor")
+        validate(RunConfig(rewards=RewardConfig(similarity_metric="meteor")))  # type: ignore[arg-type]
+    assert get_args(get_type_hints(RewardConfig)["similarity_metric"]) == tuple(METRICS)
 
 
 def test_format_needs_the_whole_response_and_its_end() -> None:

@@ -60,8 +60,6 @@ def test_the_gradient_of_each_kl_estimator(world: World) -> None:
     chances_B = world.probabilities(table).detach()
     k1 = (chances_B * world.total(world.logprobs(table) - world.logprobs(reference))).sum()
     assert float(gradient(k1, table).norm() / exact_reverse.norm()) < EXACT
-    with pytest.raises(ValueError, match="k1 has no gradient"):
-        estimated(world, table, reference, "k1")
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=str)

@@ -30,8 +30,6 @@ def test_token_weights_by_hand() -> None:
     assert token_weights(lengths, "token", **common).tolist() == pytest.approx([0.1] * 3)
     assert token_weights(lengths, "sequence", **common).tolist() == [0.125, 0.125, 0.25]
     assert token_weights(lengths, "constant", **common).tolist() == pytest.approx([0.05] * 3)
-    with pytest.raises(ValueError, match="use token, sequence or constant"):
-        token_weights(lengths, "mean", **common)
 
 
 def test_clipping_by_hand() -> None:
@@ -66,8 +64,6 @@ def test_kl_estimators_by_hand() -> None:
     assert float(kl_loss(policy, reference, weights, estimator="k2")) == pytest.approx(0.125)
     k3 = float(kl_loss(policy, reference, weights, estimator="k3"))
     assert k3 == pytest.approx(torch.tensor(-0.5).exp().item() - 1 + 0.5)
-    with pytest.raises(ValueError, match="k1 has no gradient"):
-        kl_loss(policy, reference, weights, estimator="k1")
 
 
 def test_value_clip_by_hand() -> None:
@@ -96,8 +92,6 @@ def test_importance_weights_by_hand() -> None:
     lengths = torch.tensor([2, 1])
     assert mixture_importance(behavior, sampled, lengths, by="token").tolist() == pytest.approx([2.0, 0.5, 0.625])
     assert mixture_importance(behavior, sampled, lengths, by="sequence").tolist() == pytest.approx([1.0, 1.0, 0.625])
-    with pytest.raises(ValueError, match="use token or sequence"):
-        mixture_importance(behavior, sampled, lengths, by="response")
     assert truncated_importance(behavior[:2], sampled[:2], 1.5).tolist() == pytest.approx([1.5, 0.5])
 
 
@@ -124,8 +118,6 @@ def test_schedules_by_hand() -> None:
     assert factors("constant") == [1.0] * 5
     assert factors("linear") == pytest.approx([1.0, 0.8, 0.6, 0.2, 0.2])
     assert factors("cosine") == pytest.approx([1.0, 0.2 + 0.4 * (1 + 0.5**0.5), 0.6, 0.2, 0.2])
-    with pytest.raises(ValueError, match="use constant, linear or cosine"):
-        schedule_factor(0, kind="step", final=0.0, total=1)
 
 
 def test_the_learning_rate_by_hand() -> None:

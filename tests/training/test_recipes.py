@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from configs.schema import ActorConfig, LossConfig, PhaseConfig, RunConfig, SamplingConfig, ScheduleConfig
 from inference.attention.packing import Group
 from tests.support.runs import metrics, timeless
+from training.algorithms import check_vocabularies
 from training.collect import Step
 from training.loop import _supervised_phase
 from training.objective import SUPERVISED, LossWeights
-from training.recipes import RECIPES, check_recipe
+from training.recipes import RECIPES
 from training.run.cli import DEMO_CONFIGS, load_config
 
 PT = load_config(DEMO_CONFIGS / "grpo_minillm.yaml").loss.pt_coef or 0.0
@@ -172,15 +173,13 @@ def test_a_student_too_far_from_its_start_is_stopped(tmp_path: Path, train: Call
 
 
 def test_a_recipe_or_a_mixture_that_needs_one_tokenizer_says_so_before_anything_is_built() -> None:
-    from training.teacher.mixing import check_mixing
-
     for recipe in ("gkd", "sampled_ce"):
         with pytest.raises(ValueError, match=f"recipe = '{recipe}': .* use seqkd, bond, warp or rl"):
-            check_recipe(RunConfig(recipe=recipe), same_tokenizer=False)
-        check_recipe(RunConfig(recipe=recipe), same_tokenizer=True)
+            check_vocabularies(RunConfig(recipe=recipe), False, 9)
+        check_vocabularies(RunConfig(recipe=recipe), True, 9)
     mixed = RunConfig(sampling=SamplingConfig(teacher_mix=0.2))
     with pytest.raises(ValueError, match=r"sampling.teacher_mix = 0.2: .* set sampling.mix_by to response"):
-        check_mixing(mixed, same_tokenizer=False)
+        check_vocabularies(mixed, False, 9)
 
 
 def test_the_course_of_a_weight_holds_for_the_recipes_own_terms() -> None:

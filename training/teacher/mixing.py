@@ -22,14 +22,6 @@ from training.student.actor import Actor
 from training.teacher.link import TeacherLink
 
 
-def check_mixing(config: RunConfig, same_tokenizer: bool) -> None:
-    """Raises ValueError where the teacher cannot be mixed in as asked."""
-    mix, by_token = config.sampling.teacher_mix, config.sampling.mix_by == "token"
-    said = "token by token it needs one tokenizer, and student and teacher have different ones"
-    possible = same_tokenizer or mix == 0 or not by_token
-    require(possible, "sampling.teacher_mix", mix, f"{said}; set sampling.mix_by to response")
-
-
 def check_cache(config: RunConfig, asked: Format, prompts: Sequence[Prompt]) -> None:
     """What the teacher holds while it is mixed in token by token fits into its cache, whichever prompts a step takes,
     for all ranks that ask one server at a time: of what does not, each token would be decoded from the start again.
