@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -23,25 +24,34 @@ class PackedPlan:
     """
 
     def __init__(self, row: PackedRow) -> None:
-        parts, device = parts_of(row), row.tokens_T.device
-        self._blocks = [Block(one, device) for one in self._together(parts, device)]
-        tokens = [i for block in self._blocks for i in block.tokens]
-        self._place_T = None
-        if tokens != list(range(len(tokens))):
-            self._place_T = torch.argsort(torch.tensor(tokens, dtype=torch.int64, device=device))
-        self._varlen = VarlenLayout(parts, device) if flash_attention(device) is not None else None
+        self._parts, self._device = parts_of(row), row.tokens_T.device
 
-    def _together(self, parts: list[Part], device: torch.device) -> list[list[Part]]:
+    @cached_property
+    def _varlen(self) -> VarlenLayout:
+        return VarlenLayout(self._parts, self._device)
+
+    @cached_property
+    def _blocks(self) -> list[Block]:
+        return [Block(one, self._device) for one in self._together()]
+
+    @cached_property
+    def _place_T(self) -> torch.Tensor | None:
+        """Place of each of the row's tokens in what the blocks give; None: they give them in the row's order."""
+        tokens = [i for block in self._blocks for i in block.tokens]
+        in_order = tokens == list(range(len(tokens)))
+        return None if in_order else torch.argsort(torch.tensor(tokens, dtype=torch.int64, device=self._device))
+
+    def _together(self) -> list[list[Part]]:
         """The groups of each block."""
-        return alike(parts, device)
+        return alike(self._parts, self._device)
 
     def attend(
         self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule
     ) -> torch.Tensor:
         """See `AttentionPlan.attend`."""
-        kernel = flash_attention(query_THD.device)
+        kernel = flash_attention(self._device)
         taken = query_THD.dtype in (torch.bfloat16, torch.float16) and query_THD.shape[-1] <= LARGEST_HEAD
-        if kernel is not None and self._varlen is not None and taken and rule.softcap is None:
+        if kernel is not None and taken and rule.softcap is None:
             if isinstance(self, PrefillPlan):  # nobody else wants them as a block
                 self._keep(layer, self._blocks[0], key_TKD, value_TKD)
             return self._varlen.attend(kernel, query_THD, key_TKD, value_TKD, scale=rule.scale, window=rule.window)
@@ -86,8 +96,8 @@ class PrefillPlan(PackedPlan):
         lengths_N = torch.tensor(row.group_lengths, device=row.tokens_T.device)
         self.cache = PromptCache(row.group_lengths, lengths_N, keys={}, values={})
 
-    def _together(self, parts: list[Part], device: torch.device) -> list[list[Part]]:
-        return [parts]
+    def _together(self) -> list[list[Part]]:
+        return [self._parts]
 
     def _keep(
         self, layer: int, block: Block, key_TKD: torch.Tensor, value_TKD: torch.Tensor

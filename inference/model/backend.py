@@ -27,7 +27,7 @@ class Backend(Protocol):
 
     It may also have the methods below; a client that asks for what is not there is refused.
     topk: log-probabilities [S, K] and ids [S, K] of the `k` likeliest entries.
-    hidden: states after the final norm [S, Hidden], in the model's type.
+    hidden: states after the final norm [S, Hidden], in the model's type; the other ranks than 0 may leave them out.
     open: states [A, Hidden] that predict the next token of the growing responses. next: the same after one more token,
     or wire.StateLost before anything is computed, where that does not go on from what is held. release: nothing.
     first_layers: a context manager under which the model has its first N layers alone, and `layers`, what attention

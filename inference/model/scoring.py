@@ -70,8 +70,8 @@ class Scorer:
         return self._of_tokens(request, lambda _, hidden: self._likeliest(hidden, request.k, request.temperature))
 
     def hidden(self, request: Request) -> list[torch.Tensor]:
-        """States after the final norm [S, Hidden], in the model's type."""
-        return self._of_tokens(request, lambda _, hidden: [hidden])
+        """States after the final norm [S, Hidden], in the model's type, on rank 0 alone: every rank has the same."""
+        return self._of_tokens(request, lambda _, hidden: [hidden] if dist.get_rank() == 0 else [])
 
     def answer(self, request: Request) -> list[torch.Tensor]:
         """Answers: lengths int64 [N], tokens int64 [sum of lengths], ordered by prompt.

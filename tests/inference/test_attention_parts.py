@@ -186,6 +186,18 @@ def test_torchs_own_kernel_is_called_with_what_flash_attention_takes(
     assert seen == [{"enable_gqa": True} if asks_for_groups else {}]
 
 
+def test_a_row_is_laid_out_for_the_way_that_it_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA half precision goes through the kernel; the padded blocks of each row would be made for nobody."""
+    monkeypatch.setattr(packed, "flash_attention", lambda device: lambda query, key, value, **_: query)
+    row, rule = a_row(), ScoreRule(0.3, None)
+    half, single = (tuple(x.to(dtype) for x in heads(row)) for dtype in (torch.bfloat16, torch.float32))
+    made = [{"_varlen"}, {"_blocks", "_place_T"}]
+    for inputs, want in zip((half, single), made, strict=True):
+        plan = PackedPlan(row)
+        plan.attend(0, *inputs, rule)
+        assert vars(plan).keys() & {"_varlen", "_blocks", "_place_T"} == want
+
+
 def test_torchs_installed_kernel_takes_these_arguments() -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     signature = inspect.signature(varlen.varlen_attn)
@@ -237,6 +249,8 @@ def test_no_layer_waits_for_the_device(window: int | None) -> None:
     kernel = torch_kernel(lambda query, key, value, *_, scale, window_size: query * scale + key.sum() + value.sum())
     assert kernel is not None
     plan = PackedPlan(row)
+    assert plan._blocks
+    assert plan._place_T is None or len(plan._place_T)  # laid out once a row, from lists of the host
     with Waits() as waits:
         for layer in range(2):
             plan.attend(layer, *inputs, ScoreRule(0.3, window)).sum().backward()
@@ -244,6 +258,8 @@ def test_no_layer_waits_for_the_device(window: int | None) -> None:
     assert waits.seen == []
     prompts = pack_row([Group((1, 2, 3, 4, 5), ()), Group((1, 2), ())])
     prefill = PrefillPlan(prompts)
+    assert prefill._blocks
+    assert prefill._place_T is None
     query, key, value = (torch.randn(7, n, 8) for n in (4, 2, 2))
     with Waits() as waits:
         prefill.attend(0, query, key, value, ScoreRule(0.3, window))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from inference.attention.packing import Group
 from inference.model.backend import BACKENDS, check_teacher
 from inference.model.files import Checkpoint, end_ids, safetensors_files
 from inference.model.output_layer import load_output_layer, logit_softcap
+from inference.model.scoring import Scorer
 from inference.model.weights import open_slice
 from inference.protocol.wire import Request
 from tests.support.model_zoo import make
@@ -282,6 +284,16 @@ def test_first_tokens_of_the_transformers_backend_have_the_models_distribution(f
     seen = torch.bincount(tokens, minlength=VOCAB).double()
     bins = [torch.cat([x[kept], x[~kept].sum()[None]]).double() for x in (seen, expected * count)]
     assert chisquare(*bins).pvalue > 1e-3
+
+
+def test_hidden_states_go_to_the_host_where_the_reply_is_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the largest reply, and every rank has the same."""
+    scorer = Scorer.__new__(Scorer)
+    teacher = SimpleNamespace(device=torch.device("cpu"), forward=lambda tokens, *_: torch.ones(len(tokens), 4))
+    vars(scorer).update(teacher=teacher, max_batch_tokens=10)
+    for rank, shapes in ((0, [(sum(len(r) for g in GROUPS for r in g.responses), 4)]), (1, [])):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        assert [tuple(tensor.shape) for tensor in scorer.hidden(REQUESTS["hidden"])] == shapes
 
 
 def test_end_symbols_are_those_of_both_files(tmp_path: Path) -> None:
