@@ -279,16 +279,14 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
 
 def _check_answers(config: RunConfig, link: TeacherLink) -> None:
     """A teacher whose backend does not give what this run asks of it is a mistake in the input."""
+    compares = RECIPES[config.recipe].weights(config, 0, True).single_step > 0
+    if link.head is None and compares and config.loss.single_step_entries == 0:
+        fail(
+            f"teacher.path = {config.teacher.path!r}: its backend has no hidden states that give its logits, so its "
+            "whole distribution cannot be had; set loss.single_step_entries to 16 (recipe rl), or "
+            "loss.single_step_coef to 0"
+        )
     kinds = link.client.info().kinds
-    if "hidden" not in kinds:
-        compares = RECIPES[config.recipe].weights(config, 0, True).single_step > 0
-        if compares and config.loss.single_step_entries == 0:
-            fail(
-                f"teacher.path = {config.teacher.path!r}: its backend has no hidden states that give its logits, so "
-                "its whole distribution cannot be had; set loss.single_step_entries to 16 (recipe rl), or "
-                "loss.single_step_coef to 0"
-            )
-        link.head = None  # only log-probabilities of tokens can be had
     if config.sampling.teacher_mix > 0 and config.sampling.mix_by == "token" and "open" not in kinds:
         fail(
             f"sampling.mix_by = {config.sampling.mix_by!r}: the teacher's backend cannot answer token by token; use "

@@ -46,6 +46,7 @@ from training.data.prompts import answer_group, format_of, load_prompts
 from training.data.text import TextBlocks, flat, text_blocks
 from training.evaluation import evaluate
 from training.experience import Prompt
+from training.losses import Head
 from training.objective import SUPERVISED, LossWeights, UpdateInput
 from training.run import launcher
 from training.run.boards import board_names
@@ -332,7 +333,7 @@ def learn_answers(stage: Stage, inputs: tuple[Sequence[Prompt], Sequence[Prompt]
         check_vocabulary("teacher.path", facts.path, facts.teacher, asks)
     with ExitStack() as stack:
         actor = None if facts is None else stage.new_actor(facts)  # before much is asked: it may be refused
-        link = None if facts is None else ask_teacher(stage, facts, stack, every)
+        link = None if actor is None or facts is None else ask_teacher(stage, facts, stack, every, actor.teacher_head)
         if link is None:
             answers_N = [[(prompt.answers[0], True)] for prompt in prompts]
         else:
@@ -375,14 +376,14 @@ def cloned(
     return examples
 
 
-def ask_teacher(stage: Stage, facts: TeacherFacts, stack: ExitStack, prompts: Sequence[Prompt]) -> TeacherLink:
+def ask_teacher(
+    stage: Stage, facts: TeacherFacts, stack: ExitStack, prompts: Sequence[Prompt], head: Head | None
+) -> TeacherLink:
     """This rank's session with the running server, or with one that starts here and ends with `stack`. Collective."""
     teacher = stage.config.teacher
-    link = connect(teacher, find_teacher(teacher, stage.run.folder.path / "teacher", stack), facts, stack)
+    link = connect(teacher, find_teacher(teacher, stage.run.folder.path / "teacher", stack), facts, stack, head)
     check_served_model("teacher", teacher, link)
     check_served_room("teacher.path", link, stage.config, prompts)
-    if "hidden" not in link.client.info().kinds:
-        link.head = None
     return link
 
 

@@ -6,10 +6,11 @@ import errno
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -77,6 +78,20 @@ def test_a_finished_one_is_not_done_again(tmp_path: Path, demo_cache: Path) -> N
     assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
     finish_forked([*once, "--sft.steps", "3"])
     assert len(metrics(tmp_path / "sft")) == 3
+
+
+def test_the_student_is_held_against_the_teachers_whole_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in stage 2: of log-probabilities of tokens alone the reverse KL behind stage 1 would be an estimate."""
+    for name, fake in (
+        ("connect", lambda teacher, place, facts, stack, head=None: SimpleNamespace(head=head)),
+        ("find_teacher", lambda *_: ("", "")),
+        ("check_served_model", lambda *_: None),
+        ("check_served_room", lambda *_: None),
+    ):
+        monkeypatch.setattr(supervised, name, fake)
+    stage: Any = SimpleNamespace(config=RunConfig(), run=SimpleNamespace(folder=SimpleNamespace(path=Path("run"))))
+    facts, head = cast("Any", None), cast("Any", object())
+    assert supervised.ask_teacher(stage, facts, ExitStack(), [], head).head is head
 
 
 def test_rank_0_alone_asks_for_the_teachers_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

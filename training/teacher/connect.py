@@ -40,7 +40,8 @@ def connect(
     stack: ExitStack,
     head: Head | None = None,
 ) -> TeacherLink:
-    """This rank's session with the server at `place` (address, secret)."""
+    """This rank's session with the server at `place` (address, secret). `head`: see `TeacherLink`; left out where the
+    server has no hidden states to give."""
     client = TeacherClient(
         place[0],
         secret=place[1],
@@ -48,7 +49,8 @@ def connect(
         timeout_s=teacher.timeout_s,
         prefer=distributed.rank(),
     )
-    return TeacherLink(stack.enter_context(client), facts, head)
+    stack.callback(client.close)
+    return TeacherLink(client, facts, head if "hidden" in client.info().kinds else None)
 
 
 def check_served_model(key: str, teacher: TeacherConfig, link: TeacherLink) -> None:
