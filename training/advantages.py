@@ -90,10 +90,15 @@ def gae(
 
 def whiten(values_S: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """Centre and scale. `moments`: of the values of all ranks (`moments_of`, added up)."""
+    mean, std = mean_and_std(moments)
+    return (values_S - mean) / (std + 1e-8)
+
+
+def mean_and_std(moments: torch.Tensor) -> tuple[float, float]:
+    """Of the values that the moments (`moments_of`, added up) are of."""
     count, total, squares = moments.tolist()
     mean = total / max(count, 1.0)
-    variance = max(squares / max(count, 1.0) - mean * mean, 0.0)
-    return (values_S - mean) / (variance**0.5 + 1e-8)
+    return mean, max(squares / max(count, 1.0) - mean * mean, 0.0) ** 0.5
 
 
 def moments_of(values_S: torch.Tensor) -> torch.Tensor:

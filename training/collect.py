@@ -126,7 +126,6 @@ def answer(run: Run, prompts: Sequence[Prompt], step: Step) -> tuple[Rollout, li
 
 
 def _ask(run: Run, rollout: Rollout, step: Step) -> list[PendingView]:
-    """Send a rollout to each teacher."""
     exact, entries = step.weights.single_step > 0, run.config.loss.single_step_entries
     return [
         run.models.teacher.ask(rollout, whole_distribution=exact, entries=entries),
@@ -135,7 +134,6 @@ def _ask(run: Run, rollout: Rollout, step: Step) -> list[PendingView]:
 
 
 def joined(views: Sequence[PendingView]) -> PendingView:
-    """Waits for all of them."""
     return lambda: reduce(join, [wait() for wait in views])
 
 

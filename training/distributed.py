@@ -1,7 +1,8 @@
-"""The trainer's own ranks: who am I, sums over all ranks, small byte strings from rank 0. No object collectives."""
+"""The trainer's own ranks: who am I, sums over all ranks, strings of all ranks. No object collectives."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -30,12 +31,10 @@ def beats() -> int:
 
 
 def rank() -> int:
-    """This process's rank."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of trainer processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -124,39 +123,25 @@ def side_group() -> dist.ProcessGroup | None:
 
 
 def gather_strings(texts: Sequence[str], group: dist.ProcessGroup | None = None) -> list[str]:
-    """All ranks' strings in rank order, as UTF-8 bytes over the wire (nothing is unpickled)."""
+    """All ranks' strings in rank order, as JSON over the wire (nothing is unpickled)."""
     if world_size() == 1:
         return list(texts)
-    encoded = [t.encode() for t in texts]
-    sizes = torch.tensor([len(e) for e in encoded], dtype=torch.int64)
-    body = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
-    all_sizes, all_bodies = _gather_ragged(sizes, group), _gather_ragged(body, group)
-    out = []
-    for size, data in zip(all_sizes, all_bodies, strict=True):
-        raw, start = bytes(data.tolist()), 0
-        for n in size.tolist():
-            out.append(raw[start : start + n].decode())
-            start += n
-    return out
-
-
-def _gather_ragged(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    """One-dimensional tensors of different lengths from all ranks, on the CPU."""
-    tensor = tensor if group is not None else tensor.to(device())
-    lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([len(tensor)], dtype=torch.int64, device=tensor.device), group=group)
-    longest = max(int(n.item()) for n in lengths)
-    padded = tensor.new_zeros(max(longest, 1))
-    padded[: len(tensor)] = tensor
-    parts = [torch.zeros_like(padded) for _ in lengths]
+    where = device() if group is None else torch.device("cpu")
+    body = torch.frombuffer(bytearray(json.dumps(list(texts)).encode()), dtype=torch.uint8).to(where)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=where) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(body)], dtype=torch.int64, device=where), group=group)
+    sizes = [int(length) for length in lengths]
+    padded = body.new_zeros(max(sizes))
+    padded[: len(body)] = body
+    parts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
     if group is None:
         beat()
-    return [part[: int(n.item())].cpu() for part, n in zip(parts, lengths, strict=True)]
+    raw = [bytes(part[:size].tolist()) for part, size in zip(parts, sizes, strict=True)]
+    return [text for one in raw for text in json.loads(one)]
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
         beat()

@@ -161,7 +161,6 @@ class Rewarded:
 
     @property
     def rollout(self) -> Rollout:
-        """The rollout inside."""
         return self.scored.rollout
 
 
@@ -177,12 +176,10 @@ class Experience:
 
     @property
     def scored(self) -> Scored:
-        """The scores inside."""
         return self.rewarded.scored
 
     @property
     def rollout(self) -> Rollout:
-        """The rollout inside."""
         return self.rewarded.scored.rollout
 
 

@@ -8,7 +8,7 @@ from configs.schema import GRPOConfig, RunConfig
 from rewards.base import RewardOutput
 from rewards.tokens import sum_by_response
 from training import distributed
-from training.advantages import group_scores_advantage, group_token_advantage, moments_of
+from training.advantages import group_scores_advantage, group_token_advantage, mean_and_std, moments_of
 from training.experience import Rewarded
 
 
@@ -25,7 +25,6 @@ class GRPO:
     def advantages(
         self, batch: Rewarded, config: RunConfig, kl_coef: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Algorithm.advantages`."""
         rollout = batch.rollout
         return grpo_advantages(batch.reward, rollout.lengths_B, rollout.group_size, config.grpo), None
 
@@ -46,9 +45,7 @@ def grpo_advantages(reward: RewardOutput, lengths_B: torch.Tensor, group_size: i
         scores_B = sum_by_response(reward.rewards_S, lengths_B)
         advantages_S = group_scores_advantage(scores_B, group_size, config).repeat_interleave(lengths_B)
     if config.scale == "batch":
-        count, total, squares = distributed.sum_over_ranks(moments_of(advantages_S)).tolist()
-        # Centred by group already; only the scale is the batch's.
-        std = max(squares / max(count, 1.0) - (total / max(count, 1.0)) ** 2, 0.0) ** 0.5
+        _, std = mean_and_std(distributed.sum_over_ranks(moments_of(advantages_S)))  # centred by group already
         if std > 0.0:  # without any signal all are 0 already
             advantages_S = advantages_S / (std + config.epsilon)
     return advantages_S

@@ -80,16 +80,10 @@ def pt_coef(config: RunConfig) -> float:
 def loss_weights(config: RunConfig, step: int, same_tokenizer: bool) -> LossWeights:
     """The weights in force at step `step` (from 0): coefficient times its schedule's factor."""
     loss = config.loss
-    base = {
-        "policy": loss.policy_coef,
-        "kl": loss.kl_coef,
-        "pt": pt_coef(config),
-        "bc": loss.bc_coef,
-        "single_step": single_step_coef(config, same_tokenizer),
-    }
-    weights = {}
-    for name, value in base.items():
-        schedule = getattr(loss, f"{name}_schedule")
+    weights = {term: getattr(loss, f"{term}_coef") for term in TERMS}
+    weights |= {"pt": pt_coef(config), "single_step": single_step_coef(config, same_tokenizer)}
+    for term in TERMS:
+        schedule = getattr(loss, f"{term}_schedule")
         total = schedule.steps or config.steps
-        weights[name] = value * schedule_factor(step, kind=schedule.kind, final=schedule.final, total=total)
+        weights[term] *= schedule_factor(step, kind=schedule.kind, final=schedule.final, total=total)
     return LossWeights(**weights)

@@ -45,11 +45,8 @@ def first_of_group(experience: Experience) -> list[Group]:
 def best_of_group(experience: Experience) -> list[Group]:
     """Imitated: the response with the highest advantage in its group, which all of its tokens have."""
     rollout = experience.rollout
-    starts_B = (rollout.lengths_B.cumsum(0) - rollout.lengths_B).tolist()
-    found = [
-        float(experience.advantages_S[s]) if r else -math.inf
-        for s, r in zip(starts_B, rollout.responses_B, strict=True)
-    ]
+    of_response = experience.advantages_S.split(rollout.lengths_B.tolist())
+    found = [float(part[0]) if len(part) else -math.inf for part in of_response]
     return _chosen(experience, lambda rows: max(rows, key=found.__getitem__))
 
 

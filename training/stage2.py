@@ -244,13 +244,7 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
     beside = [find_teacher(t, setup.folder.path / f"teacher-{t.name}", stack) for t in config.teachers]
     torch.manual_seed(config.seed)
     total = config.steps * config.actor.updates_per_rollout
-    actor = Actor(
-        config,
-        config.student.path,
-        total_steps=total,
-        learning_rate=config.actor.learning_rate,
-        teacher_head=facts.head(),
-    )
+    actor = Actor(config, total_steps=total, learning_rate=config.actor.learning_rate, teacher_head=facts.head())
     actor.end_tokens = tuple(sorted({*actor.end_tokens, *facts.exchanged}))
     if facts.same_tokenizer:
         actor.policy.limit(facts.columns)
@@ -261,7 +255,7 @@ def start_models(setup: Setup, stack: ExitStack) -> Models:
     reference, start = _references(config, actor)
     critic = None
     if has_critic(config):
-        critic = Critic(config, Path(config.student.path), total_steps=total, grouped=actor.policy.grouped)
+        critic = Critic(config, total_steps=total, grouped=actor.policy.grouped)
     link = connect(config.teacher, place, facts, stack, actor.teacher_head)
     if facts.same_tokenizer:
         _check_answers(config, link)
@@ -303,7 +297,7 @@ def _references(config: RunConfig, actor: Actor) -> tuple[Reference | None, Refe
         return reference, None
     if fixed:
         return reference, reference
-    return reference, FrozenCopy(config, config.student.path, actor.engine.device, update="fixed", way=actor.policy.way)
+    return reference, FrozenCopy(config, actor.engine.device, update="fixed", way=actor.policy.way)
 
 
 def evaluation_once(folder: RunFolder, name: str, evaluate: Callable[[], Result | None]) -> dict[str, float]:

@@ -100,9 +100,8 @@ class Stage:
     def new_actor(self, teacher: TeacherFacts | None = None) -> Actor:
         """The student as the stage begins; with a teacher it can be compared with its whole distribution."""
         torch.manual_seed(self.config.seed)
-        sft, path = self.config.sft, self.config.student.path
-        head = teacher.head() if teacher else None
-        return Actor(self.config, path, total_steps=sft.steps, learning_rate=sft.learning_rate, teacher_head=head)
+        sft, head = self.config.sft, teacher.head() if teacher else None
+        return Actor(self.config, total_steps=sft.steps, learning_rate=sft.learning_rate, teacher_head=head)
 
     def finish(self, results: Mapping[str, Any], how: str, scores: Scores, data: str | None) -> None:
         """Write the export's card, upload it where that is asked for, and write summary.json. Collective."""

@@ -48,7 +48,6 @@ class PackedPlan:
     def attend(
         self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule
     ) -> torch.Tensor:
-        """See `AttentionPlan.attend`."""
         kernel = flash_attention(self._device)
         taken = query_THD.dtype in (torch.bfloat16, torch.float16) and query_THD.shape[-1] <= LARGEST_HEAD
         if kernel is not None and taken and rule.softcap is None:

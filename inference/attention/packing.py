@@ -36,7 +36,6 @@ class Group:
 
     @property
     def response_tokens(self) -> int:
-        """Response tokens of this group."""
         return sum(len(response) for response in self.responses)
 
 
@@ -62,7 +61,6 @@ class PackedRow:
     """int64 [S] place of each response token among those of all groups that were packed, in their order."""
 
     def to(self, device: torch.device | str) -> PackedRow:
-        """The same row on another device."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 

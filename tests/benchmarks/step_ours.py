@@ -77,13 +77,13 @@ class OneStep:
         )  # fmt: skip
         self.distils = config.recipe == "gkd"
         self.actor = Actor(
-            config, folder / "student", total_steps=10**6, learning_rate=config.actor.learning_rate,
+            config, total_steps=10**6, learning_rate=config.actor.learning_rate,
             teacher_head=facts.head() if self.distils else None,
         )  # fmt: skip
         self.actor.end_tokens = ()  # every response goes on to its last token
         self.link = TeacherLink(client, facts, self.actor.teacher_head)
         stack.callback(client.close)
-        self.reference = None if self.distils else FrozenCopy(config, folder / "student", self.actor.engine.device)
+        self.reference = None if self.distils else FrozenCopy(config, self.actor.engine.device)
 
     def run(self, prompts: list[tuple[int, ...]], step: int) -> dict[str, float]:
         """One step; seconds by phase and of the whole."""

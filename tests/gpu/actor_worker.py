@@ -73,7 +73,7 @@ def run(model: Path, job: dict[str, Any], out: Path) -> dict[str, Any]:
     """One job."""
     config = run_config(model, job)
     torch.manual_seed(0)  # a new adapter is drawn, on the CPU
-    actor = Actor(config, model, total_steps=STEPS, learning_rate=RATE)
+    actor = Actor(config, total_steps=STEPS, learning_rate=RATE)
     result: dict[str, Any] = {"device": str(actor.engine.device)}
     if job.get("sample"):
         prompts = prompts_of(PROMPTS)

@@ -307,7 +307,7 @@ class Bench:
         """The same under DeepSpeed."""
         longest = max(R for _, R in self.tokens.values())
         with mock.patch.object(actor_module, "load_policy", lambda *_, **__: self.policy()):  # noqa: PT008
-            return Actor(self.run_config(longest), self.folder, total_steps=1, learning_rate=1e-6)
+            return Actor(self.run_config(longest), total_steps=1, learning_rate=1e-6)
 
     def run_config(self, response: int) -> RunConfig:
         """A run's own defaults, but for ZeRO 0: there is one rank, and nothing to share."""

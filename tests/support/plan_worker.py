@@ -76,14 +76,14 @@ def measure(config: RunConfig) -> dict[str, int]:
     load_policy(config.student.path, config.student.dtype)  # oneDNN keeps its kernels for the first pass's shapes
     out, baseline = {}, settle()
     torch.manual_seed(0)
-    actor = Actor(config, config.student.path, total_steps=10, learning_rate=1e-6)
+    actor = Actor(config, total_steps=10, learning_rate=1e-6)
     needed = config.ppo.kl_penalty if config.algo == "ppo" else config.loss.kl_coef
     before = settle()
-    reference = FrozenCopy(config, config.student.path, actor.engine.device) if needed > 0 else None
+    reference = FrozenCopy(config, actor.engine.device) if needed > 0 else None
     if reference is not None:  # float32 weights stay in the file's pages until they are read
         sum(float(p.sum()) for p in reference._policy.parameters())
     out["reference"] = settle() - before
-    critic = Critic(config, Path(config.student.path), total_steps=10) if config.algo == "ppo" else None
+    critic = Critic(config, total_steps=10) if config.algo == "ppo" else None
     sampled = rollout(config, config.prompts_per_step // distributed.world_size(), distributed.rank())
     batch = experience(config, sampled)
     for i in range(2):  # Adam's moments come with the first step

@@ -91,7 +91,7 @@ def whole_batch(config: RunConfig) -> Experience:
     lengths = [n for group in LENGTHS for n in group]
     responses = [tuple(torch.randint(3, VOCAB, (n,), generator=random).tolist()) for n in lengths]
     rollout = rollout_of(prompts_of(PROMPTS), responses)
-    logprobs_S = FrozenCopy(config, config.student.path, torch.device("cpu")).logprobs(rollout)
+    logprobs_S = FrozenCopy(config, torch.device("cpu")).logprobs(rollout)
 
     def near(centre_S: torch.Tensor, spread: float) -> torch.Tensor:
         return centre_S + spread * torch.randn(len(centre_S), generator=random)
@@ -140,7 +140,7 @@ def update(job: dict[str, Any]) -> dict[str, Any]:
     batches = mini_batches(job, whole_batch(config))
     torch.manual_seed(0)
     actor = Actor(
-        config, job["model"], total_steps=2, learning_rate=config.actor.learning_rate,
+        config, total_steps=2, learning_rate=config.actor.learning_rate,
         teacher_head=OutputLayer(teacher_output()),
     )  # fmt: skip
     actor.policy.logit_chunk = job.get("logit_chunk", 1024)
@@ -148,7 +148,7 @@ def update(job: dict[str, Any]) -> dict[str, Any]:
     state = flat_state(actor.engine)
     del actor
     torch.manual_seed(0)
-    critic = Critic(config, Path(job["model"]), total_steps=2)
+    critic = Critic(config, total_steps=2)
     # The first mini-batch moves the value head away from zero; the second reaches the backbone.
     experiences = [b.experience for b in batches if b.experience is not None]
     critic_steps = [critic.update([experience], step) for step, experience in enumerate(experiences)]
@@ -209,8 +209,8 @@ def students(job: dict[str, Any]) -> tuple[Actor, Critic, list[UpdateInput]]:
     """A new actor, a new critic, and their mini-batches."""
     config = run_config(job)
     torch.manual_seed(0)
-    actor = Actor(config, job["model"], total_steps=2, learning_rate=1e-3, teacher_head=OutputLayer(teacher_output()))
-    critic = Critic(config, Path(job["model"]), total_steps=2)
+    actor = Actor(config, total_steps=2, learning_rate=1e-3, teacher_head=OutputLayer(teacher_output()))
+    critic = Critic(config, total_steps=2)
     return actor, critic, mini_batches(job, whole_batch(config))
 
 
@@ -228,7 +228,7 @@ def sample_and_update(job: dict[str, Any]) -> dict[str, Any]:
     config = run_config(job)
     rank = distributed.rank()
     actor = Actor(
-        config, job["model"], total_steps=1, learning_rate=1e-3, teacher_head=OutputLayer(teacher_output())
+        config, total_steps=1, learning_rate=1e-3, teacher_head=OutputLayer(teacher_output())
     )  # fmt: skip
     actor.end_tokens = tuple(range(VOCAB)) if rank == job["silent"] else ()
     rollout = actor.sample(prompts_of(job["prompts"][rank]), step=0)

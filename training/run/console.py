@@ -35,7 +35,6 @@ class Unfailing:
         return len(text)
 
     def flush(self) -> None:
-        """As the stream."""
         with contextlib.suppress(OSError):
             self._stream.flush()
 

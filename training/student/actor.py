@@ -47,25 +47,19 @@ class Actor:
     """Samples from the student, trains it, saves it. Methods marked collective are called by all ranks together."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        path: str | Path,
-        *,
-        total_steps: int,
-        learning_rate: float,
-        teacher_head: OutputLayer | None = None,
+        self, config: RunConfig, *, total_steps: int, learning_rate: float, teacher_head: OutputLayer | None = None
     ) -> None:
-        self._config, self.path, self.dtype = config, Path(path), config.student.dtype
-        self.asked = format_of("student", replace(config.student, path=str(path)), config.data)
+        self._config, student = config, config.student
+        self.path, self.dtype = Path(student.path), student.dtype
+        self.asked = format_of("student", student, config.data)
         """How the student is asked."""
         self.tokenizer = self.asked.tokenizer
-        student = config.student
         policy = load_policy(
-            path, student.dtype, gradient_checkpointing=student.gradient_checkpointing, adapter=student.adapter
+            student.path, student.dtype, gradient_checkpointing=student.gradient_checkpointing, adapter=student.adapter
         )
         if student.adapter.rank == 0 and getattr(policy.model, "hf_quantizer", None) is not None:
             raise ValueError(
-                f"student.path = {str(path)!r}: its weights are quantised, and only an adapter beside them can be "
+                f"student.path = {student.path!r}: its weights are quantised, and only an adapter beside them can be "
                 "trained; set student.adapter.rank, or give the unquantised checkpoint"
             )
         self.end_tokens = end_tokens(policy, self.asked)
@@ -87,7 +81,6 @@ class Actor:
 
     @property
     def policy(self) -> Policy:
-        """The student as a module."""
         module = self.engine.module
         assert isinstance(module, Policy)
         return module
@@ -157,41 +150,35 @@ class Actor:
         """
         found: dict[str, list[float]] = {}
         for i, batch in enumerate(batches):
-            plan = _Update(batch, distributed.sum_metrics(counts_of(batch)), step * len(batches) + i)
-            first = i == 0
-            metrics = self._optimizer_step(plan, shares and first, between if first else nothing)
-            for key, value in metrics.items():
+            number, first, log = step * len(batches) + i, i == 0, MetricSums()
+            measured = self._gradient_shares(self._jobs(batch, number, MetricSums())) if shares and first else {}
+            jobs = self._jobs(batch, number, log)
+            norm, rate, applied = self.engine.update(jobs, number, between=between if first else nothing)
+            done = {"grad_norm": norm, "learning_rate": rate, "skipped": float(bool(jobs) and not applied)}
+            for key, value in (log.over_ranks() | measured | done).items():
                 if first or not key.startswith("mismatch/"):  # later on the policy is meant to differ
                     found.setdefault(key, []).append(value)
         whole = ("mismatch/", "skipped", "gradient/")
         # A mean is over the mini-batches that have it: one may be left without a group.
         return {k: sum(v) if k.startswith(whole) else sum(v) / len(v) for k, v in found.items()}
 
-    def _optimizer_step(self, plan: _Update, shares: bool, between: Callable[[], None]) -> dict[str, float]:
-        """One optimizer step; its metrics over all ranks."""
-        measured, log = self._gradient_shares(plan) if shares else {}, MetricSums()
-        jobs = self._jobs(plan, log)
-        norm, rate, applied = self.engine.update(jobs, plan.step, between=between)
-        done = {"grad_norm": norm, "learning_rate": rate, "skipped": float(bool(jobs) and not applied)}
-        return log.over_ranks() | measured | done
-
-    def _jobs(self, plan: _Update, log: MetricSums) -> list[Job]:
-        """One job a packed row."""
-        batch, weights, tokens = plan.batch, plan.batch.weights, self.engine.passes.tokens
+    def _jobs(self, batch: UpdateInput, number: int, log: MetricSums) -> list[Job]:
+        """One job a packed row of optimizer step `number`. Token weights hold the denominators of all ranks."""
+        weights, tokens, counts = batch.weights, self.engine.passes.tokens, distributed.sum_metrics(counts_of(batch))
         jobs: list[Job] = []
         if batch.experience is not None and max(weights.policy, weights.kl, weights.single_step) > 0:
             for i, row in enumerate(rows_in_step(batch.experience.rollout.groups(), tokens)):
-                seed = self._config.seed * 1_000_003 + plan.step * 1_009 + i
-                jobs.append(partial(self._policy_terms, plan, row, seed, log))
+                seed = self._config.seed * 1_000_003 + number * 1_009 + i
+                jobs.append(partial(self._policy_terms, batch, counts, row, seed, log))
         for name, groups, coef in (("pt", batch.text, weights.pt), ("bc", batch.cloning, weights.bc)):
-            if plan.counts[name] > 0 and coef > 0:
+            if counts[name] > 0 and coef > 0:
                 rows = rows_in_step(groups, tokens)
-                jobs += [partial(self._language_model_term, plan, row, name, log) for row in rows]
+                jobs += [partial(self._language_model_term, row, name, counts[name], coef, log) for row in rows]
         return jobs
 
-    def _gradient_shares(self, plan: _Update) -> dict[str, float]:
+    def _gradient_shares(self, jobs: Sequence[Job]) -> dict[str, float]:
         """Norm of each weighted term's gradient by itself, and its share of their sum. Collective; not under ZeRO 3."""
-        norms = self.engine.gradient_norms(self._jobs(plan, MetricSums()), list(TERMS))
+        norms = self.engine.gradient_norms(jobs, TERMS)
         total = max(sum(norms.values()), 1e-30)
         shares = {f"gradient/{name}_share": norm / total for name, norm in norms.items()}
         return {**{f"gradient/{name}": norm for name, norm in norms.items()}, **shares}
@@ -212,9 +199,11 @@ class Actor:
             terms["kl"] = reverse_kl_term(WholeDistribution(of_row(reference.hidden_SD), reference.head))
         return terms
 
-    def _policy_terms(self, plan: _Update, row: PackedRow, seed: int, log: MetricSums) -> dict[str, torch.Tensor]:
-        """The weighted terms of one packed row of sampled responses; token weights hold the global denominators."""
-        experience, weights = plan.batch.experience, plan.batch.weights
+    def _policy_terms(
+        self, batch: UpdateInput, counts: dict[str, float], row: PackedRow, seed: int, log: MetricSums
+    ) -> dict[str, torch.Tensor]:
+        """The weighted terms of one packed row of sampled responses. `counts`: of the batch over all ranks."""
+        experience, weights = batch.experience, batch.weights
         assert experience is not None
         scored, rollout, config = experience.scored, experience.rollout, self._config.loss
         of_row = partial(self.engine.of_row, row)
@@ -225,9 +214,9 @@ class Actor:
             logprobs_S = logprobs_S.detach()  # for the log only: no backward pass through them
         behavior_S = of_row(rollout.behavior_logprobs_S)
         importance_S = torch.ones_like(behavior_S) if scored.importance_S is None else of_row(scored.importance_S)
-        counts = {"tokens": plan.counts["tokens"], "responses": plan.counts["responses"]}
+        sizes = {"tokens": counts["tokens"], "responses": counts["responses"]}
         longest = float(self._config.sampling.max_new_tokens)
-        weights_S = token_weights(rollout.lengths_B, config.aggregation, **counts, constant=longest)
+        weights_S = token_weights(rollout.lengths_B, config.aggregation, **sizes, constant=longest)
         tokens = PolicyTokens(
             policy_logprobs_S=logprobs_S,
             old_logprobs_S=behavior_S if scored.policy_logprobs_S is None else of_row(scored.policy_logprobs_S),
@@ -258,25 +247,13 @@ class Actor:
         return weighted
 
     def _language_model_term(
-        self, plan: _Update, row: PackedRow, name: str, log: MetricSums
+        self, row: PackedRow, name: str, count: float, coef: float, log: MetricSums
     ) -> dict[str, torch.Tensor]:
-        """Weighted cross-entropy of the row's response tokens: L_PT or L_BC."""
-        out = self.engine(row)
-        loss = lpt_loss(out.logprobs_S, plan.counts[name])
-        weighted = loss * getattr(plan.batch.weights, name)
+        """Weighted cross-entropy of the row's response tokens, of `count` in the batch: L_PT or L_BC."""
+        loss = lpt_loss(self.engine(row).logprobs_S, count)
         log.add(f"loss/{name}", loss)
-        log.add("loss/total", weighted)
-        return {name: weighted}
-
-
-@dataclass(frozen=True)
-class _Update:
-    """One optimizer step: what it learns from and the denominators of its terms over all ranks."""
-
-    batch: UpdateInput
-    counts: dict[str, float]
-    step: int
-    """Number of the optimizer step."""
+        log.add("loss/total", loss * coef)
+        return {name: loss * coef}
 
 
 @dataclass
@@ -287,14 +264,11 @@ class MetricSums:
     most: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, name: str, value: torch.Tensor) -> None:
-        """Add a scalar to the sum called `name`."""
-        value = value.detach().double()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.sums[name] = value.detach().double() + self.sums.get(name, 0.0)
 
     def largest(self, name: str, value: torch.Tensor) -> None:
-        """Keep the largest of a name's scalars."""
         value = value.detach().double()
-        self.most[name] = torch.maximum(self.most[name], value) if name in self.most else value
+        self.most[name] = torch.maximum(self.most.get(name, value), value)
 
     def over_ranks(self) -> dict[str, float]:
         """All of them over all ranks, in one transfer. Collective."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,21 +47,17 @@ class ValueModel(nn.Module):
 class Critic:
     """Values of a rollout, and their training."""
 
-    def __init__(self, config: RunConfig, student_path: Path, *, total_steps: int, grouped: bool = True) -> None:
+    def __init__(self, config: RunConfig, *, total_steps: int, grouped: bool = True) -> None:
         """`grouped`: whether the actor's model shares prompts; where it does not, this one does not either."""
-        self._config = config
-        policy = load_policy(
-            student_path,
-            config.student.dtype,
-            gradient_checkpointing=config.student.gradient_checkpointing,
-        )
+        self._config, student = config, config.student
+        policy = load_policy(student.path, student.dtype, gradient_checkpointing=student.gradient_checkpointing)
         if not grouped:
             policy.run(Way.PLAIN)
         hidden_size = policy.config.get_text_config().hidden_size
         self.engine = Engine(
             ValueModel(backbone(policy.model), hidden_size, grouped=policy.grouped),
             config.actor,
-            Optimisation(config.critic.learning_rate, total_steps, config.critic.zero_stage, config.student.dtype),
+            Optimisation(config.critic.learning_rate, total_steps, config.critic.zero_stage, student.dtype),
         )
 
     def values(self, rollout: Rollout) -> torch.Tensor:

@@ -31,7 +31,6 @@ class PlainDecoder:
         self.first_BV = self._logits(tokens_NP.repeat_interleave(group_size, 0).to(self._device))
 
     def advance(self, rows_A: torch.Tensor, tokens_A: torch.Tensor) -> torch.Tensor:
-        """See `Decoder.advance`."""
         kept = torch.searchsorted(self._rows, rows_A).to(self._device)
         leave = len(kept) < len(self._rows) and all(type(one) in SELECTABLE for one in self._cache.layers)
         if leave:
@@ -66,7 +65,6 @@ class UncachedDecoder:
         self.first_BV = self._logits(list(self._tokens))
 
     def advance(self, rows_A: torch.Tensor, tokens_A: torch.Tensor) -> torch.Tensor:
-        """See `Decoder.advance`."""
         for row, token in zip(rows_A.tolist(), tokens_A.tolist(), strict=True):
             self._tokens[row].append(token)
         return self._logits(rows_A.tolist())

@@ -50,7 +50,7 @@ def make_reference(config: RunConfig, actor: Actor) -> Reference:
     fixed = config.reference.update == "fixed"
     if config.student.adapter.rank > 0 and fixed and config.loss.kl_estimator != "full":
         return AdapterOff(actor)
-    return FrozenCopy(config, config.student.path, actor.engine.device, way=actor.policy.way)
+    return FrozenCopy(config, actor.engine.device, way=actor.policy.way)
 
 
 class AdapterOff(Reference):
@@ -69,19 +69,13 @@ class FrozenCopy(Reference):
     FILE = "model.safetensors"
 
     def __init__(
-        self,
-        config: RunConfig,
-        path: str | Path,
-        device: torch.device,
-        *,
-        update: str | None = None,
-        way: Way | None = None,
+        self, config: RunConfig, device: torch.device, *, update: str | None = None, way: Way | None = None
     ) -> None:
         """`update`: in place of the configuration's. `way`: how the actor's model is run, and so this one."""
         self._config = config
         self._update = update or config.reference.update
         self._passes = Passes(config.actor.micro_batch_tokens, device)
-        self._policy = load_policy(path, config.student.dtype).to(device).eval().requires_grad_(False)
+        self._policy = load_policy(config.student.path, config.student.dtype).to(device).eval().requires_grad_(False)
         if way is not None:
             self._policy.run(way)
         # A moving average in bfloat16 would stand still: an update of 1 % is lost in its 8 bits.

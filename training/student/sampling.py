@@ -219,6 +219,5 @@ class GroupedDecoder:
         self._plan = DecodePlan(cache, group_size, longest)
 
     def advance(self, rows_A: torch.Tensor, tokens_A: torch.Tensor) -> torch.Tensor:
-        """See `Decoder.advance`."""
         positions_A = self._plan.advance(rows_A)
         return self._policy.logits(self._policy.hidden(tokens_A.to(self._device), positions_A, self._plan))

@@ -94,7 +94,6 @@ class RowTerm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_S: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradient of the logits."""
         (grad_SV,) = ctx.saved_tensors
         return grad_SV.mul_(grad_S[:, None]), None, None, None
 

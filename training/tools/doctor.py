@@ -81,12 +81,10 @@ class Probe:
 
     @property
     def config(self) -> RunConfig:
-        """The run's settings."""
         return self.run.config
 
     @property
     def actor(self) -> Actor:
-        """The student."""
         return self.run.models.actor
 
     @cached_property

@@ -31,7 +31,7 @@ for stage in (0, 1, 2, 3):
         student=StudentConfig(path=sys.argv[1], dtype="bfloat16"),
         actor=ActorConfig(zero_stage=stage, learning_rate=0.01),
     )
-    actor = Actor(config, sys.argv[1], total_steps=2, learning_rate=0.01)
+    actor = Actor(config, total_steps=2, learning_rate=0.01)
     before = {n: v.detach().clone() for n, v in plain_parameters(actor.policy.model, actor.engine.gathered)}
     first = actor.update([UpdateInput(None, [], groups, SUPERVISED)], 0)
     after = {n: v.detach().clone() for n, v in plain_parameters(actor.policy.model, actor.engine.gathered)}

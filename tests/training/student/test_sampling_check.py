@@ -29,7 +29,7 @@ config = RunConfig(
     actor=ActorConfig(zero_stage=1),
 )
 prompts = [Prompt(i, "", p, (), "") for i, p in enumerate([(3, 4, 5, 6), (7, 8), (9, 10, 11), (12,)])]
-actor = Actor(config, path, total_steps=1, learning_rate=1e-3)
+actor = Actor(config, total_steps=1, learning_rate=1e-3)
 
 out["right"] = check_sampling(actor, prompts, config)
 rollout = actor.sample(prompts, step=0)
