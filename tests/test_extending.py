@@ -18,10 +18,11 @@ from eval.measures import MEASURES
 from rewards.base import RewardInput, RewardOutput
 from rewards.parts import PARTS
 from tests.support.experiences import experience_of, prompts_of, rollout_of
-from training.algorithms import ALGORITHMS, check_choices
+from training.algorithms import ALGORITHMS
 from training.experience import Rewarded
 from training.objective import LossWeights
 from training.recipes import RECIPES
+from training.run.choices import check_choices
 from training.run.cli import demo_config, parse
 from training.run.stopping import RunFailed
 from training.teacher.reward_parts import check_extra_rewards, configured_parts, custom_function

@@ -19,7 +19,7 @@ from configs.io.results import HELDOUT, Result, find_result
 from configs.schema import RunConfig
 from inference.client import TeacherLost
 from training import distributed
-from training.algorithms import check_choices, check_vocabularies, has_critic, has_reference, without_effect
+from training.algorithms import has_critic, has_reference
 from training.collect import Models, Run
 from training.data.demo.resolve import resolve_demo
 from training.data.overlap import data_warnings
@@ -43,6 +43,7 @@ from training.run import launcher
 from training.run.boards import board_names
 from training.run.card import publish
 from training.run.checkpoints import Checkpoints
+from training.run.choices import check_choices, check_vocabularies, without_effect
 from training.run.cli import ROOT, fail
 from training.run.console import quiet_logging
 from training.run.resuming import NoWholeCheckpoint, check_settings, load_best, open_run

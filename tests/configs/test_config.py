@@ -20,9 +20,9 @@ from configs.schema import (
     SFTConfig,
     as_dict,
 )
-from training.algorithms import check_vocabularies, without_effect
 from training.main import main
 from training.objective import pt_coef, single_step_coef
+from training.run.choices import check_vocabularies, without_effect
 from training.run.cli import COMMON, DEMO_CONFIGS, dump_config, instantiate, load_config, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]

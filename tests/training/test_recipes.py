@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from configs.schema import ActorConfig, LossConfig, PhaseConfig, RunConfig, SamplingConfig, ScheduleConfig
 from inference.attention.packing import Group
 from tests.support.runs import metrics, timeless
-from training.algorithms import check_vocabularies
 from training.collect import Step
 from training.loop import _supervised_phase
 from training.objective import SUPERVISED, LossWeights
 from training.recipes import RECIPES
+from training.run.choices import check_vocabularies
 from training.run.cli import DEMO_CONFIGS, load_config
 
 PT = load_config(DEMO_CONFIGS / "grpo_minillm.yaml").loss.pt_coef or 0.0

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from configs.schema import RunConfig, as_dict, flat
-from training.algorithms import _readers, check_choices, without_effect
+from training.run.choices import _readers, check_choices, without_effect
 
 
 def configured(options: str) -> RunConfig:

@@ -4,7 +4,7 @@ config.yaml             resolved settings, from before the first step        tra
 data.json               fingerprints of the data's contents                  training/run/resuming.py
 metrics.jsonl           a line a step (TensorBoard: tensorboard/)            the loop
 samples.jsonl           prompts, responses, rewards by part                  the loop
-starts.jsonl            when each start began and why it ended               training/run/starts.py
+starts.jsonl            when each start began and why it ended               training/run/supervisor.py
 checkpoints/            training/run/checkpoints.py                          all ranks
 token_budget.json       packed tokens of a pass, once halved                 training/run/supervisor.py
 eval/, summary.json     evaluations, and what the run came to                stage 2

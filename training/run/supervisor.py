@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from configs.checks import names_setting
 from configs.io.claims import release
 from configs.io.files import read_json, write_atomically
+from configs.io.lines import LineFile, whole_rows
 from configs.schema import RunConfig
 from inference.client import TeacherLost, TeacherRefused
 from inference.server.launch import TeacherDied
 from training import distributed
 from training.run.safe_points import Place, SafePoints, TimeLimit
-from training.run.starts import Starts
 from training.run.stopping import REQUEUE, RunFailed, StopRequest
 from training.run.watchdog import Watchdog
 
@@ -168,6 +172,53 @@ class Supervisor:
     def _again(self) -> int:
         """A new start is worth it where this one got on; else it would meet the same."""
         return REQUEUE if self.points.advanced else FAILED
+
+
+class Starts:
+    """The starts of a run, in starts.jsonl. Written by one rank; a start without an end was killed."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] = os.environ) -> None:
+        self._path = folder / "starts.jsonl"
+        self._lines = LineFile(self._path)
+        self._environment = environment
+        self._open = False
+
+    def begin(self, from_step: int, ranks: int) -> None:
+        """A start begins: steps that were done before, and its number of ranks."""
+        restarts = self._environment.get("SLURM_RESTART_COUNT", "0")
+        self._append(
+            "start",
+            from_step=from_step,
+            ranks=ranks,
+            slurm_job=self._environment.get("SLURM_JOB_ID"),
+            slurm_restart_count=int(restarts) if restarts.isdigit() else 0,
+            host=socket.gethostname(),
+        )
+        self._open = True
+
+    def end(self, reason: str, exit_code: int, step: int | None = None) -> None:
+        """It ends: why, with which exit code, and how many steps are then done (None: not known). The first counts."""
+        if self._open:
+            self._open = False
+            self._append("end", reason=reason, exit_code=exit_code, step=step)
+
+    def listed(self) -> list[dict[str, Any]]:
+        """One object a start: from_step, start, end, reason, exit_code, ...; reason `killed` where nothing was said."""
+        found: list[dict[str, Any]] = []
+        for row in whole_rows(self._path):
+            time = row.pop("time")
+            if row.pop("event") == "start":
+                found.append({"start": time, **row, "end": None, "reason": None, "exit_code": None, "step": None})
+            elif found:
+                found[-1] |= {"end": time, **row}
+        for start in found[:-1]:
+            start["reason"] = start["reason"] or "killed"
+        return found
+
+    def _append(self, event: str, **values: Any) -> None:
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        with contextlib.suppress(OSError):  # a full disk; the log says the same
+            self._lines.append(json.dumps({"event": event, "time": time, **values}))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,8 +21,9 @@ from configs.schema import DEMO, RunConfig, TeacherConfig
 from inference.model.families import Architecture, parse_architecture
 from inference.model.files import model_directory, tensor_parallel_sizes
 from inference.protocol.fingerprint import tokenizer_fingerprint
-from training.algorithms import ALGORITHMS, check_choices
+from training.algorithms import ALGORITHMS
 from training.data.preflight import room_for_prompt, with_models
+from training.run.choices import check_choices
 from training.tools.plan_rank import ModelFacts, RankMemory, Tracer, alternatives, rank_memory
 from training.tools.plan_teacher import TeacherMemory, plain_weights, teacher_memory
 

@@ -30,9 +30,8 @@ from training.run.checkpoints import CheckpointFailed
 from training.run.console import Unfailing
 from training.run.run_folder import Progress, RunFolder
 from training.run.safe_points import SafePoints, TimeLimit
-from training.run.starts import Starts
 from training.run.stopping import StopRequest
-from training.run.supervisor import Supervisor, lowered
+from training.run.supervisor import Starts, Supervisor, lowered
 from training.run.watchdog import Told, Watchdog
 from training.student import deepspeed_engine
 from training.teacher.api_teacher import ApiRefused

@@ -19,7 +19,7 @@ from rewards.combine import TeacherReward, weighted_sum
 from tests.support.forked import finish_forked
 from tests.support.runs import command, metrics
 from tests.support.tiny_tokenizers import save_tiny
-from training.algorithms import check_choices
+from training.run.choices import check_choices
 from training.run.cli import dump_config, load_config
 
 
