@@ -24,17 +24,14 @@ class Algorithm(Protocol):
 
     def needs_reference(self, config: RunConfig) -> bool:
         """Whether `advantages` reads the reference's log-probabilities."""
-        ...
 
     def advantages(
         self, batch: Rewarded, config: RunConfig, kl_coef: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Advantages, and what the critic is trained towards where there is one, float32 [S]. All ranks together."""
-        ...
 
     def after_step(self, metrics: dict[str, float], config: RunConfig, kl_coef: float) -> float:
         """The coefficient of the KL penalty for the next step; may add to the step's metrics."""
-        ...
 
 
 ALGORITHMS: dict[str, Algorithm] = {"grpo": GRPO(), "ppo": PPO()}

@@ -8,7 +8,6 @@ from typing import Any
 from tqdm import tqdm
 
 from configs.schema import RunConfig
-from inference.attention.packing import Group
 from rewards.tokens import sum_by_response
 from training import distributed
 from training.advantages import has_signal
@@ -106,23 +105,15 @@ def update(run: Run, experience: Experience, step: Step) -> dict[str, float]:
     if models.critic is not None:
         metrics |= models.critic.update(minis, step.number, between=between)
         between = nothing  # a critic has changed: the step has to be finished
-    batches = []
+    batches, imitated = [], RECIPES[config.recipe].imitated  # the recipe's own choice, else the warm-up answers
     for i, mini in enumerate(minis):
-        number = step.number * parts + i
-        blocks = min(config.loss.pt_batch, len(run.corpus.text))
-        text = flat(items_of_step(run.corpus.text, blocks, number, config.seed))
-        batches.append(UpdateInput(mini, text, _cloning(run, mini, number), step.weights))
+        number, most = step.number * parts + i, config.loss.pt_batch
+        text = flat(items_of_step(run.corpus.text, min(most, len(run.corpus.text)), number, config.seed))
+        warmup = items_of_step(run.corpus.cloning, most, number, config.seed)
+        batches.append(UpdateInput(mini, text, imitated(mini) if imitated else warmup, step.weights))
     every = config.loss.gradient_shares_every
     shares = every > 0 and step.number % every == 0
     return metrics | models.actor.update(batches, step.number, shares=shares, between=between)
-
-
-def _cloning(run: Run, experience: Experience, number: int) -> list[Group]:
-    """What this update imitates: the recipe's own choice, else the warm-up answers."""
-    imitated = RECIPES[run.config.recipe].imitated
-    if imitated is not None:
-        return imitated(experience)
-    return items_of_step(run.corpus.cloning, run.config.loss.pt_batch, number, run.config.seed)
 
 
 def _supervised_phase(run: Run, step: Step) -> dict[str, float]:

@@ -44,7 +44,6 @@ class AttentionPlan(Protocol):
         self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, rule: ScoreRule
     ) -> torch.Tensor:
         """Attention output [T, H, D]."""
-        ...
 
 
 def _transformers_attention(

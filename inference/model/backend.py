@@ -37,20 +37,16 @@ class Backend(Protocol):
     @property
     def info(self) -> TeacherInfo:
         """What clients may know."""
-        ...
 
     def parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
         """This rank's weights by name."""
-        ...
 
     def score(self, request: Request) -> list[torch.Tensor]:
         """Log-probabilities float32 [S] of the response tokens."""
-        ...
 
     def answer(self, request: Request) -> list[torch.Tensor]:
         """An answer to each prompt: lengths int64 [N], tokens int64 [sum of lengths]. It ends with one of `ids`, which
         belongs to it, or at `max_new_tokens`; temperature 0 is greedy."""
-        ...
 
 
 @dataclass(frozen=True)

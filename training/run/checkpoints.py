@@ -52,11 +52,9 @@ class Saveable(Protocol):
 
     def save(self, directory: Path) -> Sequence[tuple[Path, Any]]:
         """This rank's files below `directory` with what goes into them (bytes, or what torch.save takes)."""
-        ...
 
     def load(self, directory: Path) -> None:
         """Read what was written."""
-        ...
 
 
 @runtime_checkable
@@ -67,7 +65,6 @@ class SaveableEngine(Saveable, Protocol):
 
     def reshape(self, source: Path, target: Path) -> None:
         """Make of a saved folder one that any number of ranks reads. Rank 0 alone; not from stage 0."""
-        ...
 
 
 class Checkpoints:

@@ -190,7 +190,6 @@ class Decoder(Protocol):
 
         A response that is left out is finished and does not come back.
         """
-        ...
 
 
 def make_decoder(policy: Policy, prompts: Sequence[tuple[int, ...]], group_size: int, longest: int) -> Decoder:

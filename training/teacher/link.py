@@ -107,9 +107,15 @@ class TeacherLink:
             for response, finished in zip(rollout.responses_B, rollout.finished_B.tolist(), strict=True)
         ]
         total_B = [len(prompts[b // rollout.group_size]) + len(r.tokens) for b, r in enumerate(read)]
-        fits_B = [total <= self.client.info().max_positions for total in total_B]
-        if not all(fits_B):
-            self._say_too_long(max(total_B))
+        room = self.client.info().max_positions
+        fits_B = [total <= room for total in total_B]
+        if not all(fits_B) and not self._said_too_long:
+            self._said_too_long = True
+            said = (
+                "%s: a prompt with its response takes %d tokens of the teacher, whose context has %d; such responses "
+                "have no score, and their groups are left out (groups/dropped); lower sampling.max_new_tokens"
+            )
+            log.warning(said, self.facts.path, max(total_B), room)
         sent = [r.tokens if fits else () for r, fits in zip(read, fits_B, strict=True)]
         future = self.client.score(groups_of(prompts, sent, rollout.group_size))
 
@@ -128,16 +134,6 @@ class TeacherLink:
             )
 
         return wait
-
-    def _say_too_long(self, tokens: int) -> None:
-        """Once a run."""
-        if not self._said_too_long:
-            said = (
-                "%s: a prompt with its response takes %d tokens of the teacher, whose context has %d; such responses "
-                "have no score, and their groups are left out (groups/dropped); lower sampling.max_new_tokens"
-            )
-            log.warning(said, self.facts.path, tokens, self.client.info().max_positions)
-        self._said_too_long = True
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, **drawn: Any) -> list[tuple[str, bool]]:
         """The teacher's own answers as texts, and whether each has ended. A character that the limit has cut is left
