@@ -128,7 +128,7 @@ def test_the_printed_configuration_has_comments_and_is_the_default_one(
     with pytest.raises(SystemExit):
         main(["--print_config"])
     page = capsys.readouterr().out
-    assert "\n# RL steps. (type: int, default: 100)\nsteps: 100\n" in page
+    assert "\n# Steps of stage 2. Stages 0 and 1 take sft.steps. (type: int, default: 100)\nsteps: 100\n" in page
     (tmp_path / "my.yaml").write_text(page)
     assert load_config(tmp_path / "my.yaml") == RunConfig()
     with pytest.raises(SystemExit):
