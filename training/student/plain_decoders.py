@@ -11,9 +11,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from inference.attention.packing import Group, pack_row
 from training.student.policy import Policy, backbone
 
-SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Layers of a cache that let responses go; recurrent ones keep what they were made for."""
-
 
 class PlainDecoder:
     """Every response carries its prompt, left-padded, with transformers' own cache and attention."""
@@ -28,11 +25,16 @@ class PlainDecoder:
         self._mask = mask_NP.repeat_interleave(group_size, 0).to(self._device)
         # Layers of one kind or of several, recurrent ones too: the configuration says which.
         self._cache = DynamicCache(config=policy.config.get_text_config())
+        # Whether a layer has a window, the class says by its mask: Llama's has none where config.json names one, and
+        # would miss the keys that a cache of that window lets go.
+        layers = self._cache.layers
+        self._cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in layers]
         self.first_BV = self._logits(tokens_NP.repeat_interleave(group_size, 0).to(self._device))
 
     def advance(self, rows_A: torch.Tensor, tokens_A: torch.Tensor) -> torch.Tensor:
         kept = torch.searchsorted(self._rows, rows_A).to(self._device)
-        leave = len(kept) < len(self._rows) and all(type(one) in SELECTABLE for one in self._cache.layers)
+        # Recurrent layers keep what they were made for.
+        leave = len(kept) < len(self._rows) and all(type(one) is DynamicLayer for one in self._cache.layers)
         if leave:
             self._cache.batch_select_indices(kept)
             self._mask, self._rows = self._mask[kept], rows_A

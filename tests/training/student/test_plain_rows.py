@@ -118,3 +118,18 @@ def test_quantised_weights_whose_library_is_not_here_are_named(tmp_path: Path) -
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": how}))
     with pytest.raises(ValueError, match=r"^student\.path = .*: transformers does not load it \("):
         load_policy(tmp_path, "float32")
+
+
+def test_a_window_that_the_class_does_not_have_lets_no_key_go(tmp_path: Path) -> None:
+    """config.json of a Llama with a sliding_window: transformers' cache would have it, its forward pass has not."""
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.5, sliding_window=16, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, "float32").eval()
+    prompt = tuple(range(3, 28))
+    samples = sample(policy, [prompt], SamplingConfig(group_size=2, max_new_tokens=8), Drawing([], None))
+    expected = torch.cat([plain_logprobs(model, prompt, response) for response in samples.responses_B])
+    torch.testing.assert_close(samples.behavior_logprobs_S, expected, atol=1e-4, rtol=0)
