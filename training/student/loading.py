@@ -59,13 +59,20 @@ def load_policy(
             model, found = AutoModelForCausalLM.from_pretrained(
                 path, config=config, output_loading_info=True, **options
             )
-        except (ImportError, OSError, ValueError) as error:  # quantised in a way whose library is not here
+        except Exception as error:  # damaged, or quantised in a way whose library is not here
             said = " ".join(str(error).split())[:300]
             raise ValueError(f"student.path = {str(path)!r}: transformers does not load it ({said})") from None
         if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
             raise ValueError(
                 f"student.path = {str(path)!r}: its weights lack {len(missing)} tensors ({missing[0]}, ...); "
                 "the files are not of this model's class, or not all there"
+            )
+        with_weights = {name for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
+        beside = sorted(name for name in found["unexpected_keys"] if name.rpartition(".")[0] in with_weights)
+        if beside and getattr(model, "hf_quantizer", None) is None:
+            raise ValueError(
+                f"student.path = {str(path)!r}: its weights have {len(beside)} tensors that config.json leaves out "
+                f"({beside[0]}, ...); mend config.json (attention_bias, quantization_config)"
             )
     policy = Policy(model)
     policy.unknown_V = unknown_columns(path, policy.columns)

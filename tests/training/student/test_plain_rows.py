@@ -133,3 +133,15 @@ def test_a_window_that_the_class_does_not_have_lets_no_key_go(tmp_path: Path) ->
     samples = sample(policy, [prompt], SamplingConfig(group_size=2, max_new_tokens=8), Drawing([], None))
     expected = torch.cat([plain_logprobs(model, prompt, response) for response in samples.responses_B])
     torch.testing.assert_close(samples.behavior_logprobs_S, expected, atol=1e-4, rtol=0)
+
+
+def test_weights_that_the_configuration_leaves_out_are_refused(tmp_path: Path) -> None:
+    """transformers would drop them and go on; a head or a layer of another kind belongs to no module, and may stay."""
+    save("llama", tmp_path)
+    tensors = {**load_file(tmp_path / "model.safetensors"), "score.weight": torch.ones(1, 32)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_policy(tmp_path, "float32")
+    tensors["model.layers.1.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"have 1 tensors that config\.json leaves out .*q_proj\.bias.*attention_bias"):
+        load_policy(tmp_path, "float32")
