@@ -155,6 +155,8 @@ class PlainTeacher:
         weight = head.weight.detach()
         if stored.shape != weight.shape or not torch.equal(stored.to(weight.dtype), weight.cpu()):
             return None
+        if weight.shape[1] != self._text.hidden_size:  # OPT-350M projects its states first
+            return None
         tokens = torch.arange(min(16, self.vocab_size))[None]
         with torch.no_grad():
             states, logits = self._backbone(tokens, None)[0].float(), self._logits(tokens, None, tokens.shape[1])[0]

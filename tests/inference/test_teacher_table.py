@@ -314,3 +314,14 @@ def test_a_model_that_looks_ahead_is_no_teacher(tmp_path: Path) -> None:
     make("llama4_text").save_pretrained(tmp_path / "llama4")  # whose class names its backbone wrong
     teacher: Any = BACKENDS["transformers"].load(replace(config, path=str(tmp_path / "llama4")), torch.device("cpu"))
     assert teacher.plain_head
+
+
+def test_states_of_another_width_than_the_models_are_not_served(tmp_path: Path) -> None:
+    """OPT-350M's output layer is on projected states: a client would ask for hidden_size numbers a token."""
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1,
+        num_attention_heads=2, do_layer_norm_before=False,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    config = TeacherConfig(path=str(tmp_path), tensor_parallel=1)
+    assert not hasattr(BACKENDS["transformers"].load(config, torch.device("cpu")), "hidden")
