@@ -62,8 +62,6 @@ def _chosen(experience: Experience, choose: Callable[[Sequence[int]], int]) -> l
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row."""
-
     title: str
     """What it is called in the model card; {algo} and {reward} are the run's."""
     teacher_answers: bool = False

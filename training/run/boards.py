@@ -110,7 +110,6 @@ class Boards:
         """When each may be opened again, by the monotonic clock."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Show a step's numbers on each."""
         for name, when in self._not_before.items():
             if time.monotonic() < when:
                 continue

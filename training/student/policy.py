@@ -69,7 +69,6 @@ class Policy(nn.Module):
 
     @property
     def grouped(self) -> bool:
-        """Whether responses share their prompt."""
         return self.way is Way.PACKED
 
     def run(self, way: Way) -> None:
