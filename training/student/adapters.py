@@ -25,10 +25,16 @@ log = logging.getLogger(__name__)
 
 
 def merged_model(path: str | Path, dtype: torch.dtype) -> Any:
-    """The model that a saved adapter belongs to, with the adapter merged into its weights. Dropout is switched off."""
+    """The model that a saved adapter belongs to, with the adapter merged into its weights. Dropout is switched off.
+
+    Raises ValueError where it is on an output layer that is tied to the embedding, and whatever peft raises."""
     from peft import AutoPeftModelForCausalLM
 
-    model = AutoPeftModelForCausalLM.from_pretrained(str(path), dtype=dtype).merge_and_unload()
+    adapted = AutoPeftModelForCausalLM.from_pretrained(str(path), dtype=dtype)
+    head, embedding = adapted.get_output_embeddings(), adapted.get_input_embeddings()
+    if head in [layer for _, layer in _layers(adapted)] and head.weight is embedding.weight:
+        raise ValueError("its output layer is tied to the embedding, which would change too; train it without lm_head")
+    model = adapted.merge_and_unload()
     for module in model.modules():  # peft reads the model's configuration itself, dropout and all (trap 19)
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -51,7 +51,11 @@ def load_policy(
             raise ValueError(
                 f"student.adapter.four_bit = True: {str(path)!r} is an adapter itself; merge it into its model first"
             )
-        model = merged_model(path, DTYPES[dtype])
+        try:
+            model = merged_model(path, DTYPES[dtype])
+        except Exception as error:  # another kind than weights (prompt tuning), or not of this model
+            said = " ".join(str(error).split())[:300]
+            raise ValueError(f"student.path = {str(path)!r}: the adapter cannot be merged ({said})") from None
     else:
         config = AutoConfig.from_pretrained(path)
         without_dropout(config)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -94,7 +94,6 @@ def test_an_adapted_student_gives_its_place_to_another_whole(tmp_path: Path) -> 
 
 
 def test_trap_24_sft_in_an_adapter_is_merged_before_ours_so_off_is_the_sft_student(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
 
     save("llama", tmp_path / "base")
     sft = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
@@ -112,6 +111,26 @@ def test_trap_24_sft_in_an_adapter_is_merged_before_ours_so_off_is_the_sft_stude
             reference = policy(ROW).logprobs_S
     torch.testing.assert_close(reference, expected, atol=1e-5, rtol=0)
     assert float((reference - bare).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("adapter", "why"),
+    [
+        (LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"), "tied to the embedding"),
+        (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "merge_and_unload"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused(adapter: Any, why: str, tmp_path: Path) -> None:
+    """One of a tied output layer would be merged into the embedding too: another model, by several nats a token."""
+    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, tie_word_embeddings=True)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, adapter)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=rf"^student\.path = .*: the adapter cannot be merged .*{why}"):
+        load_policy(tmp_path / "adapter", "float32")
 
 
 def test_four_bit_weights_are_frozen_and_merge_into_plain_ones(tmp_path: Path) -> None:
