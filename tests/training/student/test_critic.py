@@ -21,7 +21,7 @@ def test_its_positions_are_the_students(tmp_path: Path, monkeypatch: pytest.Monk
     save("llama", tmp_path)
     monkeypatch.setattr(critic, "Engine", lambda module, *_: SimpleNamespace(module=module))
     config = RunConfig(student=StudentConfig(path=str(tmp_path), dtype="bfloat16"))
-    module = Critic(config, tmp_path, total_steps=1).engine.module.eval()
+    module = Critic(config, total_steps=1).engine.module.eval()
     torch.nn.init.normal_(module.head.weight)
     row = pack_row([Group(tuple(range(3, 45)), ((7, 8, 9, 10),))])
     with torch.no_grad():
