@@ -50,8 +50,7 @@ def mean_return(
     )
     if first == 1:
         sums_S, counts_S = following(sums_S, lengths_B), following(counts_S, lengths_B)
-    out_S = sums_S / counts_S.clamp(min=torch.finfo(sums_S.dtype).tiny) if normalize else sums_S
-    return torch.where(counts_S > 0, out_S, 0.0)
+    return sums_S / counts_S.clamp(min=1) if normalize else sums_S  # at least 1 where anything follows
 
 
 def reverse_kl(policy_logits_SV: torch.Tensor, teacher_logits_SV: torch.Tensor) -> torch.Tensor:

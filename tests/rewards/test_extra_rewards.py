@@ -100,10 +100,10 @@ LENGTHS_B = torch.tensor([3, 1, 0])
 def test_parts_sit_on_the_last_token_and_in_every_return() -> None:
     base = RewardOutput(torch.ones(4), torch.full((4,), 2.0), {"minillm": torch.tensor([3.0, 3.0, 3.0])})
     parts = {"format": torch.tensor([1.0, 0.0, 1.0]), "language": torch.tensor([0.25, 1.0, 0.0])}
-    out = add_parts(base, parts, {"format": 0.5, "language": -2.0}, LENGTHS_B)
-    assert out.rewards_S.tolist() == [1.0, 1.0, 1.0, -1.0]  # 0.5 - 0.5; -2; the third is empty
+    out = add_parts(base, parts, {"format": 0.5, "language": -1.0}, LENGTHS_B)
+    assert out.rewards_S.tolist() == [1.0, 1.0, 1.25, 0.0]  # 0.5 - 0.25; -1; the third is empty
     assert out.returns_S is not None
-    assert out.returns_S.tolist() == [2.0, 2.0, 2.0, 0.0]
+    assert out.returns_S.tolist() == [2.25, 2.25, 2.25, 1.0]
     assert {name: values.tolist() for name, values in out.parts_B.items()} == {
         "minillm": [3.0, 3.0, 3.0], "format": [1.0, 0.0, 1.0], "language": [0.25, 1.0, 0.0],
     }  # fmt: skip

@@ -87,6 +87,18 @@ def test_minillm_with_the_single_step_term_credits_what_follows() -> None:
     assert out.parts_B["minillm"].tolist() == pytest.approx([-1.5, 0.25, 0.0])
 
 
+def test_minillm_discounts_what_follows() -> None:
+    out = minillm_rewards(rollout(), gamma=0.5, length_normalize=False, single_step=True)
+    assert out.returns_S is not None
+    assert out.returns_S.tolist() == [1 - 0.5 * 3, -3.0, 0.0, 0.0]
+    assert out.rewards_S.tolist() == [
+        0.5,
+        -1.5,
+        0.0,
+        0.0,
+    ]  # added up from t on, discounted, these are 0.5 * the returns
+
+
 def test_minillm_without_it_credits_the_token_as_well() -> None:
     out = minillm_rewards(rollout(), gamma=1.0, length_normalize=False, single_step=False)
     assert out.returns_S is not None

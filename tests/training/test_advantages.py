@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from configs.schema import GRPOConfig, PPOConfig, RunConfig
+from configs.schema import GRPOConfig, PPOConfig, RunConfig, SamplingConfig
 from rewards.base import RewardOutput
 from tests.support.experiences import experience_of, prompts_of, rollout_of
+from training import distributed
 from training.advantages import gae, group_scores_advantage, group_token_advantage, has_signal, moments_of, whiten
 from training.collect import make_experience
 from training.experience import Rewarded
@@ -136,7 +137,8 @@ def test_whitening_by_hand() -> None:
     far_S = torch.tensor([4096.0, 4097.0])  # float32 squares would lose their difference
     assert whiten(far_S, moments_of(far_S)).tolist() == pytest.approx([-1.0, 1.0], abs=1e-6)
     alike_S = torch.full((49,), 3.3)  # whose variance rounds to less than nothing
-    assert torch.equal(whiten(alike_S, moments_of(alike_S)), torch.zeros(49))
+    alike_S = whiten(alike_S, moments_of(alike_S))
+    assert (alike_S.dtype, alike_S.tolist()) == (torch.float32, [0.0] * 49), "not complex"
     assert whiten(torch.zeros(0), moments_of(torch.zeros(0))).tolist() == []
 
 
@@ -150,6 +152,25 @@ def test_grpo_batch_scale_divides_all_groups_alike() -> None:
     got = grpo_advantages(reward, torch.ones(4, dtype=torch.int64), 2, GRPOConfig(scale="batch", epsilon=0.0))
     # Centred: -1 1 -3 3; root mean square sqrt(5).
     assert got.tolist() == pytest.approx([x / 5**0.5 for x in (-1, 1, -3, 3)])
+    # Over tokens their mean is not 0: -1 -1 1 have -1/3 and a deviation of sqrt(8/9); the scale alone is the batch's.
+    config, reward = GRPOConfig(scale="batch", epsilon=0.0), RewardOutput(torch.tensor([0.0, 0.0, 2.0]), None, {})
+    got = grpo_advantages(reward, torch.tensor([2, 1]), 2, config)
+    assert got.tolist() == pytest.approx([x * (9 / 8) ** 0.5 for x in (-1, -1, 1)])
+
+
+def test_scale_and_whitening_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank has the advantages 3 and -3. What the critic learns is not whitened."""
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda moments: moments + moments_of(torch.tensor([3.0, -3.0])))
+    reward = RewardOutput(torch.tensor([0.0, 2.0]), None, {})
+    got = grpo_advantages(reward, torch.tensor([1, 1]), 2, GRPOConfig(scale="batch", epsilon=0.0))
+    assert got.tolist() == pytest.approx([-1 / 5**0.5, 1 / 5**0.5])
+    config = RunConfig(algo="ppo", ppo=PPOConfig(gamma=1.0, gae_lambda=1.0, whiten=True))
+    rollout = rollout_of(prompts_of([(1,), (2,)]), [(5,), (6,)])
+    scored = experience_of(rollout, torch.zeros(2), values_S=torch.tensor([1.0, 1.0])).scored
+    advantages_S, returns_S = PPO().advantages(Rewarded(scored, reward), config, kl_coef=0.0)
+    assert advantages_S.tolist() == pytest.approx([-1 / 5**0.5, 1 / 5**0.5])
+    assert returns_S is not None
+    assert returns_S.tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -167,7 +188,7 @@ def test_ppo_penalises_the_distance_to_the_reference() -> None:
 
 
 def test_ppo_advantages_are_gae_of_the_penalised_reward() -> None:
-    config = RunConfig(algo="ppo", ppo=PPOConfig(gamma=1.0, gae_lambda=1.0, whiten=False))
+    config = RunConfig(algo="ppo", ppo=PPOConfig(gamma=0.5, gae_lambda=1.0, whiten=False))
     rollout = rollout_of(prompts_of([(1,)]), [(5, 6)], torch.tensor([-1.0, -1.0]))
     scored = experience_of(
         rollout,
@@ -178,8 +199,10 @@ def test_ppo_advantages_are_gae_of_the_penalised_reward() -> None:
     batch = Rewarded(scored, RewardOutput(torch.tensor([0.0, 1.0]), None, {}))
     advantages_S, returns_S = PPO().advantages(batch, config, kl_coef=0.2)
     assert returns_S is not None
-    assert returns_S.tolist() == pytest.approx([0.9, 1.0])
-    assert advantages_S.tolist() == pytest.approx([0.65, 0.5])
+    assert returns_S.tolist() == pytest.approx([-0.1 + 0.5, 1.0])
+    assert advantages_S.tolist() == pytest.approx([0.15, 0.5])
+    assert PPO().needs_reference(config)
+    assert not PPO().needs_reference(RunConfig(ppo=PPOConfig(kl_penalty=0.0)))
 
 
 def test_the_adaptive_coefficient_moves_towards_its_target() -> None:
@@ -188,6 +211,12 @@ def test_the_adaptive_coefficient_moves_towards_its_target() -> None:
     assert next_kl_coefficient(1.0, 0.09, adaptive, 500) == pytest.approx(0.95)
     assert next_kl_coefficient(1.0, 0.05, adaptive, 8192) == pytest.approx(0.8)  # never below 0
     assert next_kl_coefficient(1.0, 9.0, PPOConfig(kl_target=None), 50) == 1.0
+    # 0.2 above the target at most; 50 prompts of 4 responses are a fifth of the horizon.
+    config, metrics = RunConfig(prompts_per_step=50, sampling=SamplingConfig(group_size=4), ppo=adaptive), {"a": 1.0}
+    assert PPO().after_step(metrics, config, 2.0) == 2.0
+    metrics |= {"kl/reference": 0.2, "kl/teacher": 0.0}
+    assert PPO().after_step(metrics, config, 2.0) == pytest.approx(2.0 * 1.04)
+    assert metrics["ppo/kl_coef"] == 2.0, "the one that was in force"
     # One step whose loss was not a number would make every later reward so.
     assert next_kl_coefficient(1.0, float("nan"), adaptive, 500) == 1.0
 

@@ -163,6 +163,13 @@ def test_tokens_are_sampled_without_replacement_from_the_teacher() -> None:
     again = torch.autograd.grad(term(policy, slice(0, rows)).sum(), policy)[0]
     assert torch.equal((again - 0.25).abs() > 1e-9, drawn)  # a recomputed chunk draws the same
 
+    def one_each(seed: int, start: int) -> torch.Tensor:
+        of = sampled_ce_term(whole(teacher.expand(40, 4)), count=1, seed=seed)
+        return of(torch.arange(80.0).view(20, 4), slice(start, start + 20))
+
+    assert not torch.equal(one_each(1, 0), one_each(2, 0)), "another row draws others"
+    assert not torch.equal(one_each(1, 0), one_each(1, 20)), "and so does the next chunk"
+
 
 @pytest.mark.parametrize("kept", [1, 2, 4, 5])
 def test_the_kl_with_a_tail_is_a_lower_bound(kept: int) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ActorConfig, LossConfig
-from rewards.minillm import mixture_importance, reverse_kl, tail_reverse_kl
+from configs.schema import ActorConfig, DataConfig, LossConfig, RunConfig
+from inference.attention.packing import Group
+from rewards.minillm import mixed_logprobs, mixture_importance, reverse_kl, tail_reverse_kl
+from tests.support.experiences import experience_of, prompts_of, rollout_of
 from training.losses import (
+    NEVER,
+    OutputLayer,
     PolicyTokens,
     generalized_jsd,
     kl_loss,
@@ -20,6 +26,8 @@ from training.losses import (
     truncated_importance,
     value_loss,
 )
+from training.objective import LossWeights, UpdateInput, counts_of, loss_weights
+from training.run.choices import check_vocabularies
 
 ONE = LossConfig(clip_low=0.2, clip_high=0.3)
 
@@ -30,6 +38,31 @@ def test_token_weights_by_hand() -> None:
     assert token_weights(lengths, "token", **common).tolist() == pytest.approx([0.1] * 3)
     assert token_weights(lengths, "sequence", **common).tolist() == [0.125, 0.125, 0.25]
     assert token_weights(lengths, "constant", **common).tolist() == pytest.approx([0.05] * 3)
+
+
+def test_denominators_count_what_is_predicted() -> None:
+    """An empty response is a response; a prompt is not predicted."""
+    rollout = rollout_of(prompts_of([(1, 2, 3), (4,)]), [(5, 6), (), (7, 8, 9), (5,)])
+    text, cloning = [Group((1,), ((2, 3, 4),))], [Group((1, 2), ((3, 4),))]
+    batch = UpdateInput(experience_of(rollout, torch.zeros(6)), text, cloning, LossWeights())
+    assert counts_of(batch) == {"tokens": 6.0, "responses": 4.0, "pt": 3.0, "bc": 2.0}
+
+
+def test_what_is_set_to_zero_is_off_and_a_default_asks_for_what_is_there() -> None:
+    config = RunConfig(reward="minillm", loss=LossConfig(policy_coef=0.5), data=DataConfig(text=None))
+    assert loss_weights(config, 0, same_tokenizer=True) == LossWeights(policy=0.5, single_step=1.0)
+    off = replace(config, loss=LossConfig(single_step_coef=0.0, single_step_entries=9))
+    assert loss_weights(off, 0, same_tokenizer=True) == LossWeights(policy=1.0)
+    check_vocabularies(off, True, columns=9)
+    with pytest.raises(ValueError, match=r"loss\.single_step_entries = 9: the teacher's vocabulary has 8"):
+        check_vocabularies(off, True, columns=8)
+
+
+def test_an_output_layer_by_hand() -> None:
+    """Gemma 2's cap, and a column that no token has."""
+    layer = OutputLayer(torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([False, False, True]), 3.0)
+    capped = (3 * torch.tensor([1.0, 4.0]).div(3).tanh()).tolist()
+    assert layer(torch.tensor([[1.0, 2.0]]))[0].tolist() == pytest.approx([*capped, NEVER])
 
 
 def test_clipping_by_hand() -> None:
@@ -52,11 +85,16 @@ def test_no_gradient_flows_through_an_advantage() -> None:
 
 
 def test_sequence_ratio_is_the_geometric_mean() -> None:
-    log_ratio = torch.tensor([0.1, 0.3, -0.2])
+    log_ratio = torch.tensor([0.1, 0.3, -0.2], requires_grad=True)
     tokens = PolicyTokens(log_ratio, torch.zeros(3), torch.ones(3), torch.ones(3), torch.tensor([4, 4, 9]))
     loss, _ = policy_loss(tokens, LossConfig(clip_low=0.9, clip_high=0.9, ratio="sequence"))
     expected = 2 * torch.tensor(0.2).exp() + torch.tensor(-0.2).exp()
-    assert float(loss) == pytest.approx(-float(expected))
+    assert float(loss.detach()) == pytest.approx(-float(expected))
+    # A token has a share of 1 / T in the ratio of all T.
+    slopes = [-float(torch.tensor(x).exp()) for x in (0.2, 0.2, -0.2)]
+    assert torch.autograd.grad(loss, log_ratio)[0].tolist() == pytest.approx(slopes)
+    none = PolicyTokens(*[torch.zeros(0)] * 4, torch.zeros(0, dtype=torch.int64))
+    assert float(policy_loss(none, LossConfig(ratio="sequence"))[0]) == 0.0
 
 
 def test_kl_estimators_by_hand() -> None:
@@ -79,6 +117,7 @@ def test_value_clip_by_hand() -> None:
     (1.5, 1.0, 2.0, 0.8**2, 0.0),  # moved too far towards the target: the clipped error, and no more pull
     (0.5, 1.0, 2.0, 1.5**2, -1.5),  # moved away: the plain error is larger, and pulls back
     (2.5, 1.0, 0.0, 2.5**2, 2.5),
+    (0.0, 1.0, 0.0, 0.8**2, 0.0),  # too far the other way
 ])  # fmt: skip
 def test_value_clip_case_by_case(value: float, old: float, target: float, expected: float, slope: float) -> None:
     values = torch.tensor([value], requires_grad=True)
@@ -93,6 +132,14 @@ def test_importance_weights_by_hand() -> None:
     assert mixture_importance(behavior, sampled, lengths, by="token").tolist() == pytest.approx([2.0, 0.5, 0.625])
     assert mixture_importance(behavior, sampled, lengths, by="sequence").tolist() == pytest.approx([1.0, 1.0, 0.625])
     assert truncated_importance(behavior[:2], sampled[:2], 1.5).tolist() == pytest.approx([1.5, 0.5])
+
+
+@pytest.mark.parametrize("padded", [0, 2])
+def test_a_mixture_by_hand(padded: int) -> None:
+    """A teacher of another width shares its first entries."""
+    policy, teacher = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.1, 0.9, 0.0, 0.0][: 2 + padded]])
+    mixed = mixed_logprobs(policy.log(), teacher.log(), 0.25).exp()
+    assert mixed[0].tolist() == pytest.approx([0.375 + 0.025, 0.225 + 0.225, 0.15])
 
 
 def test_divergences_by_hand() -> None:

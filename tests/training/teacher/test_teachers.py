@@ -34,6 +34,8 @@ def test_rewards_and_returns_are_added_by_weight() -> None:
     alone = weighted_sum([TeacherReward(None, 1.0, dataclasses.replace(first, returns_S=None))])
     assert alone.rewards_S.tolist() == [1.0, 2.0]
     assert alone.returns_S is None
+    some = [TeacherReward(None, 1.0, first), TeacherReward("b", 1.0, dataclasses.replace(second, returns_S=None))]
+    assert weighted_sum(some).returns_S is None
 
 
 @pytest.mark.parametrize(
