@@ -31,7 +31,7 @@ from typing import Any, Literal
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from configs.io.jsonl import read_jsonl, read_texts
+from configs.io.jsonl import read_jsonl
 from configs.io.results import Result, read_result, versions
 from configs.prompts import Format
 from configs.ranges import NonNegativeInt, PositiveInt
@@ -183,7 +183,11 @@ def load_parallel(data: str, languages: Sequence[str], split: str) -> ParallelTe
 def _flores_file(file: Path) -> list[str]:
     if not file.is_file():
         raise ValueError(f"{file}: no such file; a FLORES-200 folder has it, a sentence a line")
-    return read_texts(file)
+    lines = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):  # skipped, it would move what follows to another language's sentence
+        if not line.strip():
+            raise ValueError(f"{file}, line {number}: is blank; the n-th lines of all languages are one sentence")
+    return lines
 
 
 def _from_hub(name: str) -> list[str]:

@@ -212,5 +212,7 @@ def test_mistakes_get_one_line(model_dir: Path, tmp_path: Path, capsys: pytest.C
     assert "dan_Latn.devtest: no such file; a FLORES-200 folder has it" in ask("--data", str(folder.parent))
     for code in ("dan", "eng", "fao"):
         (folder / f"{code}_Latn.devtest").write_text("A.\n\nC.\n" if code == "fao" else "A.\nB.\nC.\n")
+    assert "fao_Latn.devtest, line 2: is blank" in ask("--data", str(folder.parent))
+    (folder / "fao_Latn.devtest").write_text("A.\nC.\n")
     assert "{'dan': 3, 'eng': 3, 'fao': 2} sentences; each" in ask("--data", str(folder.parent))
     assert not (tmp_path / "runs").exists()  # nothing half-written
