@@ -43,12 +43,14 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         elif value is None:
             require(hint is Any or type(None) in get_args(hint), key, None, "give it a value, or leave it out")
         else:
-            for part in (hint, *get_args(hint)):  # the type itself, or one of `type | None`
+            values = value if isinstance(value, tuple) else (value,)
+            for part in (hint, *get_args(hint)):  # the type itself, or one of `type | None` or `tuple[type, ...]`
                 if get_origin(part) is Literal:
-                    require(value in get_args(part), key, value, f"use {', '.join(map(str, get_args(part)))}")
+                    mend = f"use {', '.join(map(str, get_args(part)))}"
+                    require(all(one in get_args(part) for one in values), key, value, mend)
                 for metadata in getattr(part, "__metadata__", ()):
                     if isinstance(metadata, Range):
-                        require(metadata.holds(value), key, value, metadata.mend)
+                        require(all(map(metadata.holds, values)), key, value, metadata.mend)
 
 
 def validate(config: RunConfig) -> None:
