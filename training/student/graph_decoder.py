@@ -76,13 +76,10 @@ class StaticDecoder:
 def captured(step: Callable[[], None]) -> Callable[[], None]:
     """The step as a CUDA graph; it is not run."""
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    # Other threads may go on using the device.
+    # Other threads may go on using the device. The outer context brings the stream back when the capture fails to.
     capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
     try:
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            capture,
-        ):  # the outer brings the stream back when this fails
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             step()
     except Exception:
         # torch leaves its allocator in a capture that broke, and later that fails to free what it keeps.
