@@ -9,7 +9,7 @@ import pytest
 
 from tests.count_lines import lines, product_files
 
-MOST_LINES = 27_971
+MOST_LINES = 27_967
 MOST_FORMATTER_EXCEPTIONS = 27
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("configs", "inference", "rewards", "training", "eval")

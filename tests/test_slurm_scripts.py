@@ -81,7 +81,7 @@ def test_a_complete_venv_is_used_where_the_active_one_lacks_something(repository
     env = active() | {"PATH": f"{bare}/bin:/usr/bin:/bin"}
     done = run(["bash", "-c", "source slurm/env.sh && command -v python; echo $VIRTUAL_ENV"], repository, env)
     assert done.stdout == f"{venv}/bin/python\n{venv}\n"
-    assert done.stderr == f"environment: {venv} (active one passed over: no torch)\n"
+    assert done.stderr == f"environment: {venv} (active one passed over: no packaging)\n"
 
 
 def test_a_venv_for_other_versions_is_made_again(repository: Path) -> None:

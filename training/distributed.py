@@ -127,12 +127,11 @@ def gather_strings(texts: Sequence[str], group: dist.ProcessGroup | None = None)
     if world_size() == 1:
         return list(texts)
     where = device() if group is None else torch.device("cpu")
-    body = torch.frombuffer(bytearray(json.dumps(list(texts)).encode()), dtype=torch.uint8).to(where)
+    body = bytearray(json.dumps(list(texts)).encode())
     lengths = [torch.zeros(1, dtype=torch.int64, device=where) for _ in range(world_size())]
     dist.all_gather(lengths, torch.tensor([len(body)], dtype=torch.int64, device=where), group=group)
-    sizes = [int(length) for length in lengths]
-    padded = body.new_zeros(max(sizes))
-    padded[: len(body)] = body
+    sizes = [int(length.item()) for length in lengths]
+    padded = torch.frombuffer(body.ljust(max(sizes)), dtype=torch.uint8).to(where)
     parts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
     if group is None:

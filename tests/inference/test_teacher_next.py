@@ -136,7 +136,7 @@ def test_a_replica_with_another_model_is_refused(model: tuple[Any, Path], addres
             server.kill()
             server.wait()
             with pytest.raises(TeacherRefused, match="another teacher"):
-                client.score(GROUPS).result(30)
+                client.score(GROUPS).result(120)
     finally:
         server.kill()
         server.wait()

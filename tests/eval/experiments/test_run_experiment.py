@@ -118,7 +118,7 @@ def test_a_signal_ends_the_runs_and_leaves(small_plan: Path, demo_cache: Path, t
     finally:
         process.kill()
     assert process.returncode == 75
-    assert b"the same command goes on" in said
+    assert b"run the same command again to continue" in said
     assert (runs / "grpo-minillm-seed0" / "checkpoints" / "latest").is_file(), "the trainer left with a checkpoint"
     assert not (runs / "results.md").exists()
     wait_until_gone(str(runs), 5.0)  # no child is left behind

@@ -26,7 +26,7 @@ from inference.attention.packing import Group, pack
 from tests.support.student_models import FAMILIES, VOCAB, plain_logprobs, save
 from training.losses import PolicyTokens, policy_loss
 from training.objective import LossWeights, UpdateInput
-from training.student.actor import Actor
+from training.student.actor import Actor, MetricSums
 from training.student.loading import load_policy
 from training.student.policy import Policy
 
@@ -201,7 +201,14 @@ def test_gpt2s_learned_positions_restart_after_the_prompt(pairs: dict[str, Pair]
 
 def test_metrics_are_of_the_mini_batches_that_have_them() -> None:
     """grpo.no_signal: skip may leave fewer groups than actor.updates_per_rollout."""
-    steps = [{"grad_norm": 0.0, "skipped": 0.0}, {"grad_norm": 2.0, "skipped": 1.0, "entropy": 3.0}]
-    actor: Any = mock.Mock(_optimizer_step=mock.Mock(side_effect=steps))
+    engine = mock.Mock(**{"update.side_effect": [(0.0, 0.1, False), (2.0, 0.1, False)]})
+
+    def jobs(batch: UpdateInput, number: int, log: MetricSums) -> list[str]:
+        if number == 0:
+            return []
+        log.add("entropy", torch.tensor(3.0))
+        return ["a row"]
+
+    actor: Any = mock.Mock(engine=engine, _jobs=jobs)
     found = Actor.update(actor, [UpdateInput(None, [], [], LossWeights())] * 2, step=0)
-    assert found == {"grad_norm": 1.0, "skipped": 1.0, "entropy": 3.0}
+    assert found == {"grad_norm": 1.0, "learning_rate": 0.1, "skipped": 1.0, "entropy": 3.0}
