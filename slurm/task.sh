@@ -31,11 +31,11 @@ if [[ "$kind" == teacher ]]; then
     exec python "$@" 0<> <(:)
 fi
 
-# Signals of SLURM reach every process of the step, this one too: it waits until Python has answered.
-trap : TERM USR1 INT
-python "$@" </dev/null &
-while kill -0 "$!" 2>/dev/null; do wait "$!"; done # a trapped signal ends it early
-wait "$!"
+# Signals of SLURM reach every process of the step, this one too, which is deaf to them: it waits until Python has
+# answered. (`wait` in the background, which a trapped signal ends early, loses the status of a process that ends
+# just then: bash 5.2 says -1.)
+trap '' TERM USR1 INT
+(trap - TERM USR1 INT && exec python "$@") </dev/null
 status=$?
 # Says who began when ranks fail one after another, and lets the batch script end those that wait for this one.
 ((status == 0 || status == 75)) || echo "rank $RANK on ${SLURMD_NODENAME:-$HOSTNAME}: exit code $status" >"$GRPO_KD_JOB_FOLDER/failed-$RANK"

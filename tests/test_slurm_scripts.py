@@ -377,3 +377,25 @@ def test_a_rank_that_nccl_has_ended_is_started_again(status: int, codes: list[in
     stubs = "scontrol() { :; }; _requeue() { return 75; }"
     script = f"source slurm/steps.sh; {stubs}; job_folder={tmp_path}; _finish {status}"
     assert run(["bash", "-c", script], ROOT, dict(os.environ)).returncode == ends
+
+
+def test_a_rank_that_ends_at_once_keeps_its_exit_code(tmp_path: Path) -> None:
+    """The signal of SLURM reaches the shell around it too: `wait`, which a trap ends early, has said -1 for it."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import signal, sys, time\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(4))\n"
+        "print('ready', flush=True)\ntime.sleep(100)\n"
+    )
+    known = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    known |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GRPO_KD_JOB_FOLDER": str(tmp_path)}
+    codes = set()
+    for _ in range(5):
+        words = ["bash", str(ROOT / "slurm" / "task.sh"), "rank", str(script)]
+        task = subprocess.Popen(words, env=os.environ | known, stdout=subprocess.PIPE, start_new_session=True)
+        assert task.stdout is not None
+        task.stdout.readline()
+        os.killpg(task.pid, signal.SIGUSR1)
+        codes.add(task.wait(60))
+        task.stdout.close()
+    assert codes == {4}
+    assert (tmp_path / "failed-1").read_text().endswith(": exit code 4\n")
